@@ -18,7 +18,7 @@ from typing import Any, Callable, Iterable
 
 import numpy as np
 
-# %% ../nbs/00_core.ipynb #1d4cf31c
+# %% ../nbs/00_core.ipynb #1740035f
 class Problem(Exception):
     "An error that says what failed, what was found, and what to do next."
     def __init__(self,
@@ -30,7 +30,8 @@ class Problem(Exception):
         super().__init__(what)
 
     def __str__(self):
-        return ' '.join(f'{part.rstrip(".")}.' for part in (self.what, self.found, self.todo) if part)
+        parts = [self.what] + [part[:1].upper() + part[1:] for part in (self.found, self.todo)]
+        return ' '.join(part if part.endswith(('?', '.', '…')) else f'{part}.' for part in parts if part)
 
 
 class UnknownName(Problem, KeyError): "A name that no registry entry, column or preset has."

@@ -74,7 +74,7 @@ class listen:
     @property
     def features(self): return tuple(self.heard[n] for n in self.names)
 
-# %% ../nbs/20_segment.ipynb #0f296d48
+# %% ../nbs/20_segment.ipynb #db8a4ef1
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MIN_SIDE = 16
 
@@ -109,7 +109,7 @@ class TorchSegmenter:
     @cached_property
     def _probe(self):
         import torch
-        side = 2 * self.stride
+        side = self.stride * -(-64 // self.stride)
         return side, self(torch.zeros(1, 3, side, side))
 
     @property
