@@ -1,0 +1,60 @@
+"""One thread, one cache, no network, no noise; opt-in work by flag: `pytest --nb-flags "slow real"`."""
+import os, shutil, tempfile
+from pathlib import Path
+
+import pytest
+
+FLAGS = {'slow': 'takes minutes', 'gpu': 'needs an accelerator', 'weights': 'needs downloaded weights', 'real': 'needs real imagery below RSSQA_REAL'}
+CONTROLLER = 'PYTEST_XDIST_WORKER' not in os.environ
+
+
+def prepare_environment():
+    "Set what numpy, torch, numba and matplotlib read when they are first imported; subprocesses and workers inherit it."
+    os.environ |= dict(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MKL_NUM_THREADS='1', NUMBA_THREADING_LAYER='workqueue',
+                       MPLBACKEND='agg', RSSQA_QUIET='1', TQDM_DISABLE='1', PYDEVD_DISABLE_FILE_VALIDATION='1')
+    os.environ.setdefault('RSSQA_DEVICE', 'cpu')
+    os.environ.pop('IN_TEST', None)                      # with it nbdev_export does nothing
+    run = Path(tempfile.mkdtemp(prefix='rssqa-test-'))   # one folder for all workers of this run
+    os.environ |= dict(RSSQA_TEST_RUN=str(run), RSSQA_CACHE=os.environ.get('RSSQA_TEST_CACHE') or str(run/'cache'), IPYTHONDIR=str(run/'ipython'))
+
+
+if CONTROLLER: prepare_environment()
+
+
+def pytest_addoption(parser):
+    parser.addoption('--nb-flags', default='', help=f'opt-in cells and tests to run, of: {" ".join(FLAGS)}')
+
+
+def asked_flags(config) -> set:
+    "Return the opt-in flags of this run; `real` is on wherever RSSQA_REAL is set."
+    flags = set(config.getoption('--nb-flags').split())
+    if unknown := flags - FLAGS.keys(): raise pytest.UsageError(f'--nb-flags: no {", ".join(sorted(unknown))}; choose from {" ".join(FLAGS)}')
+    return flags | ({'real'} if os.environ.get('RSSQA_REAL') else set())
+
+
+def pytest_configure(config):
+    flags = asked_flags(config)
+    if 'weights' not in flags: os.environ['HF_HUB_OFFLINE'] = '1'
+    for flag, why in FLAGS.items(): config.addinivalue_line('markers', f'{flag}: {why}; runs with --nb-flags {flag}')
+
+
+def pytest_unconfigure(config):
+    if CONTROLLER: shutil.rmtree(os.environ['RSSQA_TEST_RUN'], ignore_errors=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    off = FLAGS.keys() - asked_flags(config)
+    for item in items:
+        for mark in item.iter_markers():
+            if mark.name in off: item.add_marker(pytest.mark.skip(reason=f'{FLAGS[mark.name]}; ask with --nb-flags {mark.name}'))
+
+
+@pytest.fixture(scope='session')
+def nb_flags(request) -> set: return asked_flags(request.config)
+
+
+@pytest.fixture
+def real() -> Path:
+    "The folder of real imagery; skips the test where there is none."
+    if not os.environ.get('RSSQA_REAL'): pytest.skip('RSSQA_REAL is unset')
+    return Path(os.environ['RSSQA_REAL'])

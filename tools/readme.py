@@ -1,0 +1,49 @@
+"""Write README.md from nbs/index.ipynb, without Quarto: `readme.py [--check]`."""
+import argparse, posixpath, re, sys
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parents[1]
+DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
+HIDDEN = re.compile(r'^#\|\s*(hide|default_exp|export|include:\s*false)\b', re.M)
+NO_ECHO = re.compile(r'^#\|\s*echo:\s*false\b', re.M)
+LINK = re.compile(r'\]\((?!\w+:|#|/)([^)\s]+)')          # relative links, which the README sees from one folder higher
+
+
+def from_root(match: re.Match) -> str: return '](' + posixpath.normpath('nbs/' + match[1])
+
+
+def outputs(cell):
+    "Yield the text of a cell's outputs as Markdown."
+    for out in cell.outputs:
+        data = out.get('data', {})
+        text = out.get('text') or data.get('text/plain', '')
+        if 'text/markdown' in data: yield LINK.sub(from_root, data['text/markdown'].strip())
+        elif text and not any(kind.startswith('image/') for kind in data): yield '\n'.join('    ' + line for line in text.rstrip().splitlines())
+
+
+def blocks(nb):
+    "Yield the visible parts of a notebook as Markdown."
+    for cell in nb.cells:
+        if cell.cell_type == 'markdown': yield LINK.sub(from_root, cell.source.strip())
+        if cell.cell_type != 'code' or HIDDEN.search(cell.source): continue
+        source = DIRECTIVE.sub('', cell.source).strip()
+        if source and not NO_ECHO.search(cell.source): yield f'```python\n{source}\n```'
+        yield from outputs(cell)
+
+
+def readme(root: Path = ROOT) -> str:
+    note = '<!-- Written by tools/readme.py from nbs/index.ipynb: edit that. -->'
+    return '\n\n'.join([note, *blocks(nbformat.read(root/'nbs/index.ipynb', as_version=4))]) + '\n'
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__)
+    ap.add_argument('--check', action='store_true', help='change nothing, exit 1 if README.md is not current')
+    target, text = ROOT/'README.md', readme()
+    if not ap.parse_args().check: target.write_text(text, encoding='utf-8')
+    elif not target.exists() or target.read_text(encoding='utf-8') != text: sys.exit('README.md is not current: run `uv run python tools/readme.py`')
+
+
+if __name__ == '__main__': main()
