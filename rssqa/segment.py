@@ -15,7 +15,7 @@ import numpy as np
 
 from .core import BadImage, Incompatible, Problem, Registry, as_image, digest, segmenters, state_digest
 
-# %% ../nbs/20_segment.ipynb #b4fc7c6f
+# %% ../nbs/20_segment.ipynb #56841c8b
 @dataclass(frozen=True)
 class SegOutput:
     "The result of a segmenter for a batch."
@@ -27,7 +27,7 @@ class SegOutput:
         return (self.logits / temperature).softmax(1)
 
     @property
-    def mask(self): return self.logits.argmax(1) # (N,H,W) int64 class ids
+    def mask(self): return self.logits.max(1).indices # (N,H,W) int64 class ids
     @property
     def confidence(self): return self.probs().amax(1) # (N,H,W) 0..1
 
@@ -74,7 +74,7 @@ class listen:
     @property
     def features(self): return tuple(self.heard[n] for n in self.names)
 
-# %% ../nbs/20_segment.ipynb #db8a4ef1
+# %% ../nbs/20_segment.ipynb #9f7f6b71
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MIN_SIDE = 16
 
@@ -94,6 +94,7 @@ class TorchSegmenter:
     ):
         self.net, self.classes, self.taps, self.name, self.device = net.eval().to(device), tuple(classes), tuple(taps), name, device
         self.mean, self.std, self.stride, self.temperature = tuple(mean), tuple(std), stride, float(temperature)
+        self.reference = None # statistics of the pooled taps on training images, see rssqa.confidence.tap_columns
 
     def __call__(self, x) -> SegOutput: # x (N,3,H,W) float32 RGB 0..1
         import torch

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'MARKERS', 'OA_MAP', 'STYLE', 'METRICS', 'IGNORED', 'WRONG', 'set_style', 'Display', 'project',
-           'separation', 'separation_text', 'plot_embedding', 'agreement', 'plot_predicted_true', 'plot_calibration',
-           'recommendation', 'plot_recommendation', 'method_shares', 'plot_methods', 'best_rows', 'plot_comparison',
+           'separation', 'separation_text', 'plot_embedding', 'scores', 'plot_predicted_true', 'plot_calibration',
+           'follow', 'plot_recommendation', 'method_shares', 'plot_methods', 'best_rows', 'plot_comparison',
            'case_panels', 'case_oa', 'plot_case', 'worst', 'plot_worst']
 
-# %% ../nbs/60_viz.ipynb #c1b40cb2
-import io, os
+# %% ../nbs/60_viz.ipynb #f3e83d68
+import io, os, textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
@@ -18,9 +18,11 @@ import numpy as np
 import pandas as pd
 
 from .core import BadImage, Incompatible, SchemaError, as_image, unknown
+from .data import colourise
+from .metrics import IGNORE, plcc, single_best, wide, within
 
-# %% ../nbs/60_viz.ipynb #1758adfa
-PALETTE = ('#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#56B4E9', '#7F7F7F', '#000000')
+# %% ../nbs/60_viz.ipynb #b04ea847
+PALETTE = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9', '#7F7F7F', '#000000')
 MARKERS = 'osD^vPX*'
 OA_MAP = 'viridis'
 STYLE = {'figure.dpi': 80, 'savefig.dpi': 80, 'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
@@ -33,7 +35,7 @@ def set_style() -> None:
     import matplotlib
     matplotlib.rcParams.update(STYLE, **{'axes.prop_cycle': matplotlib.cycler(color=PALETTE)})
 
-# %% ../nbs/60_viz.ipynb #a404cb48
+# %% ../nbs/60_viz.ipynb #d846265e
 @dataclass(repr=False)
 class Display:
     "A picture together with the numbers that it draws."
@@ -65,9 +67,12 @@ def _display(data, ax): return Display(data, ax, np.ravel(ax)[0].get_figure(root
 def _plain(text): return str(text).replace('$', r'\$')   # a name is never a formula
 
 
-def _title(ax, title, note=''): # bold title, small grey note under it
-    ax.set_title(_plain(title), pad=6 + 11 * (note.count('\n') + 1 if note else 0))
-    ax.annotate(_plain(note), (0, 1), xytext=(0, 4), xycoords='axes fraction', textcoords='offset points', va='bottom', fontsize=8, color='#555555')
+def _title(ax, title, note=''): # bold title, small grey note under it, wrapped to the width of the panel
+    width = ax.get_figure(root=True).get_figwidth() / (ax.get_subplotspec().get_gridspec().ncols if ax.get_subplotspec() else 1)
+    lines = [part for line in note.split('\n') for part in textwrap.wrap(line, int(width * 13))]
+    ax.set_title(_plain(title), pad=6 + 11 * len(lines))
+    ax.annotate(_plain('\n'.join(lines)), (0, 1), xytext=(0, 4), xycoords='axes fraction', textcoords='offset points', va='bottom', fontsize=8, color='#555555'
+                ).set_in_layout(False)   # a long note must not squeeze the axes
 
 # %% ../nbs/60_viz.ipynb #2d26975e
 def _need(table, columns, what): # raise unless the table has rows and these columns
@@ -82,7 +87,7 @@ def _measured(table, columns, what): # -> rows where these numbers are finite, n
     if not len(good): raise SchemaError(f'cannot draw {what}', f'{", ".join(columns)} are missing in all {len(table)} rows', 'predict or score the table first')
     return good, f', {len(table) - len(good)} without numbers left out' if len(good) < len(table) else ''
 
-# %% ../nbs/60_viz.ipynb #9e5fc0b1
+# %% ../nbs/60_viz.ipynb #93d82337
 def project(
     features, # (N,D) numbers
     method: str = 'umap', # 'umap', 'tsne' or 'pca'
@@ -101,16 +106,16 @@ def project(
     if table is not None and len(table) != len(x):
         raise Incompatible('cannot project', f'found {len(x)} feature rows and {len(table)} table rows', 'pass the table that the features came from')
     keep = np.arange(len(x)) if len(x) <= max_points else np.sort(np.random.default_rng(seed).choice(len(x), max_points, replace=False))
-    used = method if len(keep) >= 5 else 'pca'
+    used = method if len(keep) >= 5 and np.ptp(x[keep], axis=0).any() else 'pca'
     options = {'umap': dict(n_neighbors=min(n_neighbors, len(keep) - 1), min_dist=min_dist, n_epochs=n_epochs, metric=metric),
                'tsne': dict(perplexity=min(perplexity, (len(keep) - 1) / 3), metric=metric), 'pca': {}}[used]
     uv = drawers[used](x[keep], seed, **options)
     out = pd.DataFrame(uv, index=keep, columns=['u', 'v'])
     if table is not None: out = out.join(table.reset_index(drop=True).drop(columns=['u', 'v'], errors='ignore'))
-    out.attrs = dict(method=used, seed=seed, **options, n=len(keep), of=len(x)) | ({} if used == method else {'note': f'too few points for {method}'})
+    out.attrs = dict(method=used, seed=seed, **options, n=len(keep), of=len(x)) | ({} if used == method else {'note': f'too few distinct points for {method}'})
     return out
 
-# %% ../nbs/60_viz.ipynb #c8b96e38
+# %% ../nbs/60_viz.ipynb #fadd25a5
 def _features(features): # -> (N,D>=2) float32, finite
     x = np.asarray(features, np.float32)
     if x.ndim != 2 or not x.size: raise SchemaError('cannot use the features', f'found shape {x.shape}, expected (N,D) with at least one row', 'pass one row a point')
@@ -129,7 +134,8 @@ def _pca(x, seed):
 
 def _tsne(x, seed, **options):
     from sklearn.manifold import TSNE
-    return TSNE(random_state=seed, init='random', n_jobs=1, **options).fit_transform(x)
+    uv = _pca(x, seed)
+    return TSNE(random_state=seed, init=uv / (uv.std() or 1) * 1e-4, n_jobs=1, **options).fit_transform(x)
 
 
 def _umap(x, seed, **options):
@@ -205,17 +211,18 @@ def _trust(x, uv, k, metric):
     from sklearn.manifold import trustworthiness
     return float(trustworthiness(x, uv, n_neighbors=min(k, (len(x) - 1) // 2), metric=metric))
 
-# %% ../nbs/60_viz.ipynb #63675a5a
+# %% ../nbs/60_viz.ipynb #9da5523a
 def separation_text(
     numbers: dict | None, # what `separation` returned
-) -> str: # two lines for a figure or a report
+) -> str: # up to three lines for a figure or a report
     "Say in words what was measured, or that nothing was."
     if not numbers: return 'separation not measured: nearness in this picture is no evidence'
     if not numbers['n']: return 'separation cannot be measured: too few rows, or a single scene a dataset'
     where = 'within dataset, other scenes only' if numbers['other_scenes_only'] else 'within dataset'
-    trust = '' if np.isnan(numbers['trustworthiness']) else f' · trustworthiness of the picture {numbers["trustworthiness"]:.2f}'
-    return (f'original space, {where}, k = {numbers["k"]}, n = {numbers["n"]:,}: skill {numbers["skill"]:.2f} (MAE {numbers["knn_mae"]:.3f} against {numbers["mean_mae"]:.3f})\n'
-            f'tertiles {numbers["tertile_accuracy"]:.0%} right (chance {numbers["chance"]:.0%}) · silhouette {numbers["silhouette"]:.2f}{trust}')
+    trust = '' if np.isnan(numbers['trustworthiness']) else f' · picture trustworthy to {numbers["trustworthiness"]:.2f}'
+    return (f'original space, {where}, k = {numbers["k"]}, n = {numbers["n"]:,}:\n'
+            f'skill {numbers["skill"]:.2f} (MAE {numbers["knn_mae"]:.3f} against {numbers["mean_mae"]:.3f}) · silhouette {numbers["silhouette"]:.2f}\n'
+            f'tertiles {numbers["tertile_accuracy"]:.0%} right (chance {numbers["chance"]:.0%}){trust}')
 
 
 def _made(attrs): # how a projection was made, in one line
@@ -237,7 +244,7 @@ def _groups(values): # -> (name, rows, colour, marker) a category, in order
     for i, name in enumerate(sorted(names.unique())):
         yield name, (names == name).to_numpy(), PALETTE[i % 8], MARKERS[(i + i // 8) % 8]
 
-# %% ../nbs/60_viz.ipynb #3607f76a
+# %% ../nbs/60_viz.ipynb #6af8a2a8
 def plot_embedding(
     emb: pd.DataFrame, # columns u, v and `color`
     color: str = 'oa', # column; numbers get the continuous map (0..1 for accuracies), anything else the palette
@@ -250,39 +257,32 @@ def plot_embedding(
     _need(emb, ['u', 'v', color], 'an embedding')
     data = emb.sample(min(len(emb), max_points), random_state=0)   # also shuffles, so that no class hides another
     ax, size = _canvas(ax, 5.6, 4.6), float(np.clip(3000 / len(data), 3, 36))
-    style = dict(s=size, linewidths=.2, edgecolors='#333333', rasterized=True)
+    name, style = 'OA' if color == 'oa' else color, dict(s=size, linewidths=.2, edgecolors='#333333', rasterized=True)
     if _is_scale(data[color]) and data[color].notna().any():
         lo, hi = _limits(data[color])
         marks = ax.scatter(data.u, data.v, c=data[color], cmap=OA_MAP, vmin=lo, vmax=hi, plotnonfinite=True, **style)
-        ax.figure.colorbar(marks, ax=ax, label=_plain(color), shrink=.8)
+        ax.figure.colorbar(marks, ax=ax, label=_plain(name), shrink=.8)
     else:
-        for name, i, colour, marker in _groups(data[color]):
-            ax.scatter(data.u[i], data.v[i], c=colour, marker=marker, label=f'{_plain(name[:24])} ({i.sum():,})', **style)
+        for group, i, colour, marker in _groups(data[color]):
+            ax.scatter(data.u[i], data.v[i], c=colour, marker=marker, label=f'{_plain(group[:24])} ({i.sum():,})', **style)
         ax.legend(loc='upper left', bbox_to_anchor=(1, 1), markerscale=max(1, (20 / size)**.5))
     drawn = f'n = {len(data):,}' + (f' of {emb.attrs.get("of", len(emb)):,}' if len(data) < emb.attrs.get('of', len(emb)) else '')
-    _title(ax, title or f'features, coloured by {color}', f'{drawn} · {_made(emb.attrs)}\n{separation_text(numbers)}')
+    _title(ax, title or f'features, coloured by {name}', f'{drawn} · {_made(emb.attrs)}\n{separation_text(numbers)}')
     ax.set(xticks=[], yticks=[], xlabel='u (no unit)', ylabel='v (no unit)')
     return _display(data, ax)
 
-# %% ../nbs/60_viz.ipynb #d79cc4e7
-def agreement(
+# %% ../nbs/60_viz.ipynb #d672a52f
+def scores(
     sqed: pd.DataFrame, # image_id, dataset, oa and `column`
     column: str = 'predicted', # which prediction
 ) -> dict: # srocc_image, srocc_dataset, plcc_dataset, mae, bias, n_rows, n_images
     "Compare predicted with true OA within image, within dataset and in absolute terms."
-    t, _ = _measured(sqed, ['oa', column], 'predicted against true')
-    error = t[column] - t.oa
-    return dict(srocc_image=_correlation(t, ['dataset', 'image_id'], column, True), srocc_dataset=_correlation(t, ['dataset'], column, True),
-                plcc_dataset=_correlation(t, ['dataset'], column, False), mae=error.abs().mean(), bias=error.mean(),
-                n_rows=len(t), n_images=len(t.drop_duplicates(['dataset', 'image_id'])))
+    t = _measured(sqed, ['oa', column], 'predicted against true')[0].assign(predicted=lambda t: t[column])
+    error = t.predicted - t.oa
+    return dict(srocc_image=within(t, 'image_id')[0], srocc_dataset=within(t, 'dataset')[0], plcc_dataset=within(t, 'dataset', plcc)[0],
+                mae=float(error.abs().mean()), bias=float(error.mean()), n_rows=len(t), n_images=t.image_id.nunique())
 
-
-def _correlation(t, keys, column, ranked): # mean over groups of at least three rows whose OA varies; a constant prediction scores 0
-    groups = [g for _, g in t.groupby(keys) if len(g) >= 3 and g.oa.nunique() > 1]
-    values = [(g.oa.rank().corr(g[column].rank()) if ranked else g.oa.corr(g[column])) if g[column].nunique() > 1 else 0. for g in groups]
-    return float(np.mean(values)) if values else np.nan
-
-# %% ../nbs/60_viz.ipynb #f23356b3
+# %% ../nbs/60_viz.ipynb #5be20a98
 def plot_predicted_true(
     sqed: pd.DataFrame, # image_id, dataset, oa, predicted and `by`
     by: str = 'dataset', # column that colours the points
@@ -293,7 +293,7 @@ def plot_predicted_true(
     "Draw predicted against true OA, with agreement measured within image and within dataset."
     _need(sqed, ['image_id', 'dataset', by], 'predicted against true')
     t, left = _measured(sqed, ['oa', column], 'predicted against true')
-    a, data, ax = agreement(t, column), t.sample(min(len(t), max_points), random_state=0), _canvas(ax, 5.6, 4.8)
+    a, data, ax = scores(t, column), t.sample(min(len(t), max_points), random_state=0), _canvas(ax, 5.6, 4.8)
     for name, i, colour, marker in _groups(data[by]):
         ax.scatter(data[column][i], data.oa[i], s=14, c=colour, marker=marker, alpha=.65, linewidths=0, label=_plain(name[:24]), rasterized=True)
     both = np.concatenate([data[column], data.oa])
@@ -302,10 +302,10 @@ def plot_predicted_true(
     ax.set(xlim=(lo, hi), ylim=(lo, hi), aspect='equal', xlabel='predicted OA', ylabel='true OA')
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     _title(ax, 'predicted against true', f'n = {a["n_rows"]:,} maps of {a["n_images"]:,} images{left}\nSROCC within image {a["srocc_image"]:.2f}, within dataset {a["srocc_dataset"]:.2f}'
-           f' · PLCC {a["plcc_dataset"]:.2f} · MAE {a["mae"]:.3f} · bias {a["bias"]:+.3f}')
+           f' · PLCC {a["plcc_dataset"]:.2f} · MAE {a["mae"]:.3f} · bias {round(a["bias"], 3) + 0:.3f}')
     return _display(data, ax)
 
-# %% ../nbs/60_viz.ipynb #22a7ed66
+# %% ../nbs/60_viz.ipynb #10e10f1b
 def plot_calibration(
     sqed: pd.DataFrame, # oa and `column`
     column: str = 'predicted', # which prediction
@@ -318,7 +318,7 @@ def plot_calibration(
     g = t.groupby(part)
     data = pd.DataFrame(dict(predicted=g[column].mean(), true=g.oa.mean(), low=g.oa.quantile(.1), high=g.oa.quantile(.9), n=g.size())).reset_index(drop=True)
     gap = float(((data.predicted - data.true).abs() * data.n).sum() / data.n.sum())
-    ax = _canvas(ax, 4.6, 4.4)
+    ax = _canvas(ax, 5.6, 4.8)
     ax.vlines(data.predicted, data.low, data.high, color=PALETTE[0], lw=4, alpha=.25)
     ax.plot(data.predicted, data.true, 'o-', color=PALETTE[0], ms=5)
     lo, hi = data[['predicted', 'low']].min(axis=None) - .02, data[['predicted', 'high']].max(axis=None) + .02
@@ -327,25 +327,24 @@ def plot_calibration(
     _title(ax, 'calibration', f'n = {len(t):,} maps in {len(data)} bins of equal count{left}\nmean distance from the line {gap:.3f}')
     return _display(data, ax)
 
-# %% ../nbs/60_viz.ipynb #c7d756b4
-def recommendation(
+# %% ../nbs/60_viz.ipynb #f592a6c7
+def follow(
     sqed: pd.DataFrame, # image_id, dataset, method, oa and `column`; images that lack a method of their dataset are left out
     column: str = 'predicted', # the method with the highest value is recommended
-    always: str | dict | None = None, # the rival: a method, a method a dataset, or None for the best on average in this table
+    always: str | dict | None = None, # the rival: a method, a dict from `metrics.single_best(train)`, or None for the best in this table
 ) -> pd.DataFrame: # one row a dataset and a last row 'all': n_images, always, random_oa, always_oa, picked_oa, oracle_oa, regret, gap_closed, top1
     "Compare following the prediction with always using one method and with an oracle."
     _need(sqed, ['image_id', 'dataset', 'method'], 'a recommendation')
     t, _ = _measured(sqed, ['oa', column], 'a recommendation')
-    parts = [_picks(part, column, always.get(name) if isinstance(always, dict) else always) for name, part in t.groupby('dataset')]
-    images = pd.concat(parts)
+    rivals = single_best(t) if always is None else always if isinstance(always, dict) else {'': always}
+    images = pd.concat([_picks(part, column, rivals.get(name, rivals.get(''))) for name, part in t.groupby('dataset')])
     return pd.concat([_summary(images.groupby('dataset')), _summary(images.groupby(lambda _: 'all'))])
 
 
 def _picks(part, column, always): # rows of one dataset -> one row an image: OA of each choice
-    oa, score = (part.pivot(index='image_id', columns='method', values=c).dropna() for c in ('oa', column))
+    oa, score = (wide(part, c).dropna() for c in ('oa', column))
     if not len(oa): raise SchemaError(f'cannot compare methods of {part.dataset.iloc[0]}', 'no image has a row for every method', 'score every image with every method')
-    always = always or oa.mean().idxmax()
-    if always not in oa: raise unknown('method', always, oa.columns)
+    if always not in oa: raise unknown('method', str(always), oa.columns)
     picked = oa.to_numpy()[np.arange(len(oa)), score.to_numpy().argmax(1)]
     return pd.DataFrame(dict(dataset=part.dataset.iloc[0], always=always, random_oa=oa.mean(axis=1), always_oa=oa[always], picked_oa=picked,
                              oracle_oa=oa.max(axis=1), top1=picked >= oa.max(axis=1)))
@@ -358,7 +357,7 @@ def _summary(groups): # mean over images
     gap = out.oracle_oa - out.always_oa
     return out.assign(regret=out.oracle_oa - out.picked_oa, gap_closed=((out.picked_oa - out.always_oa) / gap.where(gap > 1e-9)))
 
-# %% ../nbs/60_viz.ipynb #cb704d7f
+# %% ../nbs/60_viz.ipynb #df9b4ca2
 def plot_recommendation(
     sqed: pd.DataFrame, # image_id, dataset, method, oa, predicted
     baseline: str | None = None, # a second column to follow instead, such as 'conf'
@@ -367,12 +366,12 @@ def plot_recommendation(
     ax=None, # matplotlib axes
 ) -> Display:
     "Draw mean OA a dataset of the recommended method between always using one and an oracle."
-    data = recommendation(sqed, column, always)
-    if baseline: data = data.join(recommendation(sqed, baseline, always)[['picked_oa', 'gap_closed']].rename(columns=lambda c: f'{c}_{baseline}'))
+    data = follow(sqed, column, always)
+    if baseline: data = data.join(follow(sqed, baseline, always)[['picked_oa', 'gap_closed']].rename(columns=lambda c: f'{c}_{baseline}'))
     ax, y = _canvas(ax, 6.4, 1.4 + .5 * len(data)), np.arange(len(data))[::-1]
     ax.hlines(y, data.always_oa, data.oracle_oa, color='#CCCCCC', lw=3, zorder=1)
     marks = [('random_oa', '|', '#888888', 'random'), ('always_oa', 's', '#7F7F7F', 'always one method'), ('picked_oa', 'o', PALETTE[0], 'recommended'), ('oracle_oa', 'D', '#000000', 'oracle')]
-    if baseline: marks.insert(3, (f'picked_oa_{baseline}', '^', PALETTE[3], f'by {baseline}'))
+    if baseline: marks.insert(3, (f'picked_oa_{baseline}', '^', PALETTE[4], f'by {baseline}'))
     for name, marker, colour, label in marks: ax.scatter(data[name], y, marker=marker, c=colour, s=46, label=_plain(label), zorder=2)
     for name, row, at in zip(data.index, data.to_dict('records'), y): ax.annotate(_closed(row['gap_closed']), (1.01, at), xycoords=('axes fraction', 'data'), va='center')
     ax.set_yticks(y, [_plain(f'{name} (n = {n})') for name, n in zip(data.index, data.n_images)])
@@ -386,7 +385,7 @@ def plot_recommendation(
 
 def _closed(value): return 'no gap' if np.isnan(value) else f'{value:+.0%}'
 
-# %% ../nbs/60_viz.ipynb #eabef649
+# %% ../nbs/60_viz.ipynb #3586cdf7
 def method_shares(
     sqed: pd.DataFrame, # image_id, dataset, method, oa and, if there is one, `column`
     column: str = 'predicted', # which prediction
@@ -400,9 +399,8 @@ def method_shares(
 
 
 def _wins(t, column): # share of images a method wins; ties are split
-    keys = [t.dataset, t.image_id]
-    top = t[column].eq(t[column].groupby(keys).transform('max'))
-    return (top / top.groupby(keys).transform('sum')).groupby(t.method).sum() / len(t.drop_duplicates(['dataset', 'image_id']))
+    top = t[column].eq(t.groupby('image_id')[column].transform('max'))
+    return (top / top.groupby(t.image_id).transform('sum')).groupby(t.method).sum() / t.image_id.nunique()
 
 
 def plot_methods(
@@ -477,7 +475,7 @@ def _metric_panel(ax, data, metric, y, ours):
     ax.margins(x=.15)
     ax.set_ylim(-.6, len(data) - .4)
 
-# %% ../nbs/60_viz.ipynb #496c0c56
+# %% ../nbs/60_viz.ipynb #e93ef890
 IGNORED, WRONG = (190, 190, 190), (213, 94, 0)
 
 
@@ -496,25 +494,22 @@ def case_panels(
 
 
 def _paint(mask, palette, shape, name): # (h,w) ids -> (h,w,3)
-    mask, colours = np.asarray(mask), np.asarray(palette, np.uint8).reshape(-1, 3)
-    if mask.shape != shape: raise BadImage(f'cannot paint the {name}', f'found shape {mask.shape}, the image has {shape}', 'pass masks of the size of the image')
-    if bad := set(np.unique(mask).tolist()) - set(range(len(colours))) - {255}:
-        raise BadImage(f'cannot paint the {name}', f'found class ids {sorted(bad)[:5]}, the palette has {len(colours)} colours', 'pass the palette of this dataset')
-    return np.vstack([colours, [IGNORED]]).astype(np.uint8)[np.where(mask == 255, len(colours), mask).astype(int)]
+    if np.shape(mask) != shape: raise BadImage(f'cannot paint the {name}', f'found shape {np.shape(mask)}, the image has {shape}', 'pass masks of the size of the image')
+    return colourise(np.asarray(mask), palette, IGNORED)
 
 
 def _errors(rgb, truth, mask): # faded image, wrong pixels red, unlabelled grey
     faded = np.repeat((rgb.mean(-1, keepdims=True) * .4 + 150).astype(np.uint8), 3, -1)
-    faded[(truth != mask) & (truth != 255)], faded[truth == 255] = WRONG, IGNORED
+    faded[(truth != mask) & (truth != IGNORE)], faded[truth == IGNORE] = WRONG, IGNORED
     return faded
 
 
 def case_oa(truth, mask) -> float: # 0..1; nan where nothing is labelled
     "Measure overall accuracy over labelled pixels."
-    valid = np.asarray(truth) != 255
+    valid = np.asarray(truth) != IGNORE
     return float((np.asarray(truth) == np.asarray(mask))[valid].mean()) if valid.any() else np.nan
 
-# %% ../nbs/60_viz.ipynb #eef52f30
+# %% ../nbs/60_viz.ipynb #e47a4f5d
 def plot_case(
     image, # (3,h,w)
     truth: np.ndarray | None, # (h,w) class ids, 255 = ignore, or None
@@ -526,7 +521,8 @@ def plot_case(
     "Draw image, truth, map and error side by side."
     from matplotlib.figure import Figure
     panels = case_panels(image, predicted_mask, palette, truth)
-    if axes is None: axes = Figure((2.2 * len(panels), 2.7), layout='constrained').subplots(1, len(panels))
+    height, width = np.shape(predicted_mask)
+    if axes is None: axes = Figure((2.2 * len(panels), 2.2 * height / width + .4 + .25 * bool(title)), layout='constrained').subplots(1, len(panels))
     oa = np.nan if truth is None else case_oa(truth, predicted_mask)
     for ax, (name, panel) in zip(np.ravel(axes), panels.items()):
         ax.imshow(panel)
@@ -540,11 +536,11 @@ def _class_shares(truth, mask, classes): # one row a class
     mask, ids = np.asarray(mask), np.arange(classes)
     out = pd.DataFrame(dict(class_id=ids, map_share=[(mask == c).mean() for c in ids]))
     if truth is None: return out
-    t, valid = np.asarray(truth), np.asarray(truth) != 255
+    t, valid = np.asarray(truth), np.asarray(truth) != IGNORE
     shares = [(t[valid] == c).mean() if valid.any() else np.nan for c in ids]
     return out.assign(truth_share=shares, found=[(mask[t == c] == c).mean() if (t == c).any() else np.nan for c in ids])
 
-# %% ../nbs/60_viz.ipynb #03489fe9
+# %% ../nbs/60_viz.ipynb #2bb9d06a
 def worst(
     sqed: pd.DataFrame, # image_id, dataset, method, oa, predicted
     n: int = 4, # rows
@@ -557,7 +553,7 @@ def worst(
     t, _ = _measured(sqed, ['oa', column] if by == 'error' else ['oa'], 'worst cases')
     if column in t: t = t.assign(error=t[column] - t.oa)
     order = -t.error.abs() if by == 'error' else t.oa
-    return t.loc[order.sort_values(kind='stable').index].drop_duplicates(['dataset', 'image_id']).head(n)
+    return t.loc[order.sort_values(kind='stable').index].drop_duplicates('image_id').head(n)
 
 
 def plot_worst(
@@ -569,10 +565,11 @@ def plot_worst(
     "Draw the worst cases, one row each: image, truth, map, error."
     from matplotlib.figure import Figure
     rows = worst(sqed, n, by)
-    figure = Figure((8.8, 2.5 * len(rows)), layout='constrained')
-    parts = np.ravel(figure.subfigures(len(rows), 1))
-    for part, (_, row) in zip(parts, rows.iterrows()):
-        case = load(row)
+    cases = [load(row) for _, row in rows.iterrows()]
+    heights = [2.2 * np.divide(*np.shape(case['mask'])) + .65 for case in cases]
+    figure = Figure((8.8, sum(heights)), layout='constrained')
+    parts = np.ravel(figure.subfigures(len(rows), 1, height_ratios=heights))
+    for part, case, (_, row) in zip(parts, cases, rows.iterrows()):
         said = f', predicted {row.predicted:.3f}' if 'predicted' in row and np.isfinite(row.predicted) else ''
         plot_case(case['image'], case.get('truth'), case['mask'], case['palette'], f'{row.dataset} {row.image_id} · {row.method}: OA {row.oa:.3f}{said}',
                   part.subplots(1, 2 if case.get('truth') is None else 4))

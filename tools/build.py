@@ -8,6 +8,8 @@ os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')
 import jupytext, nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from nbdev.config import add_init
+from nbdev.doclinks import _build_modidx
 from nbdev.export import nb_export
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -52,6 +54,7 @@ def main():
             try: execute(path, set(args.flags.split()))
             except CellExecutionError as e: sys.exit(f'{path.name}: {e}')
         print(path.relative_to(ROOT), f'{path.stat().st_size // 1024} KB', *faults(path))
+    os.chdir(ROOT); add_init(ROOT/'rssqa'); _build_modidx()
 
 
 if __name__ == '__main__': main()

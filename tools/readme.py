@@ -1,5 +1,6 @@
 """Write README.md from nbs/index.ipynb, without Quarto: `readme.py [--check]`."""
 import argparse, posixpath, re, sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import nbformat
@@ -34,8 +35,12 @@ def blocks(nb):
 
 
 def readme(root: Path = ROOT) -> str:
+    ini = ConfigParser(delimiters=['='], interpolation=None)
+    ini.read(root/'settings.ini', encoding='utf-8')
+    here = '{git_url}/blob/{branch}/'.format(**ini['DEFAULT'])      # the site needs full links to files of the project, the README does not
     note = '<!-- Written by tools/readme.py from nbs/index.ipynb: edit that. -->'
-    return '\n\n'.join([note, *blocks(nbformat.read(root/'nbs/index.ipynb', as_version=4))]) + '\n'
+    text = '\n\n'.join([note, *blocks(nbformat.read(root/'nbs/index.ipynb', as_version=4))]) + '\n'
+    return text.replace(f']({here}', '](')
 
 
 def main():
