@@ -16,13 +16,13 @@ import numpy as np
 from .core import DataNotFound
 from .data import IGNORE, Archive, ByColour, ById, DatasetSpec, pictures
 
-# %% ../nbs/10a_catalog.ipynb #5ae45678
+# %% ../nbs/10a_catalog.ipynb #896e4265
 _ISPRS = {'impervious_surface': (255, 255, 255), 'building': (0, 0, 255), 'low_vegetation': (0, 255, 255),
           'tree': (0, 255, 0), 'car': (255, 255, 0), 'clutter': (255, 0, 0)}
 _ISPRS_TERMS = dict(licence='on request from the ISPRS for research; must not be passed on',
     homepage='https://www.isprs.org/education/benchmarks/UrbanSemLab/default.aspx',
     citation='ISPRS WG III/4, 2D Semantic Labeling Contest')
-_ISPRS_STEPS = 'Fill in the request form on the home page. You will be given an address; fetch {files} and unpack them into one folder.'
+_ISPRS_STEPS = 'Fill in the request form on the home page. You will be given an address. Fetch {files}; unpack all into one folder.'
 _VAIHINGEN_ZIPS = ('ISPRS_semantic_labeling_Vaihingen.zip, ISPRS_semantic_labeling_Vaihingen_ground_truth_COMPLETE.zip and '
                    'ISPRS_semantic_labeling_Vaihingen_ground_truth_eroded_COMPLETE.zip')
 _POTSDAM_ZIPS = '2_Ortho_RGB.zip, 5_Labels_all.zip and 5_Labels_all_noBoundary.zip'
@@ -35,9 +35,10 @@ def snap(
     "Move every channel to its nearer end, which undoes lossy compression of ISPRS colours."
     return np.where(raw > 127, 255, 0).astype(np.uint8)
 
-# %% ../nbs/10a_catalog.ipynb #255c7fc3
+# %% ../nbs/10a_catalog.ipynb #6fd57582
 _VAIHINGEN = {'train': '1 3 5 7 11 13 15 17 21 23 26 28 30 32 34 37', 'test': '2 4 6 8 10 12 14 16 20 22 24 27 29 31 33 35 38'}
-_POTSDAM = {'train': '2_10 2_11 2_12 3_10 3_11 3_12 4_10 4_11 4_12 5_10 5_11 5_12 6_7 6_8 6_9 6_10 6_11 6_12 7_7 7_8 7_9 7_10 7_11 7_12',
+_POTSDAM = {'train': '2_10 2_11 2_12 3_10 3_11 3_12 4_10 4_11 4_12 5_10 5_11 5_12 '
+                     '6_7 6_8 6_9 6_10 6_11 6_12 7_7 7_8 7_9 7_10 7_11 7_12',
             'test': '2_13 2_14 3_13 3_14 4_13 4_14 4_15 5_13 5_14 5_15 6_13 6_14 6_15 7_13'}
 
 
@@ -50,14 +51,15 @@ def _potsdam_file(path):
     hit = re.fullmatch(r'top_potsdam_(\d+_\d+)_(RGB|RGBIR|IRRG|label|label_noBoundary)', path.stem)
     return hit and (hit[1], {'RGB': 'image', 'label': 'full', 'label_noBoundary': 'eroded'}.get(hit[2], hit[2]))
 
-# %% ../nbs/10a_catalog.ipynb #193aa485
+# %% ../nbs/10a_catalog.ipynb #cae5df29
 def _find_isprs(root, tell, splits, labels='auto', faulty=()) -> Iterator[dict]:
     files = {}
     for path in sorted(root.rglob('top_*.tif')):
         if hit := tell(path): files.setdefault(hit[1], {}).setdefault(hit[0], path.relative_to(root).as_posix())
     images = files.get('image', {})
     if not images and (other := files.keys() & {'RGBIR', 'IRRG'}):
-        raise DataNotFound(f'no RGB images of Potsdam in {root}', f'found only {" and ".join(sorted(other))}', 'add 2_Ortho_RGB.zip')
+        raise DataNotFound(f'no RGB images of Potsdam in {root}', f'found only {" and ".join(sorted(other))}',
+                           'add 2_Ortho_RGB.zip')
     masks = files.get('eroded' if labels == 'eroded' or labels == 'auto' and 'eroded' in files else 'full', {})
     for split, tiles in splits.items():
         for tile in tiles.split():
@@ -73,18 +75,19 @@ def isprs(
     faulty: bool = False, # keep Potsdam 7_10
 ) -> DatasetSpec:
     "Describe one of the two ISPRS cities; the registered ones use the defaults."
-    wide = city == 'vaihingen'
-    find = partial(_find_isprs, tell=_vaihingen_file if wide else _potsdam_file, splits=_VAIHINGEN if wide else _POTSDAM,
-                   labels=labels, faulty=() if faulty or wide else ('7_10',))
-    return DatasetSpec(city, tuple(_ISPRS), tuple(_ISPRS.values()), find, _isprs_decode, 0.09 if wide else 0.05, 'IRRG' if wide else 'RGB',
-                       'top/top_mosaic_09cm_area1.tif' if wide else '2_Ortho_RGB/top_potsdam_2_10_RGB.tif', **_ISPRS_TERMS,
-                       manual=_ISPRS_STEPS.format(files=_VAIHINGEN_ZIPS if wide else _POTSDAM_ZIPS),
-                       mend=() if wide else (('top_potsdam_4_12_label*', snap), ('top_potsdam_6_7_label*', snap)))
+    infrared = city == 'vaihingen'
+    find = partial(_find_isprs, tell=_vaihingen_file if infrared else _potsdam_file, splits=_VAIHINGEN if infrared else _POTSDAM,
+                   labels=labels, faulty=() if faulty or infrared else ('7_10',))
+    return DatasetSpec(city, tuple(_ISPRS), tuple(_ISPRS.values()), find, _isprs_decode,
+                       0.09 if infrared else 0.05, 'IRRG' if infrared else 'RGB',
+                       'top/top_mosaic_09cm_area1.tif' if infrared else '2_Ortho_RGB/top_potsdam_2_10_RGB.tif', **_ISPRS_TERMS,
+                       manual=_ISPRS_STEPS.format(files=_VAIHINGEN_ZIPS if infrared else _POTSDAM_ZIPS),
+                       mend=() if infrared else (('top_potsdam_4_12_label*', snap), ('top_potsdam_6_7_label*', snap)))
 
 
 vaihingen, potsdam = isprs('vaihingen'), isprs('potsdam')
 
-# %% ../nbs/10a_catalog.ipynb #d129d89a
+# %% ../nbs/10a_catalog.ipynb #71d8205d
 def _splits(root, names, find) -> Iterator[dict]:
     "Yield the entries of each split folder that exists, here or one folder down."
     homes = [root, *sorted(p for p in root.iterdir() if p.is_dir())]
@@ -93,13 +96,15 @@ def _splits(root, names, find) -> Iterator[dict]:
         folder = next((home/n for n in options if (home/n).is_dir()), None)
         if folder is None: continue
         entries = list(find(folder, split))
-        if not entries: raise DataNotFound(f'split {split} is empty', f'found no images in {folder}', 'unpack the archive again, or remove the folder')
+        if not entries:
+            raise DataNotFound(f'split {split} is empty', f'found no images in {folder}',
+                               'unpack the archive again, or remove the folder')
         yield from ({k: v.relative_to(root).as_posix() if isinstance(v, Path) else v for k, v in e.items()} for e in entries)
 
 
 def _unless_hidden(mask, split): return mask if split != 'test' or mask.exists() else None
 
-# %% ../nbs/10a_catalog.ipynb #d50793fa
+# %% ../nbs/10a_catalog.ipynb #836cc15a
 _LOVEDA = {'background': (255, 255, 255), 'building': (255, 0, 0), 'road': (255, 255, 0), 'water': (0, 0, 255),
            'barren': (159, 129, 183), 'forest': (0, 255, 0), 'agriculture': (255, 195, 128)}
 
@@ -118,9 +123,10 @@ loveda = DatasetSpec('loveda', tuple(_LOVEDA), tuple(_LOVEDA.values()), _find_lo
     licence='CC BY-NC-SA 4.0, academic use only, commercial use prohibited; Google Earth terms apply',
     homepage='https://zenodo.org/records/5706578', citation='Wang et al., LoveDA, NeurIPS Datasets and Benchmarks 2021',
     downloads=tuple(Archive(f'https://zenodo.org/records/5706578/files/{name}.zip', f'md5:{md5}') for name, md5 in (
-        ('Train', 'de2b196043ed9b4af1690b3f9a7d558f'), ('Val', '84cae2577468ff0b5386758bb386d31d'), ('Test', 'a489be0090465e01fb067795d24e6b47'))))
+        ('Train', 'de2b196043ed9b4af1690b3f9a7d558f'), ('Val', '84cae2577468ff0b5386758bb386d31d'),
+        ('Test', 'a489be0090465e01fb067795d24e6b47'))))
 
-# %% ../nbs/10a_catalog.ipynb #91929c61
+# %% ../nbs/10a_catalog.ipynb #53269af0
 _UAVID = {'clutter': (0, 0, 0), 'building': (128, 0, 0), 'road': (128, 64, 128), 'static_car': (192, 0, 192),
           'tree': (0, 128, 0), 'low_vegetation': (128, 128, 0), 'human': (64, 64, 0), 'moving_car': (64, 0, 128)}
 
@@ -129,19 +135,22 @@ def _find_uavid(root):
     def find(folder, split):
         for image in pictures(folder, 'seq*/Images/*'):
             sequence = image.parent.parent
-            yield dict(path=image, mask_path=_unless_hidden(sequence/'Labels'/image.name, split), scene=sequence.name, split=split)
-    return _splits(root, {'train': ['train', 'uavid_train'], 'val': ['valid', 'val', 'uavid_val'], 'test': ['test', 'uavid_test']}, find)
+            mask = _unless_hidden(sequence/'Labels'/image.name, split)
+            yield dict(path=image, mask_path=mask, scene=sequence.name, split=split)
+    names = {'train': ['train', 'uavid_train'], 'val': ['valid', 'val', 'uavid_val'], 'test': ['test', 'uavid_test']}
+    return _splits(root, names, find)
 
 
 uavid = DatasetSpec('uavid', tuple(_UAVID), tuple(_UAVID.values()), _find_uavid,
     ByColour(tuple((rgb, i) for i, rgb in enumerate(_UAVID.values()))), layout='train/seq1/Images/000000.png',
-    licence='CC BY-NC-SA 4.0 (as redistributors state it)', homepage='https://uavid.nl', citation='Lyu et al., UAVid, ISPRS J. Photogramm. Remote Sens. 165, 2020',
-    manual='Ask for the data on the home page and unpack it so that train/, valid/ and test/ (or uavid_train/ and so on) lie in one folder.')
+    licence='CC BY-NC-SA 4.0 (as redistributors state it)', homepage='https://uavid.nl',
+    citation='Lyu et al., UAVid, ISPRS J. Photogramm. Remote Sens. 165, 2020',
+    manual='Ask for the data on the home page; unpack it so that train/, valid/ and test/ (or uavid_train/, …) lie side by side.')
 
-# %% ../nbs/10a_catalog.ipynb #50b83eaf
-_FLOODNET = {'background': (0, 0, 0), 'building_flooded': (255, 0, 0), 'building_non_flooded': (180, 120, 120), 'road_flooded': (160, 150, 20),
-             'road_non_flooded': (140, 140, 140), 'water': (61, 230, 250), 'tree': (0, 82, 255), 'vehicle': (255, 0, 245),
-             'pool': (255, 235, 0), 'grass': (4, 250, 7)}
+# %% ../nbs/10a_catalog.ipynb #5369fbb0
+_FLOODNET = {'background': (0, 0, 0), 'building_flooded': (255, 0, 0), 'building_non_flooded': (180, 120, 120),
+             'road_flooded': (160, 150, 20), 'road_non_flooded': (140, 140, 140), 'water': (61, 230, 250),
+             'tree': (0, 82, 255), 'vehicle': (255, 0, 245), 'pool': (255, 235, 0), 'grass': (4, 250, 7)}
 
 
 def _find_floodnet(root):
@@ -151,7 +160,9 @@ def _find_floodnet(root):
     return _splits(root, {split: [split] for split in ('train', 'val', 'test')}, find)
 
 
-floodnet = DatasetSpec('floodnet', tuple(_FLOODNET), tuple(_FLOODNET.values()), _find_floodnet, ById(tuple((i, i) for i in range(10))),
-    layout='train/train-org-img/6651.jpg', licence='CDLA-Permissive', homepage='https://github.com/BinaLab/FloodNet-Supervised_v1.0',
+floodnet = DatasetSpec('floodnet', tuple(_FLOODNET), tuple(_FLOODNET.values()), _find_floodnet,
+    ById(tuple((i, i) for i in range(10))),
+    layout='train/train-org-img/6651.jpg', licence='CDLA-Permissive',
+    homepage='https://github.com/BinaLab/FloodNet-Supervised_v1.0',
     citation='Rahnemoonfar et al., FloodNet, IEEE Access 9, 2021',
-    manual='Follow the download link of the home page (Supervised v1.0) and unpack it so that train/, val/ and test/ lie in one folder.')
+    manual='Follow the download link of the home page (Supervised v1.0); unpack it so that train/, val/, test/ lie side by side.')

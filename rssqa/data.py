@@ -7,7 +7,7 @@ __all__ = ['IGNORE', 'Archive', 'DatasetSpec', 'ById', 'ByColour', 'colourise', 
            'default_palette', 'folder_spec', 'spec_of', 'as_table', 'summary', 'scan', 'read_image', 'read_mask',
            'read_valid', 'tile', 'split_by_scene', 'folds', 'check_leak', 'split_random', 'class_fractions']
 
-# %% ../nbs/10_data.ipynb #0248f862
+# %% ../nbs/10_data.ipynb #48936136
 import os, posixpath
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,9 +20,10 @@ from typing import Any, Callable, Iterable, Iterator
 import numpy as np
 import pandas as pd
 
-from .core import BadImage, DataNotFound, Incompatible, LeakError, Problem, SchemaError, _open, as_image, datasets, file_id, progress, read_json, say
+from .core import (BadImage, DataNotFound, Incompatible, LeakError, Problem, SchemaError, _open, as_image, datasets, file_id,
+                        progress, read_json, say)
 
-# %% ../nbs/10_data.ipynb #cb691a48
+# %% ../nbs/10_data.ipynb #fe7c2420
 IGNORE = 255      # "no label here": unlabelled, no data, eroded boundary or padding
 _UNKNOWN = 254    # only inside decoders; a spec has at most 254 classes
 
@@ -57,17 +58,19 @@ class DatasetSpec:
         object.__setattr__(self, 'classes', tuple(self.classes))
         object.__setattr__(self, 'palette', tuple(tuple(int(v) for v in rgb) for rgb in self.palette))
         if faults := _spec_faults(self.classes, self.palette):
-            raise SchemaError(f'cannot describe dataset {self.name!r}', ', '.join(faults), 'give every class one name and one colour')
+            raise SchemaError(f'cannot describe dataset {self.name!r}', ', '.join(faults),
+                              'give every class one name and one colour')
 
 
 def _spec_faults(classes, palette):
     n = len(classes)
     checks = ((not 0 < n <= 254, f'{n} classes, expected 1 to 254'), (len(set(classes)) < n, 'a class name used twice'),
-              (len(palette) != n, f'{len(palette)} colours for {n} classes'), (len(set(palette)) < len(palette), 'a colour used twice'),
+              (len(palette) != n, f'{len(palette)} colours for {n} classes'),
+              (len(set(palette)) < len(palette), 'a colour used twice'),
               (any(len(c) != 3 or min(c) < 0 or max(c) > 255 for c in palette), 'a colour that is not (r,g,b) in 0..255'))
     return [text for bad, text in checks if bad]
 
-# %% ../nbs/10_data.ipynb #f12b0bf3
+# %% ../nbs/10_data.ipynb #d3ff8097
 @dataclass(frozen=True)
 class ById:
     "Turn stored numbers into class ids; a number that is not listed is an error."
@@ -75,7 +78,8 @@ class ById:
     mode = None                       # the mask is read as it is stored
 
     def __post_init__(self):
-        if odd := [v for v, _ in self.ids if not 0 <= v <= 255]: raise SchemaError('cannot describe masks', f'found class number {odd[0]}, expected 0..255', 'renumber the masks')
+        if odd := [v for v, _ in self.ids if not 0 <= v <= 255]:
+            raise SchemaError('cannot describe masks', f'found class number {odd[0]}, expected 0..255', 'renumber the masks')
 
     def __call__(self, raw: np.ndarray) -> np.ndarray:
         raw = _single_band(raw)
@@ -95,12 +99,15 @@ class ByColour:
     mode = 'RGB'                                           # the mask is read as RGB, whatever its format
 
     def __call__(self, raw: np.ndarray) -> np.ndarray:
-        if raw.ndim != 3: raise BadImage('cannot use a mask', f'found one band (shape {raw.shape}), expected colours', 'describe it with ids instead of colours')
+        if raw.ndim != 3:
+            raise BadImage('cannot use a mask', f'found one band (shape {raw.shape}), expected colours',
+                           'describe it with ids instead of colours')
         key = raw[..., 0].astype(np.uint32) << 16 | raw[..., 1].astype(np.uint32) << 8 | raw[..., 2]
         ids = _colour_table(self.colours)[key]
         if (ids == _UNKNOWN).any():
             values, counts = np.unique(key[ids == _UNKNOWN], return_counts=True)
-            raise _undescribed('colour', {(int(v) >> 16, int(v) >> 8 & 255, int(v) & 255): int(n) for v, n in zip(values, counts)}, [c for c, _ in self.colours])
+            bad = {(int(v) >> 16, int(v) >> 8 & 255, int(v) & 255): int(n) for v, n in zip(values, counts)}
+            raise _undescribed('colour', bad, [c for c, _ in self.colours])
         return ids
 
 
@@ -120,17 +127,22 @@ def _colour_table(colours): # 16 MB: one entry for each of the 2**24 colours
 
 def _single_band(raw):
     if raw.ndim == 3 and (raw.shape[-1] < 3 or (raw[..., :1] == raw[..., 1:3]).all()): raw = raw[..., 0]
-    if raw.ndim != 2: raise BadImage('cannot use a mask', f'found colours (shape {raw.shape}), expected class ids', 'describe it with colours (palette=)')
-    if raw.dtype.kind not in 'iub': raise BadImage('cannot use a mask', f'found {raw.dtype} values, expected whole numbers', 'save it as 8-bit PNG')
+    if raw.ndim != 2:
+        raise BadImage('cannot use a mask', f'found colours (shape {raw.shape}), expected class ids',
+                       'describe it with colours (palette=)')
+    if raw.dtype.kind not in 'iub':
+        raise BadImage('cannot use a mask', f'found {raw.dtype} values, expected whole numbers', 'save it as 8-bit PNG')
     return raw
 
 
 def _undescribed(what, counts, known):
     worst = sorted(counts, key=counts.get, reverse=True)[:3]
-    found = f'found {len(counts)} undescribed {what}{"s" * (len(counts) > 1)}: ' + ', '.join(f'{v} on {counts[v]} px' for v in worst)
-    return BadImage('cannot use a mask', f'{found}; described are {", ".join(map(str, known[:12]))}', f'describe the {what}, or list it in ignore if it means "no label"')
+    examples = ', '.join(f'{v} on {counts[v]} px' for v in worst)
+    found = f'found {len(counts)} undescribed {what}{"s" * (len(counts) > 1)}: {examples}'
+    return BadImage('cannot use a mask', f'{found}; described are {", ".join(map(str, known[:12]))}',
+                    f'describe the {what}, or list it in ignore if it means "no label"')
 
-# %% ../nbs/10_data.ipynb #d1467e23
+# %% ../nbs/10_data.ipynb #0762821c
 def colourise(
     mask: np.ndarray, # (H,W) class ids, 255 = ignore
     palette: Iterable[tuple[int, int, int]], # (r,g,b) of each class
@@ -141,7 +153,9 @@ def colourise(
     table[IGNORE] = ignore
     for i, rgb in enumerate(palette): table[i] = rgb
     rgb = table[mask]
-    if (rgb < 0).any(): raise Incompatible('cannot paint a mask', f'found class id {mask[(rgb < 0).any(-1)].max()}, expected 0..{i}', 'pass the palette of its dataset')
+    if (rgb < 0).any():
+        raise Incompatible('cannot paint a mask', f'found class id {mask[(rgb < 0).any(-1)].max()}, expected 0..{i}',
+                           'pass the palette of its dataset')
     return rgb.astype(np.uint8)
 
 
@@ -157,7 +171,7 @@ def legend(
         table['fraction'] = counts / max(counts.sum(), 1)
     return table
 
-# %% ../nbs/10_data.ipynb #614eb7c2
+# %% ../nbs/10_data.ipynb #22b80bf0
 _PICTURES = {'.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.webp'}
 
 
@@ -180,7 +194,9 @@ def make_spec(
 ) -> DatasetSpec:
     "Describe a folder of your own."
     classes, palette, ids = tuple(classes), palette and tuple(map(tuple, palette)), ids and tuple(ids)
-    if ids and len(set(ids)) != len(classes): raise SchemaError(f'cannot describe dataset {name!r}', f'found ids {ids} for {len(classes)} classes', 'give one number a class')
+    if ids and len(set(ids)) != len(classes):
+        raise SchemaError(f'cannot describe dataset {name!r}', f'found ids {ids} for {len(classes)} classes',
+                          'give one number a class')
     if palette and not ids: decode = ByColour((*zip(palette, range(len(classes))), *((tuple(c), IGNORE) for c in ignore)))
     else: decode = ById((*((v, IGNORE) for v in (IGNORE, *ignore)), *((v, i) for i, v in enumerate(ids or range(len(classes))))))
     find = partial(_find_glob, images=images, masks=masks, scene=scene, split=split if callable(split) else lambda path: split)
@@ -197,9 +213,10 @@ def _find_glob(root, images, masks, scene, split):
 def default_palette(n: int) -> tuple[tuple[int, int, int], ...]:
     "Return n well separated colours: golden-angle hues in three brightnesses."
     import colorsys
-    return tuple(tuple(round(255 * v) for v in colorsys.hsv_to_rgb(i * 0.381966 % 1, 0.75, (0.95, 0.7, 0.5)[i % 3])) for i in range(n))
+    hsv = ((i * 0.381966 % 1, 0.75, (0.95, 0.7, 0.5)[i % 3]) for i in range(n))
+    return tuple(tuple(round(255 * v) for v in colorsys.hsv_to_rgb(*x)) for x in hsv)
 
-# %% ../nbs/10_data.ipynb #2ba28fff
+# %% ../nbs/10_data.ipynb #3a5a53e3
 def folder_spec(
     root: Path | str, # folder with classes.json and splits.csv
 ) -> DatasetSpec:
@@ -213,7 +230,8 @@ def folder_spec(
         return DatasetSpec(about.get('dataset', Path(root).name), [c['name'] for c in rows], [c['rgb'] for c in rows],
                            _find_listed, ById(ids), layout='splits.csv', **known)
     except (KeyError, TypeError) as e:
-        raise SchemaError(f'cannot use {file}', f'expected classes: [{{id, name, rgb}}, …], missing {e}', 'add what is missing') from e
+        raise SchemaError(f'cannot use {file}', f'expected classes: [{{id, name, rgb}}, …], missing {e}',
+                          'add what is missing') from e
 
 
 def _find_listed(root):
@@ -231,10 +249,11 @@ def spec_of(
     row, # a row of a scanned table
 ) -> DatasetSpec:
     "Find the description of a row: the one its folder carries, or its dataset's registered one."
-    home = Path(row.root)
-    if (home/'classes.json').exists() and (home/'splits.csv').exists(): return _folder_spec(home, (home/'classes.json').stat().st_mtime_ns)
+    own, listed = Path(row.root)/'classes.json', Path(row.root)/'splits.csv'
+    if own.exists() and listed.exists(): return _folder_spec(row.root, own.stat().st_mtime_ns)
     if row.dataset in datasets: return datasets[row.dataset]
-    raise DataNotFound(f'dataset {row.dataset!r} of {row.path} has no description', 'its folder carries none and it is not registered',
+    raise DataNotFound(f'dataset {row.dataset!r} of {row.path} has no description',
+                       'its folder carries none and it is not registered',
                        'pass spec=, or call datasets.register(name, spec)')
 
 
@@ -242,9 +261,10 @@ def spec_of(
 def _folder_spec(root, changed): return folder_spec(root)
 
 
-for _name in ('vaihingen', 'potsdam', 'loveda', 'uavid', 'floodnet'): datasets.register(_name, f'rssqa.catalog:{_name}', replace=True)
+for _name in ('vaihingen', 'potsdam', 'loveda', 'uavid', 'floodnet'):
+    datasets.register(_name, f'rssqa.catalog:{_name}', replace=True)
 
-# %% ../nbs/10_data.ipynb #e7018da1
+# %% ../nbs/10_data.ipynb #41f05356
 def _is_tiff(path): return Path(path).suffix.lower() in ('.tif', '.tiff')
 
 
@@ -259,7 +279,8 @@ def _size(path, mask=False): # (w, h) in pixels
         with open(path, 'rb') as f: head, tail = f.read(25), _tail(f)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError): _open(path); raise      # _open says what is wrong
     if not mask and (mode[0] in 'IF' or kind == 'PNG' and head[24] == 16):
-        raise BadImage(f'cannot use {path} as an image', 'found 16 or 32 bits a channel, expected 8', 'rescale with stretch(image) and save the result')
+        raise BadImage(f'cannot use {path} as an image', 'found 16 or 32 bits a channel, expected 8',
+                       'rescale with stretch(image) and save the result')
     if {'JPEG': b'\xff\xd9', 'PNG': b'IEND\xaeB`\x82'}.get(kind, b'') not in tail: _open(path)
     return size
 
@@ -277,13 +298,16 @@ def _tiff(path):
         warnings.simplefilter('ignore', rasterio.errors.NotGeoreferencedWarning)
         try:
             with rasterio.open(path) as f: yield f
-        except rasterio.errors.RasterioError as e: raise BadImage(f'cannot read {path}', f'the file is damaged ({str(e).splitlines()[0]})', 'copy or download it again') from e
+        except rasterio.errors.RasterioError as e:
+            raise BadImage(f'cannot read {path}', f'the file is damaged ({str(e).splitlines()[0]})',
+                           'copy or download it again') from e
 
 
 def _bands(f, path, box): # an open TIFF -> (h,w) or (h,w,3)
     alpha = f.count == 4 and f.colorinterp[3].name == 'alpha'
     if f.count not in (1, 3) and not alpha:
-        raise BadImage(f'cannot use {path}', f'found {f.count} bands, expected 1 or 3', 'select bands, for example gdal_translate -b 1 -b 2 -b 3')
+        raise BadImage(f'cannot use {path}', f'found {f.count} bands, expected 1 or 3',
+                       'select bands, for example gdal_translate -b 1 -b 2 -b 3')
     x = f.read(window=((box[1], box[3]), (box[0], box[2])))
     return x[0] if f.count == 1 else np.moveaxis(x[:3], 0, -1)
 
@@ -297,10 +321,11 @@ def _window(path, row, mask_mode=''): # pixels inside the file: an array, or a P
 
 
 def _clip(path, row, w, h): # (left, top, right, bottom)
-    if not (0 <= row.x < w and 0 <= row.y < h): raise BadImage(f'no pixels of {path} at ({row.x}, {row.y})', f'it has {w}x{h} pixels', 'scan and tile the folder again')
+    if not (0 <= row.x < w and 0 <= row.y < h):
+        raise BadImage(f'no pixels of {path} at ({row.x}, {row.y})', f'it has {w}x{h} pixels', 'scan and tile the folder again')
     return row.x, row.y, min(row.x + row.w, w), min(row.y + row.h, h)
 
-# %% ../nbs/10_data.ipynb #c17e49b9
+# %% ../nbs/10_data.ipynb #2e96aa33
 def as_table(
     rows: Iterable[dict], # rows with the columns of `scan`
 ) -> pd.DataFrame: # the same, missing masks as None
@@ -315,7 +340,8 @@ def summary(
 ) -> str:
     "Count images, scenes, masks and splits of each dataset, and what was left out."
     lines = [_count(name, rows) for name, rows in table.groupby('dataset')]
-    lines += [f'  left out {len(names)} ({why}): {"; ".join(names[:3])}{" …" * (len(names) > 3)}' for why, names in table.attrs.get('skipped', {}).items()]
+    for why, names in table.attrs.get('skipped', {}).items():
+        lines.append(f'  left out {len(names)} ({why}): {"; ".join(names[:3])}{" …" * (len(names) > 3)}')
     return '\n'.join(lines)
 
 
@@ -323,9 +349,10 @@ def _count(name, rows):
     splits = ', '.join(f'{split or "no split"} {n}' for split, n in rows.split.value_counts(sort=False).items())
     ordered = rows.iloc[np.argsort(rows.w * rows.h)]
     sizes = ' to '.join(dict.fromkeys(f'{w}x{h}' for w, h in zip(ordered.w.iloc[[0, -1]], ordered.h.iloc[[0, -1]])))
-    return f'{name}: {len(rows)} images of {sizes} px, {rows.scene.nunique()} scenes, {rows.mask_path.notna().sum()} with masks ({splits})'
+    labelled, scenes = rows.mask_path.notna().sum(), rows.scene.nunique()
+    return f'{name}: {len(rows)} images of {sizes} px, {scenes} scenes, {labelled} with masks ({splits})'
 
-# %% ../nbs/10_data.ipynb #e071de3e
+# %% ../nbs/10_data.ipynb #9227fc0f
 def scan(
     root: Path | str, # folder of the dataset
     spec: DatasetSpec | str | None = None, # description, registered name, or None for the folder format
@@ -343,7 +370,9 @@ def scan(
         elif isinstance(row, Problem): faults.append(row); skipped.setdefault('unusable', []).append(f'{e["path"]}: {row}')
         else: rows.append(row)
     if faults and (bad == 'raise' or not rows): raise _all_faults(faults)
-    if not rows: raise DataNotFound(f'no image of {spec.name} in {root} is left', f'skipped: {", ".join(skipped)}', 'point to the folder that holds more')
+    if not rows:
+        raise DataNotFound(f'no image of {spec.name} in {root} is left', f'skipped: {", ".join(skipped)}',
+                           'point to the folder that holds more')
     table = _drop_copies(as_table(rows), skipped)
     table.attrs['skipped'] = skipped
     say(summary(table))
@@ -354,15 +383,19 @@ def _entries(root, spec, split):
     entries = list(spec.find(root))
     if not entries:
         inside = ', '.join(sorted(p.name for p in root.iterdir())[:6]) or 'nothing'
-        raise DataNotFound(f'no images of {spec.name} in {root}', f'found {inside}; expected {spec.layout or "images"}', 'point to the folder that holds them')
+        raise DataNotFound(f'no images of {spec.name} in {root}', f'found {inside}; expected {spec.layout or "images"}',
+                           'point to the folder that holds them')
     kept = [e for e in entries if split in (None, e.get('split'))]
-    if not kept: raise DataNotFound(f'split {split!r} of {spec.name} in {root} is empty', f'found {sorted({e.get("split", "") for e in entries})}', 'choose one of these')
+    if not kept:
+        raise DataNotFound(f'split {split!r} of {spec.name} in {root} is empty',
+                           f'found {sorted({e.get("split", "") for e in entries})}', 'choose one of these')
     return kept
 
 
 def _all_faults(faults):
     first, more = faults[0], len(faults) - 1
-    return type(first)(first.what, first.found + (f' (and {more} more unusable files)' if more else ''), first.todo + (", or scan with bad='skip'" if more else ''))
+    if not more: return first
+    return type(first)(first.what, f'{first.found} (and {more} more unusable files)', f"{first.todo}, or scan with bad='skip'")
 
 
 def _drop_copies(table, skipped):
@@ -371,10 +404,11 @@ def _drop_copies(table, skipped):
     if len(copies): skipped['equal content'] = [f'{c.path} = {first[c.image_id]}' for c in copies.itertuples()]
     return table.drop(index=copies.index).reset_index(drop=True)
 
-# %% ../nbs/10_data.ipynb #683cab5e
+# %% ../nbs/10_data.ipynb #d33a0b92
 def _inspect_all(root, spec, entries) -> Iterator: # (entry, row | reason to skip | Problem)
     pool = ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 2))
-    try: yield from zip(entries, progress(pool.map(partial(_inspect, root, spec), entries), f'scanning {spec.name}', len(entries), 'image'))
+    rows = progress(pool.map(partial(_inspect, root, spec), entries), f'scanning {spec.name}', len(entries), 'image')
+    try: yield from zip(entries, rows)
     finally: pool.shutdown(cancel_futures=True)      # an interrupt does not wait for the files that are left
 
 
@@ -383,17 +417,20 @@ def _inspect(root, spec, e):
     try:
         w, h = _size(root/e['path'])
         if e['mask_path']: _check_mask(root/e['mask_path'], w, h)
-        return dict(image_id=file_id(root/e['path']), dataset=spec.name, scene=e['scene'], split=e['split'], root=str(root), path=e['path'],
-                    mask_path=e['mask_path'], x=0, y=0, w=w, h=h, gsd_m=e.get('gsd_m', spec.gsd_m))
+        return dict(image_id=file_id(root/e['path']), dataset=spec.name, scene=e['scene'], split=e['split'],
+                    root=str(root), path=e['path'], mask_path=e['mask_path'],
+                    x=0, y=0, w=w, h=h, gsd_m=e.get('gsd_m', spec.gsd_m))
     except Problem as problem: return problem
 
 
 def _check_mask(path, w, h):
-    if not path.is_file(): raise DataNotFound(f'no mask {path}', 'its image is there', 'add the mask, or describe the dataset with masks=None')
+    if not path.is_file():
+        raise DataNotFound(f'no mask {path}', 'its image is there', 'add the mask, or describe the dataset with masks=None')
     if (size := _size(path, mask=True)) != (w, h):
-        raise BadImage(f'mask {path} does not fit its image', f'found {size[0]}x{size[1]} pixels, expected {w}x{h}', 'restore the pair at one size')
+        raise BadImage(f'mask {path} does not fit its image', f'found {size[0]}x{size[1]} pixels, expected {w}x{h}',
+                       'restore the pair at one size')
 
-# %% ../nbs/10_data.ipynb #e3284214
+# %% ../nbs/10_data.ipynb #29473a89
 def read_image(
     row, # a row of a scanned or tiled table
 ) -> np.ndarray: # (3,h,w) float32 RGB 0..1
@@ -409,7 +446,8 @@ def read_mask(
 ) -> np.ndarray: # (h,w) uint8 class ids, 255 = ignore
     "Read the class ids of a row."
     if not isinstance(row.mask_path, str):
-        raise DataNotFound(f'no mask for {row.path}', 'its labels are hidden or do not exist', 'keep labelled rows: table[table.mask_path.notna()]')
+        raise DataNotFound(f'no mask for {row.path}', 'its labels are hidden or do not exist',
+                           'keep labelled rows: table[table.mask_path.notna()]')
     spec, path = datasets[spec] if isinstance(spec, str) else spec or spec_of(row), Path(row.root)/row.mask_path
     raw = _window(path, row, getattr(spec.decode, 'mode', None))
     for pattern, mend in spec.mend: raw = mend(raw) if fnmatch(path.name, pattern) else raw
@@ -425,7 +463,7 @@ def read_valid(
     w, h = _size(Path(row.root)/row.path, mask=True)
     return (np.arange(row.y, row.y + row.h) < h)[:, None] & (np.arange(row.x, row.x + row.w) < w)
 
-# %% ../nbs/10_data.ipynb #1861a577
+# %% ../nbs/10_data.ipynb #5a85fa4f
 def tile(
     table: pd.DataFrame, # from `scan`
     size: int, # side of a tile in pixels
@@ -437,7 +475,8 @@ def tile(
     "Cut every row into tiles."
     stride = stride or size
     if size < 1 or stride < 1 or edge not in ('pad', 'shift', 'drop'):
-        raise Incompatible('cannot tile', f'found size={size}, stride={stride}, edge={edge!r}', "give positive pixels and edge='pad', 'shift' or 'drop'")
+        raise Incompatible('cannot tile', f'found size={size}, stride={stride}, edge={edge!r}',
+                           "give positive pixels and edge='pad', 'shift' or 'drop'")
     kept, dropped = [], []
     for row in progress(table.itertuples(index=False), 'tiling', len(table), 'image'):
         valid = _valid(row, spec) if min_valid > 0 else None
@@ -467,13 +506,16 @@ def _part(row, x, y, size):
 
 
 def _tiled(table, kept, dropped, why):
-    if not kept: raise DataNotFound('no tile is left', f'all {len(dropped)} tiles are {why}' if dropped else 'every image is smaller than a tile',
+    if not kept:
+        raise DataNotFound('no tile is left',
+                           f'all {len(dropped)} tiles are {why}' if dropped else 'every image is smaller than a tile',
                                     'lower min_valid, or choose a smaller size')
     out = as_table([row._asdict() for row in kept])[list(table.columns)]
-    out.attrs['skipped'] = table.attrs.get('skipped', {}) | ({f'tiles {why}': [row.image_id for row in dropped]} if dropped else {})
+    lost = {f'tiles {why}': [row.image_id for row in dropped]} if dropped else {}
+    out.attrs['skipped'] = table.attrs.get('skipped', {}) | lost
     return out
 
-# %% ../nbs/10_data.ipynb #e19451da
+# %% ../nbs/10_data.ipynb #196d50b2
 def split_by_scene(
     table: pd.DataFrame, # with columns dataset and scene
     fractions: dict[str, float] = {'train': 0.7, 'val': 0.15, 'test': 0.15}, # share of rows of each split
@@ -498,7 +540,8 @@ def _deal_all(table, shares, seed, what): # (rows,) part of each row
     for name, rows in table.groupby('dataset').indices.items():
         scenes, inverse, sizes = np.unique(table.scene.to_numpy(str)[rows], return_inverse=True, return_counts=True)
         if len(scenes) < len(shares):
-            raise Incompatible(f'cannot make {what} of {name}', f'found {len(scenes)} scenes, expected {len(shares)} or more', 'ask for fewer parts, or describe finer scenes')
+            raise Incompatible(f'cannot make {what} of {name}', f'found {len(scenes)} scenes, expected {len(shares)} or more',
+                               'ask for fewer parts, or describe finer scenes')
         part[rows] = _deal(sizes, np.array(shares) / sum(shares), np.random.default_rng(seed))[inverse]
     return part
 
@@ -513,7 +556,7 @@ def _deal(sizes, shares, rng): # (scenes,) rows in each, (parts,) -> (scenes,) p
         filled[part[scene]] += sizes[scene]
     return part
 
-# %% ../nbs/10_data.ipynb #34efd1ae
+# %% ../nbs/10_data.ipynb #c08a91fe
 def check_leak(
     table: pd.DataFrame, # with columns image_id, dataset, scene and `by`
     by: str = 'split', # column that must not cut through a scene or file: 'split' or 'fold'
@@ -525,7 +568,8 @@ def check_leak(
         parts = table[by][known].groupby(key[known]).unique()
         torn = parts[parts.map(len) > 1]
         if len(torn): raise LeakError(f'{len(torn)} of {len(parts)} {what}s lie in more than one {by}',
-            f'first: {torn.index[0]} in {" and ".join(sorted(map(str, torn.iloc[0])))}', 'split with split_by_scene(table) or folds(table)')
+            f'first: {torn.index[0]} in {" and ".join(sorted(map(str, torn.iloc[0])))}',
+            'split with split_by_scene(table) or folds(table)')
     return table
 
 
@@ -537,12 +581,13 @@ def split_random(
 ) -> pd.DataFrame: # the table with a new column split
     "Split rows at random, which leaks; refused unless asked for by name."
     if not allow_leak:
-        raise LeakError('a random split is refused', 'tiles of one scene would lie on both sides', 'use split_by_scene(table), or pass allow_leak=True to study the effect')
+        raise LeakError('a random split is refused', 'tiles of one scene would lie on both sides',
+                        'use split_by_scene(table), or pass allow_leak=True to study the effect')
     edges = np.cumsum(list(fractions.values())) / sum(fractions.values()) * len(table)
     rank = np.random.default_rng(seed).permutation(len(table))
     return table.assign(split=np.array(list(fractions))[np.searchsorted(edges[:-1], rank, 'right')])
 
-# %% ../nbs/10_data.ipynb #b2a4d2b3
+# %% ../nbs/10_data.ipynb #ad09c1ca
 def class_fractions(
     table: pd.DataFrame, # rows with masks
     spec: DatasetSpec | str | None = None, # as for `read_mask`
@@ -550,7 +595,9 @@ def class_fractions(
 ) -> pd.DataFrame: # one row a group, one column a class and 'ignore'; shares of pixels, rows sum to 1
     "Read every mask and return the share of each class."
     table = table[table.mask_path.notna()]
-    if table.dataset.nunique() != 1: raise Incompatible('cannot count classes', f'found masks of {table.dataset.nunique()} datasets, expected one', 'select one dataset')
+    if table.dataset.nunique() != 1:
+        raise Incompatible('cannot count classes', f'found masks of {table.dataset.nunique()} datasets, expected one',
+                           'select one dataset')
     spec = datasets[spec] if isinstance(spec, str) else spec or spec_of(table.iloc[0])
     counts = {}
     for row in progress(table.itertuples(), 'counting classes', len(table), 'mask'):

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 from .core import DownloadError, datasets, progress, read_json, say, write_json
 from .data import Archive
 
-# %% ../nbs/13_download.ipynb #529b82a7
+# %% ../nbs/13_download.ipynb #3d827d26
 _CHUNK = 1 << 18    # bytes
 
 
@@ -27,24 +27,30 @@ def fetch(
 ) -> Path: # the complete, checked file
     "Download one file, continuing where an earlier attempt stopped."
     path = Path(path)
-    if urlsplit(url).scheme not in ('http', 'https'): raise DownloadError(f'cannot download {url}', 'expected an http or https address', 'correct the address')
+    if urlsplit(url).scheme not in ('http', 'https'):
+        raise DownloadError(f'cannot download {url}', 'expected an http or https address', 'correct the address')
     if path.exists() and _agrees(path, checksum): return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + '.part')
     for attempt in range(attempts):
         try: _transfer(url, part, timeout); break
         except urllib.error.HTTPError as e:
-            if e.code < 500 and e.code != 429: raise DownloadError(f'cannot download {url}', f'the server answers {e.code} {e.reason}', 'check the address on the home page of the dataset') from e
+            if e.code < 500 and e.code != 429:
+                raise DownloadError(f'cannot download {url}', f'the server answers {e.code} {e.reason}',
+                                    'check the address on the home page of the dataset') from e
             broken = e
         except (OSError, http.client.HTTPException) as e:
             if isinstance(e, DownloadError): raise
             broken = e
         if attempt + 1 < attempts: say(f'{url}: {broken}; going on'); time.sleep(pause * 2 ** attempt)
-    else: raise DownloadError(f'cannot download {url}', f'broken off {attempts} times ({broken}); {_held(part)} bytes are kept', 'run the same command again later: it goes on there') from broken
+    else:
+        raise DownloadError(f'cannot download {url}', f'broken off {attempts} times ({broken}); {_held(part)} bytes are kept',
+                            'run the same command again later: it goes on there') from broken
     if not _agrees(part, checksum):
         found = _digest(part, checksum)
         part.unlink()
-        raise DownloadError(f'{url} is not what was promised', f'found checksum {found}, expected {checksum}', 'the file was removed; download it again')
+        raise DownloadError(f'{url} is not what was promised', f'found checksum {found}, expected {checksum}',
+                            'the file was removed; download it again')
     os.replace(part, path)
     return path
 
@@ -54,12 +60,13 @@ def _agrees(path, checksum): return not checksum or _digest(path, checksum) == c
 
 def _digest(path, checksum): # in the notation of `checksum`
     kind = checksum.split(':')[0]
-    with open(path, 'rb') as f: return f'{kind}:{hashlib.file_digest(f, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()}'
+    with open(path, 'rb') as f: done = hashlib.file_digest(f, lambda: hashlib.new(kind, usedforsecurity=False))
+    return f'{kind}:{done.hexdigest()}'
 
 
 def _held(part): return part.stat().st_size if part.exists() else 0
 
-# %% ../nbs/13_download.ipynb #636ee293
+# %% ../nbs/13_download.ipynb #c2057a03
 def _transfer(url, part, timeout):
     held = _held(part)
     headers = {'User-Agent': 'rssqa', 'Accept-Encoding': 'identity'} | ({'Range': f'bytes={held}-'} if held else {})
@@ -79,7 +86,8 @@ def _transfer(url, part, timeout):
 
 
 def _copy(reply, part, start, expected):
-    with open(part, 'r+b' if start else 'wb') as f, progress(None, part.stem, expected, 'B', initial=start, unit_scale=True) as bar:
+    bar = progress(None, part.stem, expected, 'B', initial=start, unit_scale=True)
+    with bar, open(part, 'r+b' if start else 'wb') as f:
         f.seek(start)
         f.truncate()
         while chunk := reply.read(_CHUNK): f.write(chunk); bar.update(len(chunk))
@@ -96,9 +104,11 @@ def require_space(
 ) -> None:
     "Raise DownloadError if a disk has too little room."
     free = shutil.disk_usage(folder).free
-    if need > free: raise DownloadError(f'no room for {what}', f'found {free / 1e9:.1f} GB free in {folder}, expected {need / 1e9:.1f} GB', 'free some space or choose another folder')
+    if need > free:
+        raise DownloadError(f'no room for {what}', f'found {free / 1e9:.1f} GB free in {folder}, expected {need / 1e9:.1f} GB',
+                            'free some space or choose another folder')
 
-# %% ../nbs/13_download.ipynb #bdcade95
+# %% ../nbs/13_download.ipynb #ad619705
 def unpack(
     archive: Path | str, # zip or tar, compressed or not
     folder: Path | str, # where the files go
@@ -108,12 +118,14 @@ def unpack(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with (zipfile.ZipFile if zipfile.is_zipfile(archive) else tarfile.open)(archive) as box:
-            members = [_zip_member(m) for m in box.infolist()] if isinstance(box, zipfile.ZipFile) else [_tar_member(m) for m in box.getmembers()]
+            members = list(map(_zip_member, box.infolist()) if hasattr(box, 'infolist') else map(_tar_member, box.getmembers()))
             for name, kind, _, _ in members: _check_member(archive, folder, name, kind)
             require_space(folder, sum(size for _, _, size, _ in members), f'the contents of {archive.name}')
-            for name, kind, _, member in progress(members, f'unpacking {archive.name}', unit='file'): _write_member(box, member, folder/name, kind)
+            for name, kind, _, member in progress(members, f'unpacking {archive.name}', unit='file'):
+                _write_member(box, member, folder/name, kind)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError, zlib.error, lzma.LZMAError) as e:
-        raise DownloadError(f'cannot unpack {archive}', f'the archive is damaged or locked ({e})', 'remove it and download it again') from e
+        raise DownloadError(f'cannot unpack {archive}', f'the archive is damaged or locked ({e})',
+                            'remove it and download it again') from e
     return folder
 
 
@@ -128,23 +140,25 @@ def _tar_member(m): return m.name, 'folder' if m.isdir() else 'file' if m.isreg(
 def _check_member(archive, folder, name, kind):
     p = PurePosixPath(name.replace('\\', '/'))
     inside = (folder/p).resolve().is_relative_to(folder.resolve())      # a link that is there already may lead out, too
-    if p.is_absolute() or '..' in p.parts or ':' in p.parts[0:1] or re.match('[A-Za-z]:', name) or not inside or kind == 'other':
-        raise DownloadError(f'refused to unpack {archive}', f'{name!r} would leave the folder, or is a link or device', 'do not use this archive; nothing was written')
+    if p.is_absolute() or '..' in p.parts or re.match('[A-Za-z]:', name) or not inside or kind == 'other':
+        raise DownloadError(f'refused to unpack {archive}', f'{name!r} would leave the folder, or is a link or device',
+                            'do not use this archive; nothing was written')
 
 
 def _write_member(box, member, path, kind):
     if kind == 'folder': path.mkdir(parents=True, exist_ok=True); return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (box.open if isinstance(box, zipfile.ZipFile) else box.extractfile)(member) as source, open(path, 'wb') as target: shutil.copyfileobj(source, target, _CHUNK)
+    read = box.open if hasattr(box, 'infolist') else box.extractfile
+    with read(member) as source, open(path, 'wb') as target: shutil.copyfileobj(source, target, _CHUNK)
 
-# %% ../nbs/13_download.ipynb #bb33c11d
+# %% ../nbs/13_download.ipynb #45fe3c4b
 def get(
     name: str, # registered dataset
     root: Path | str, # folder for it
     keep: bool = False, # keep the archives after unpacking
 ) -> Path: # the folder, for `scan(root, name)`
     "Download a dataset whose owners allow it; print terms and steps for the others."
-    spec, root = datasets[name], Path(root).expanduser().absolute()
+    spec, root = datasets[name], Path(root).expanduser()
     print(f'{spec.name}: {spec.licence or "no terms stated"}\n{spec.citation}\n{spec.homepage}')
     if not spec.downloads:
         print(f'{spec.manual or "There is no known address."}\nThen: scan({str(root)!r}, {name!r})')
@@ -158,10 +172,8 @@ def _get_archive(archive: Archive, root, keep):
     done = read_json(note) if note.exists() else {}
     if name in done: return
     path = root/name
-    if archive.size and not path.exists(): require_space(_existing(root), archive.size - _held(path.with_name(name + '.part')), name)
+    root.mkdir(parents=True, exist_ok=True)
+    if archive.size and not path.exists(): require_space(root, archive.size - _held(root/f'{name}.part'), name)
     unpack(fetch(archive.url, path, archive.checksum), root)
     write_json(note, done | {name: archive.checksum or 'not checked'})
     if not keep: path.unlink()
-
-
-def _existing(folder): return next(p for p in (folder, *folder.parents) if p.exists())

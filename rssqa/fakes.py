@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['paint', 'erode', 'generic_spec', 'fake_dataset']
 
-# %% ../nbs/12_fakes.ipynb #f0cc101a
+# %% ../nbs/12_fakes.ipynb #a1f63936
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -38,30 +39,30 @@ def erode(
     out[:, 1:][across] = out[:, :-1][across] = out[1:][down] = out[:-1][down] = IGNORE
     return out
 
-# %% ../nbs/12_fakes.ipynb #0b8fc94d
-def _isprs_files(city): # yields (image path, [(mask path, eroded, lossy)])
-    if city == 'vaihingen':
-        for n in (1, 3, 2, 4):
-            yield f'top/top_mosaic_09cm_area{n}.tif', [(f'gts/top_mosaic_09cm_area{n}.tif', False, False), (f'eroded/top_mosaic_09cm_area{n}_noBoundary.tif', True, False)]
-    else:
-        for t in ('2_10', '4_12', '7_10', '2_13', '5_15'):
-            name, lossy = f'top_potsdam_{t}', t == '4_12'
-            yield f'2_Ortho_RGB/{name}_RGB.tif', [(f'5_Labels_all/{name}_label.tif', False, lossy), (f'5_Labels_all_noBoundary/{name}_label_noBoundary.tif', True, lossy)]
+# %% ../nbs/12_fakes.ipynb #5d4c9a29
+_ISPRS_NAMES = {   # image, full mask, eroded mask
+    'vaihingen': ('top/top_mosaic_09cm_area{}.tif', 'gts/top_mosaic_09cm_area{}.tif',
+                  'eroded/top_mosaic_09cm_area{}_noBoundary.tif'),
+    'potsdam': ('2_Ortho_RGB/top_potsdam_{}_RGB.tif', '5_Labels_all/top_potsdam_{}_label.tif',
+                '5_Labels_all_noBoundary/top_potsdam_{}_label_noBoundary.tif')}
+_ISPRS_TILES = {'vaihingen': ('1', '3', '2', '4'), 'potsdam': ('2_10', '4_12', '7_10', '2_13', '5_15')}
+
+
+def _lossy(stored, seed): # as Potsdam 4_12 was published
+    noise = np.random.default_rng(seed).integers(0, 40, stored.shape)
+    return np.where(stored > 127, stored - noise, noise).astype(np.uint8)
 
 
 def _fake_isprs(city, folder, seed, size):
     palette = datasets[city].palette
-    for i, (path, masks) in enumerate(_isprs_files(city)):
+    for i, tile in enumerate(_ISPRS_TILES[city]):
         image, mask = paint(palette, seed + i, size)
-        _save(folder/path, image)
-        for name, eroded, lossy in masks:
-            stored = colourise(erode(mask) if eroded else mask, palette)
-            noise = np.random.default_rng(seed).integers(0, 40, stored.shape)
-            _save(folder/name, np.where(stored > 127, stored - noise, noise).astype(np.uint8) if lossy else stored)
+        for name, array in zip(_ISPRS_NAMES[city], (image, colourise(mask, palette), colourise(erode(mask), palette))):
+            _save(folder/name.format(tile), _lossy(array, seed) if tile == '4_12' and 'label' in name else array)
 
 
 def _fake_loveda(_, folder, seed, size):
-    for i, (split, domain, n) in enumerate((s, d, n) for s in ('Train', 'Val', 'Test') for d in ('Urban', 'Rural') for n in range(2)):
+    for i, (split, domain, _) in enumerate(product(('Train', 'Val', 'Test'), ('Urban', 'Rural'), range(2))):
         image, mask = paint(datasets['loveda'].palette, seed + i, size)
         _save(folder/split/domain/'images_png'/f'{1000 + i}.png', image)
         stored = mask + 1
@@ -70,14 +71,14 @@ def _fake_loveda(_, folder, seed, size):
 
 
 def _fake_uavid(_, folder, seed, size):
-    for i, (split, seq, n) in enumerate((s, q, n) for s, qs in (('train', (1, 2)), ('valid', (16,)), ('test', (21,))) for q in qs for n in range(2)):
+    for i, (sequence, n) in enumerate(product(('train/seq1', 'train/seq2', 'valid/seq16', 'test/seq21'), range(2))):
         image, mask = paint(datasets['uavid'].palette, seed + i, size)
-        _save(folder/split/f'seq{seq}'/'Images'/f'000{n}00.png', image)
-        if split != 'test': _save(folder/split/f'seq{seq}'/'Labels'/f'000{n}00.png', colourise(mask, datasets['uavid'].palette))
+        _save(folder/sequence/'Images'/f'000{n}00.png', image)
+        if 'test' not in sequence: _save(folder/sequence/'Labels'/f'000{n}00.png', colourise(mask, datasets['uavid'].palette))
 
 
 def _fake_floodnet(_, folder, seed, size):
-    for i, (split, n) in enumerate((s, n) for s in ('train', 'val', 'test') for n in range(2)):
+    for i, (split, _) in enumerate(product(('train', 'val', 'test'), range(2))):
         image, mask = paint(datasets['floodnet'].palette, seed + i, size)
         _save(folder/split/f'{split}-org-img'/f'{6000 + i}.jpg', image)
         _save(folder/split/f'{split}-label-img'/f'{6000 + i}_lab.png', mask)
@@ -88,15 +89,16 @@ def _save(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path, quality=95)
 
-# %% ../nbs/12_fakes.ipynb #761585e1
+# %% ../nbs/12_fakes.ipynb #a5da233b
 def _fake_folder(_, folder, seed, size):
-    classes, lines = ('building', 'road', 'vegetation', 'water'), ['tile,image,mask,scene,split']
+    classes, splits = ('building', 'road', 'vegetation', 'water'), ('train', 'train', 'train', 'val', 'test')
+    lines = ['tile,image,mask,scene,split']
     palette = default_palette(len(classes))
-    for i, (split, scene) in enumerate((split, f'sheet{n}') for n, split in enumerate(('train', 'train', 'train', 'val', 'test')) for _ in range(3)):
+    for i, (sheet, _) in enumerate(product(range(5), range(3))):
         image, mask = paint(palette, seed + i, size)
         _save(folder/'images'/f't{i:02}.jpg', image)
         _save_indexed(folder/'masks'/f't{i:02}.png', erode(mask), palette)
-        lines.append(f't{i:02},images/t{i:02}.jpg,masks/t{i:02}.png,{scene},{split}')
+        lines.append(f't{i:02},images/t{i:02}.jpg,masks/t{i:02}.png,sheet{sheet},{splits[sheet]}')
     (folder/'splits.csv').write_text('\n'.join(lines) + '\n', encoding='utf-8')
     write_json(folder/'classes.json', dict(dataset='fake_folder', ignore_index=IGNORE, gsd_m=0.5,
                                            classes=[dict(id=i, name=n, rgb=palette[i]) for i, n in enumerate(classes)]))

@@ -222,7 +222,7 @@ document.querySelectorAll('.map').forEach(map => {
 addEventListener('scroll', () => tip.hidden = true, { passive: true });
 '''
 
-# %% ../nbs/62_report.ipynb #6669e784
+# %% ../nbs/62_report.ipynb #d655ae02
 PAGE = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
@@ -239,7 +239,7 @@ PAGE = '''<!doctype html>
 <h2>Is the prediction right?</h2>
 <div class="pair">{{ figure('true') }}{{ figure('calibration') }}</div>
 <h2>Is it worth following?</h2>
-{{ figure('recommendation', 'Mean OA over images. “Always one method” needs no model at all; the oracle knows the truth.', True) }}
+{{ figure('recommendation', 'Mean OA over images. “Always one method” needs no model at all; the oracle knows the truth.') }}
 {% include 'methods' %}
 {% include 'cases' %}
 <h2>How the numbers were made</h2>

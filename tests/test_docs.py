@@ -2,7 +2,7 @@
 
 A page takes about a second and pages are shared out among the workers, so 30 notebooks cost 15-30 s on two cores.
 """
-import os, re
+import os, re, warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlparse
@@ -52,7 +52,10 @@ def make_page(path: Path, target: Path):
     from nbdev.processors import FilterDefaults
     processed = target.with_name(path.name)
     os.chdir(ROOT)                                       # where settings.ini lies
-    nbdev.serve_drv.main((path, processed, FilterDefaults))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        nbdev.serve_drv.main((path, processed, FilterDefaults))
+    if mixed := [str(w.message) for w in seen if 'imports and other code' in str(w.message)]: raise ValueError(mixed[0])
     nb = read_nb(processed)
     front = next((c.source for c in nb.cells if c.cell_type == 'raw' and c.source.startswith('---')), '')
     body = [part for c in nb.cells if hasattr(c, 'source') and c.source != front for part in visible(c)]

@@ -184,23 +184,23 @@ def test_modules_import_no_heavy_library(imported):
     assert not {'nbdev', 'fastcore', 'execnb'} & set(imported[1]), 'tools of the notebooks are no part of the package'
 
 
-def import_cost(name, cwd) -> tuple[float, set]:
+def import_cost(name, cwd, site) -> tuple[float, set]:
     "Seconds and loaded modules of one import in a fresh process."
     code = f'import sys, time; t = time.perf_counter(); import {name}; print(time.perf_counter() - t, *sys.modules)'
-    seconds, *loaded = python('-c', code, cwd=cwd).split()
+    seconds, *loaded = python('-c', code, cwd=cwd, PYTHONPATH=str(site)).split()
     return float(seconds), set(loaded)
 
 
-def test_import_is_light(tmp_path):
-    runs = [import_cost('rssqa', tmp_path) for _ in range(3)]
+def test_import_is_light(wheel, tmp_path):
+    runs = [import_cost('rssqa', tmp_path, wheel[0]) for _ in range(3)]
     assert {'torch', 'open_clip', 'umap', 'matplotlib', 'pandas'} & runs[0][1] == set()
     assert min(seconds for seconds, _ in runs) < 0.5
 
 
 @pytest.mark.skipif(not (ROOT/'rssqa/cli.py').exists(), reason='there is no command line yet')
-def test_help_loads_no_torch(tmp_path):
+def test_help_loads_no_torch(wheel, tmp_path):
     code = 'import sys; from rssqa.cli import main; sys.argv = ["rssqa", "--help"]\ntry: main()\nexcept SystemExit: pass\nprint(*sys.modules)'
-    assert {'torch', 'open_clip', 'umap', 'matplotlib'} & set(python('-c', code, cwd=tmp_path).splitlines()[-1].split()) == set()
+    assert {'torch', 'open_clip', 'umap', 'matplotlib'} & set(python('-c', code, cwd=tmp_path, PYTHONPATH=str(wheel[0])).splitlines()[-1].split()) == set()
 
 
 # ---------------------------------------------------------------- notebooks

@@ -1,0 +1,359 @@
+"""Displays hold hand-computed numbers, projections repeat, and separation cannot be bought with dataset identity or scene overlap."""
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings, strategies as st
+from matplotlib.figure import Figure
+
+from rssqa import viz
+from rssqa.core import BadImage, Incompatible, SchemaError, UnknownName
+from rssqa.metrics import recommendation, single_best
+
+
+@pytest.fixture
+def tiny(): # two images x two methods in each of two datasets; every number below follows from it by hand
+    return pd.DataFrame(dict(dataset=['a']*4 + ['b']*4, image_id=['i1', 'i1', 'i2', 'i2', 'i3', 'i3', 'i4', 'i4'], scene=list('ssttuuvv'), method=['m', 'n']*4,
+                             oa=[.9, .8, .6, .7, .5, .4, .5, .6], predicted=[.9, .7, .8, .6, .5, .3, .4, .5]))
+
+
+def toy(n=60, seed=0, methods=4):
+    rng = np.random.default_rng(seed)
+    i, m = np.divmod(np.arange(n * methods), methods)
+    oa = np.clip(np.array([.8, .7, .9])[i % 3] - .05 * rng.normal(size=n)[i] + .02 * rng.normal(size=(n, methods))[i, m], 0, 1)
+    return pd.DataFrame(dict(dataset=np.array(list('abc'))[i % 3], image_id=[f'i{k}' for k in i], scene=[f's{k // 6}' for k in i], method=[f'm{k}' for k in m],
+                             oa=oa, predicted=np.clip(oa + .02 * rng.normal(size=len(oa)), 0, 1)))
+
+
+# projection
+
+@pytest.mark.parametrize('method', ['pca', 'tsne'])
+def test_projection_repeats(method):
+    x = np.random.default_rng(0).normal(size=(60, 8))
+    one, two = viz.project(x, method), viz.project(x.copy(), method)
+    assert np.array_equal(one, two) and one.attrs == two.attrs and one.attrs['n'] == 60
+    if method == 'tsne': assert not np.array_equal(one, viz.project(x, method, perplexity=5))
+
+
+def test_umap_repeats_and_keeps_clusters():
+    x = np.random.default_rng(0).normal(size=(90, 8)) + 12 * np.eye(8)[np.arange(90) % 3]
+    one, two = viz.project(x, n_epochs=60), viz.project(x, n_epochs=60)
+    assert np.array_equal(one, two) and one.attrs['method'] == 'umap' and one.attrs['n_epochs'] == 60
+    centre = one.groupby(np.arange(90) % 3).mean()
+    nearest = ((one.to_numpy()[:, None] - centre.to_numpy())**2).sum(-1).argmin(1)
+    assert (nearest == np.arange(90) % 3).all()
+    few = viz.project(x[:6])
+    assert few.attrs['n_neighbors'] == 5 and np.isfinite(few).all(axis=None)
+
+
+@pytest.mark.parametrize('x, method', [(np.ones((1, 4)), 'pca'), (np.arange(8.).reshape(2, 4), 'pca'), (np.ones((30, 4)), 'pca'), (np.random.default_rng(0).normal(size=(4, 1)), 'pca')])
+def test_projection_of_little_says_so(x, method):
+    for asked in ('umap', 'tsne', 'pca'):
+        emb = viz.project(x, asked)
+        assert emb.shape == (len(x), 2) and np.isfinite(emb).all(axis=None) and emb.attrs['method'] == method
+        assert ('note' in emb.attrs) == (asked != 'pca')
+
+
+def test_pca_is_the_textbook_one():
+    x = np.random.default_rng(1).normal(size=(50, 6)) * [5, 3, 1, 1, 1, 1]
+    uv = viz.project(x, 'pca').to_numpy()
+    values = np.linalg.eigvalsh(np.cov(x.T))[::-1][:2]
+    assert np.allclose(uv.var(0, ddof=1), values, rtol=1e-4) and abs(np.corrcoef(uv.T)[0, 1]) < 1e-5
+
+
+def test_projection_samples_and_joins():
+    table = pd.DataFrame(dict(oa=np.linspace(0, 1, 50), u='old'), index=range(100, 150))
+    emb = viz.project(np.random.default_rng(0).normal(size=(50, 3)), 'pca', max_points=20, table=table)
+    assert len(emb) == 20 and emb.attrs['of'] == 50 and emb.u.dtype.kind == 'f'
+    assert np.allclose(emb.oa, np.linspace(0, 1, 50)[emb.index])
+    assert '20 of 50' in viz.plot_embedding(emb).ax_.texts[0].get_text()
+
+
+def test_projection_refuses():
+    x = np.random.default_rng(0).normal(size=(9, 3))
+    with pytest.raises(UnknownName, match='umap'): viz.project(x, 'umpa')
+    with pytest.raises(Incompatible, match='9 feature rows and 8'): viz.project(x, 'pca', table=pd.DataFrame({'oa': range(8)}))
+    with pytest.raises(SchemaError, match='at least one row'): viz.project(np.zeros((0, 3)))
+    with pytest.raises(SchemaError, match='found shape'): viz.project(np.zeros(5))
+    x[4, 1] = np.nan
+    with pytest.raises(SchemaError, match='1 of 9 rows.*row 4'): viz.project(x)
+
+
+# separation
+
+def planted(n=240, seed=0):
+    rng = np.random.default_rng(seed)
+    dataset, quality = np.arange(n) % 3, rng.normal(size=n)
+    oa = np.array([.5, .7, .9])[dataset] + .03 * quality
+    return rng, dataset, quality, oa, np.c_[quality * 3, 20 * np.eye(3)[dataset], rng.normal(0, .3, (n, 5))]
+
+
+def test_separation_sees_a_planted_signal_and_nothing_else():
+    rng, dataset, quality, oa, x = planted()
+    good = viz.separation(x, oa, dataset)
+    assert good['skill'] > .6 and good['tertile_accuracy'] > .8 and good['silhouette'] > .1 and good['n'] == 240 and good['datasets'] == 3
+    mixed = oa.copy()
+    for d in range(3): mixed[dataset == d] = rng.permutation(oa[dataset == d])
+    for features, y in ((x, mixed), (np.c_[20 * np.eye(3)[dataset], rng.normal(0, .3, (240, 5))], oa)):   # shuffled; dataset identity only
+        none = viz.separation(features, y, dataset)
+        assert none['skill'] < .06 and abs(none['tertile_accuracy'] - 1/3) < .12 and none['silhouette'] < .05
+    assert viz.separation(np.c_[20 * np.eye(3)[dataset], rng.normal(0, .3, (240, 5))], oa, np.zeros(240))['skill'] > .5   # uncontrolled, identity looks clever
+
+
+def test_separation_is_not_fooled_by_scenes():
+    rng = np.random.default_rng(0)
+    scene = np.arange(240) // 8
+    x, oa = rng.normal(size=(30, 6))[scene] * 5 + rng.normal(0, .1, (240, 6)), .7 + .05 * rng.normal(size=30)[scene]   # each scene has its own look and its own OA
+    assert viz.separation(x, oa, ['d'] * 240, k=5)['skill'] > .9
+    assert viz.separation(x, oa, ['d'] * 240, scene, k=5)['skill'] < .1
+
+
+def test_separation_agrees_with_sklearn_and_by_hand():
+    from sklearn.manifold import trustworthiness
+    from sklearn.metrics import silhouette_score
+    from sklearn.neighbors import NearestNeighbors
+    rng = np.random.default_rng(2)
+    x, oa = rng.normal(size=(60, 4)).astype(np.float32), rng.random(60)
+    got = viz.separation(x, oa, np.zeros(60), uv=x[:, :2], k=7)
+    near = NearestNeighbors(n_neighbors=7).fit(x).kneighbors(return_distance=False)
+    third = pd.qcut(oa, 3, labels=False)
+    assert np.isclose(got['knn_mae'], np.abs(oa - oa[near].mean(1)).mean())
+    assert np.isclose(got['mean_mae'], np.abs(oa - (oa.sum() - oa) / 59).mean())
+    assert np.isclose(got['silhouette'], silhouette_score(x, third), atol=1e-6)
+    assert np.isclose(got['trustworthiness'], trustworthiness(x, x[:, :2], n_neighbors=7))
+
+
+def test_separation_with_all_neighbours_has_no_skill():
+    _, dataset, _, oa, x = planted(60)
+    assert viz.separation(x, oa, dataset, k=10_000)['skill'] == 0
+
+
+@pytest.mark.parametrize('n, scene', [(1, None), (4, None), (30, ['one'] * 30)])
+def test_unmeasurable_separation_is_said(n, scene):
+    x = np.random.default_rng(0).normal(size=(n, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        got = viz.separation(x, np.linspace(.5, .6, n), ['d'] * n, scene)
+    assert got['n'] == 0 and np.isnan(got['skill']) and 'cannot be measured' in viz.separation_text(got)
+
+
+def test_constant_oa_has_no_skill():
+    assert viz.separation(np.random.default_rng(0).normal(size=(30, 3)), np.full(30, .8), np.zeros(30))['skill'] == 0
+
+
+def test_separation_refuses():
+    x = np.zeros((8, 2))
+    with pytest.raises(Incompatible, match="'oa': 7"): viz.separation(x, np.zeros(7), ['d'] * 8)
+    with pytest.raises(SchemaError, match='1 of 8 rows'): viz.separation(x, [np.nan] + [.5] * 7, ['d'] * 8)
+
+
+# numbers behind the pictures
+
+def test_scores_by_hand(tiny):
+    s = viz.scores(tiny)
+    assert np.isclose(s['mae'], (0 + .1 + .2 + .1 + 0 + .1 + .1 + .1) / 8) and np.isclose(s['bias'], (0 - .1 + .2 - .1 + 0 - .1 - .1 - .1) / 8)
+    assert (s['n_rows'], s['n_images']) == (8, 4) and np.isnan(s['srocc_image'])      # two methods make no rank correlation
+    assert viz.scores(toy().assign(predicted=lambda t: t.oa))['srocc_image'] == pytest.approx(1)
+
+
+def test_follow_by_hand(tiny):
+    out = viz.follow(tiny)
+    assert list(out.index) == ['a', 'b', 'all'] and list(out.n_images) == [2, 2, 4]
+    a, b, both = (out.loc[i] for i in out.index)
+    assert a.always == 'm' and np.isclose(a.always_oa, .75) and np.isclose(a.picked_oa, .75) and np.isclose(a.oracle_oa, .8) and a.top1 == .5 and np.isclose(a.gap_closed, 0)
+    assert np.isclose(b.picked_oa, .55) and np.isclose(b.oracle_oa, .55) and b.top1 == 1 and np.isclose(b.gap_closed, 1) and np.isclose(b.random_oa, .5)
+    assert np.isclose(both.picked_oa, .65) and np.isclose(both.regret, .025)
+
+
+def test_follow_agrees_with_metrics():
+    t = toy(30)
+    train, test = t[t.image_id.isin([f'i{k}' for k in range(15)])], t[~t.image_id.isin([f'i{k}' for k in range(15)])]
+    ours, theirs = viz.follow(test, always=single_best(train)).loc['all'], recommendation(test, single_best(train))
+    for name in ('top1', 'regret', 'gap_closed'): assert np.isclose(ours[name], theirs[name])
+    assert ours.n_images == theirs['images']
+
+
+def test_follow_names_the_rival(tiny):
+    assert (viz.follow(tiny, always='n').always == 'n').all()
+    with pytest.raises(UnknownName, match='unet'): viz.follow(tiny.replace({'m': 'unet'}), always='unte')
+    holes = tiny.drop(index=[0])
+    assert viz.follow(holes).loc['a', 'n_images'] == 1                # i1 lacks a method
+    with pytest.raises(SchemaError, match='no image has a row for every method'): viz.follow(tiny.iloc[[0, 3]])
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 1000), n=st.integers(3, 9), methods=st.integers(2, 5))
+def test_nobody_beats_the_oracle(seed, n, methods):
+    out = viz.follow(toy(n, seed, methods))
+    assert (out.picked_oa <= out.oracle_oa + 1e-12).all() and (out.always_oa <= out.oracle_oa + 1e-12).all() and (out.random_oa <= out.always_oa + 1e-12).all()
+    assert (out.gap_closed.dropna() <= 1 + 1e-9).all() and np.allclose(out.regret, out.oracle_oa - out.picked_oa)
+
+
+def test_method_shares_split_ties(tiny):
+    tied = tiny.assign(oa=[.9, .9, .6, .7, .5, .4, .5, .6])
+    shares = viz.method_shares(tied)
+    assert np.isclose(shares.best['m'], 1.5 / 4) and np.isclose(shares.best['n'], 2.5 / 4) and np.isclose(shares.recommended['m'], 3 / 4)
+    assert 'recommended' not in viz.method_shares(tied.drop(columns='predicted'))
+
+
+def test_best_rows_know_directions():
+    t = pd.DataFrame({'mae': [.1, .05, .05], 'top1': [.3, np.nan, .2]}, index=list('xyz'))
+    assert viz.best_rows(t, 'mae').tolist() == [False, True, True] and viz.best_rows(t, 'top1').tolist() == [True, False, False]
+
+
+# displays
+
+def test_displays_hold_what_they_draw(tiny):
+    shown = viz.plot_predicted_true(tiny)
+    assert sorted(shown.data_.oa) == sorted(tiny.oa) and 'n = 8 maps of 4 images' in shown.ax_.texts[0].get_text()
+    drawn = np.concatenate([np.asarray(c.get_offsets()) for c in shown.ax_.collections])
+    assert {tuple(np.round(p, 6)) for p in drawn} == {(p, t) for p, t in zip(tiny.predicted, tiny.oa)}
+    cal = viz.plot_calibration(tiny, bins=2).data_
+    assert list(cal.n) == [4, 4] and np.allclose(cal.predicted, [.425, .75]) and np.allclose(cal.true, [.525, .725])
+    grid = viz.plot_methods(tiny).data_
+    assert np.isclose(grid.loc['m', 'a'], .75) and np.isclose(grid.loc['n', 'b'], .5)
+    rec = viz.plot_recommendation(tiny, baseline='oa').data_
+    assert np.isclose(rec.gap_closed_oa['all'], 1)
+
+
+def test_displays_use_the_axes_they_get(tiny):
+    fig = Figure()
+    axes = fig.subplots(2, 2).ravel()
+    for ax, plot in zip(axes, (viz.plot_predicted_true, viz.plot_calibration, viz.plot_recommendation, viz.plot_methods)):
+        shown = plot(tiny, ax=ax)
+        assert shown.ax_ is ax and shown.figure_ is fig
+    assert shown._repr_png_().startswith(b'\x89PNG')
+
+
+def test_pyplot_figures_are_not_shown_twice(tiny):
+    import matplotlib; matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots()
+    assert viz.plot_calibration(tiny, ax=ax)._repr_png_() is None
+    plt.close(fig)
+    before = plt.get_fignums()
+    viz.plot_calibration(tiny)
+    assert plt.get_fignums() == before
+
+
+def test_missing_predictions_are_counted(tiny):
+    tiny.loc[[0, 5], 'predicted'] = np.nan
+    assert '2 without numbers left out' in viz.plot_predicted_true(tiny).ax_.texts[0].get_text()
+    for plot in (viz.plot_predicted_true, viz.plot_calibration, viz.plot_recommendation):
+        with pytest.raises(SchemaError, match='missing in all 8 rows'): plot(tiny.assign(predicted=np.nan))
+        with pytest.raises(SchemaError, match='empty'): plot(tiny.head(0))
+        with pytest.raises(SchemaError, match='no column predicted|no column'): plot(tiny.drop(columns='oa'))
+
+
+def test_one_point_one_dataset(tiny):
+    one = tiny.head(1)
+    for plot in (viz.plot_predicted_true, viz.plot_calibration, viz.plot_recommendation, viz.plot_methods): assert plot(one)._repr_png_()
+    assert np.isnan(viz.follow(one).gap_closed).all()             # one method leaves no gap
+    emb = viz.project(np.ones((1, 3)), table=one)
+    assert 'too few' in viz.plot_embedding(emb).ax_.texts[0].get_text().replace('\n', ' ')
+
+
+def test_embedding_claims_nothing_without_numbers():
+    t = toy(30).drop_duplicates('image_id').reset_index(drop=True)
+    x = np.random.default_rng(0).normal(size=(30, 4))
+    emb = viz.project(x, 'pca', table=t)
+    plain, measured = viz.plot_embedding(emb), viz.plot_embedding(emb, numbers=viz.separation(x, t.oa, t.dataset, t.scene))
+    assert 'not measured' in plain.ax_.texts[0].get_text() and 'skill' in measured.ax_.texts[0].get_text()
+    assert plain.ax_.collections[0].get_clim() == (0, 1) and len(viz.plot_embedding(emb, 'dataset').ax_.collections) == 3
+    wide = viz.plot_embedding(emb.assign(error=emb.oa * 40 - 20), 'error').ax_.collections[0].get_clim()
+    assert wide[0] < 0 or wide[1] > 1
+    with pytest.raises(SchemaError, match='no column quality'): viz.plot_embedding(emb, 'quality')
+    assert viz.plot_embedding(emb.assign(oa=np.nan)).ax_.get_legend() is not None       # an OA that nobody knows is a category, not a colour
+
+
+def test_many_points_are_sampled_and_small():
+    n = 120_000
+    rng = np.random.default_rng(0)
+    emb = pd.DataFrame(dict(u=rng.normal(size=n), v=rng.normal(size=n), oa=rng.random(n)))
+    shown = viz.plot_embedding(emb)
+    assert len(shown.data_) == 20_000 and '20,000 of 120,000' in shown.ax_.texts[0].get_text()
+
+
+@pytest.mark.parametrize('name', ['$x_', '<script>', 'x' * 80, 'ünï – 航空', r'\frac{', '$', '%s {0}'])
+def test_names_are_never_formulas(tiny, name):
+    t = tiny.replace({'dataset': {'a': name}, 'method': {'m': name}})
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='.*[Gg]lyph.*')
+        for plot in (viz.plot_predicted_true, viz.plot_recommendation, viz.plot_methods): assert plot(t)._repr_png_()
+
+
+def test_palette_survives_colour_blindness():
+    rgb = np.array([[int(c[i:i+2], 16) for i in (1, 3, 5)] for c in viz.PALETTE]) / 255
+    for matrix in ([[.367, .861, -.228], [.280, .673, .047], [-.012, .043, .969]], [[.152, 1.053, -.205], [.115, .786, .099], [-.004, -.048, 1.052]]):
+        seen = np.clip(rgb @ np.array(matrix).T, 0, 1)
+        assert min(np.abs(a - b).sum() for i, a in enumerate(seen) for b in seen[:i]) > .15
+    assert len(set(viz.MARKERS)) == len(viz.PALETTE) == 8
+
+
+def test_style_is_changed_only_on_request(tiny):
+    import matplotlib
+    with matplotlib.rc_context():
+        before = dict(matplotlib.rcParams)
+        viz.plot_methods(tiny)
+        assert dict(matplotlib.rcParams) == before
+        viz.set_style()
+        assert matplotlib.rcParams['figure.dpi'] == 80
+
+
+# comparisons and cases
+
+def test_comparison_orders_by_the_first_metric():
+    t = pd.DataFrame({'mae': [.1, .2], 'srocc_image': [.3, .6], 'gap_closed': [-.2, np.nan]}, index=['RS-SQA', 'rival'])
+    shown = viz.plot_comparison(t)
+    assert list(shown.data_.index) == ['rival', 'RS-SQA'] and len(shown.ax_) == 3
+    with pytest.raises(SchemaError, match='columns among'): viz.plot_comparison(t[[]])
+    assert viz.plot_comparison(t.head(1))._repr_png_()
+
+
+@pytest.fixture
+def case():
+    truth = np.array([[0, 0, 1, 1], [0, 255, 1, 1]], np.uint8)
+    return dict(image=np.full((3, 2, 4), .5, np.float32), truth=truth, mask=np.array([[0, 1, 1, 1], [0, 1, 1, 0]], np.uint8), palette=[(255, 0, 0), (0, 0, 255)])
+
+
+def test_case_by_hand(case):
+    panels = viz.case_panels(case['image'], case['mask'], case['palette'], case['truth'])
+    assert list(panels) == ['image', 'truth', 'map', 'error'] and all(p.shape == (2, 4, 3) and p.dtype == np.uint8 for p in panels.values())
+    wrong = (panels['error'] == viz.WRONG).all(-1)
+    assert wrong.tolist() == [[False, True, False, False], [False, False, False, True]] and tuple(panels['error'][1, 1]) == viz.IGNORED == tuple(panels['truth'][1, 1])
+    assert tuple(panels['map'][0, 0]) == (255, 0, 0) and viz.case_oa(case['truth'], case['mask']) == 5 / 7
+    data = viz.plot_case(case['image'], case['truth'], case['mask'], case['palette'], 'a $ case').data_
+    assert np.allclose(data.map_share, [3/8, 5/8]) and np.allclose(data.truth_share, [3/7, 4/7]) and np.allclose(data.found, [2/3, 3/4])
+
+
+def test_case_without_truth_claims_nothing(case):
+    shown = viz.plot_case(case['image'], None, case['mask'], case['palette'])
+    assert len(shown.ax_) == 2 and 'OA unknown' in shown.ax_[1].get_title() and 'found' not in shown.data_
+    assert np.isnan(viz.case_oa(np.full((2, 2), 255), np.zeros((2, 2))))
+
+
+def test_case_refuses(case):
+    with pytest.raises(BadImage, match='map.*shape'): viz.case_panels(case['image'], case['mask'][:1], case['palette'])
+    with pytest.raises(Incompatible, match='class id 1'): viz.case_panels(case['image'], case['mask'], case['palette'][:1])
+
+
+def test_worst_is_one_map_an_image(tiny, case):
+    rows = viz.worst(tiny, 3)
+    assert list(rows.image_id) == ['i2', 'i1', 'i3'] or rows.image_id.is_unique and np.isclose(rows.error.abs().iloc[0], .2)
+    low = viz.worst(tiny, 2, by='oa')
+    assert list(low.oa) == [.4, .5] and list(low.image_id) == ['i3', 'i4']
+    shown = viz.plot_worst(tiny, lambda row: case, n=2)
+    assert len(shown.ax_) == 8 and len(shown.data_) == 2 and shown._repr_png_()
+    assert len(viz.plot_worst(tiny.head(2), lambda row: case | {'truth': None}).ax_) == 2
+    with pytest.raises(UnknownName): viz.worst(tiny, by='eror')
+
+
+def test_saved_figures(tiny, tmp_path):
+    for suffix in ('png', 'svg', 'pdf'): assert viz.plot_calibration(tiny).save(tmp_path/f'c.{suffix}').stat().st_size > 1000
+
+
+def test_import_is_light():
+    import subprocess, sys
+    code = "import sys, rssqa.viz, rssqa.report; assert not {'matplotlib', 'umap', 'sklearn', 'jinja2', 'torch'} & set(sys.modules), set(sys.modules) & {'matplotlib','umap','sklearn','jinja2','torch'}"
+    subprocess.run([sys.executable, '-c', code], check=True)
