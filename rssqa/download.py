@@ -13,10 +13,19 @@ from urllib.parse import unquote, urlsplit
 from .core import DownloadError, datasets, progress, read_json, say, write_json
 from .data import Archive
 
-# %% ../nbs/13_download.ipynb #3d827d26
-_CHUNK = 1 << 18    # bytes
+# %% ../nbs/13_download.ipynb #d040661e
+def _agrees(path, checksum): return not checksum or _digest(path, checksum) == checksum
 
 
+def _digest(path, checksum): # in the notation of `checksum`
+    kind = checksum.split(':')[0]
+    with open(path, 'rb') as f: done = hashlib.file_digest(f, lambda: hashlib.new(kind, usedforsecurity=False))
+    return f'{kind}:{done.hexdigest()}'
+
+
+def _held(part): return part.stat().st_size if part.exists() else 0
+
+# %% ../nbs/13_download.ipynb #e4457a2e
 def fetch(
     url: str, # http or https address
     path: Path | str, # where the file goes
@@ -54,19 +63,10 @@ def fetch(
     os.replace(part, path)
     return path
 
-
-def _agrees(path, checksum): return not checksum or _digest(path, checksum) == checksum
-
-
-def _digest(path, checksum): # in the notation of `checksum`
-    kind = checksum.split(':')[0]
-    with open(path, 'rb') as f: done = hashlib.file_digest(f, lambda: hashlib.new(kind, usedforsecurity=False))
-    return f'{kind}:{done.hexdigest()}'
+# %% ../nbs/13_download.ipynb #0d0d05c3
+_CHUNK = 1 << 18    # bytes
 
 
-def _held(part): return part.stat().st_size if part.exists() else 0
-
-# %% ../nbs/13_download.ipynb #c2057a03
 def _transfer(url, part, timeout):
     held = _held(part)
     headers = {'User-Agent': 'rssqa', 'Accept-Encoding': 'identity'} | ({'Range': f'bytes={held}-'} if held else {})
@@ -108,7 +108,7 @@ def require_space(
         raise DownloadError(f'no room for {what}', f'found {free / 1e9:.1f} GB free in {folder}, expected {need / 1e9:.1f} GB',
                             'free some space or choose another folder')
 
-# %% ../nbs/13_download.ipynb #ad619705
+# %% ../nbs/13_download.ipynb #eea0f11d
 def unpack(
     archive: Path | str, # zip or tar, compressed or not
     folder: Path | str, # where the files go
@@ -124,7 +124,7 @@ def unpack(
             for name, kind, _, member in progress(members, f'unpacking {archive.name}', unit='file'):
                 _write_member(box, member, folder/name, kind)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError, zlib.error, lzma.LZMAError) as e:
-        raise DownloadError(f'cannot unpack {archive}', f'the archive is damaged or locked ({e})',
+        raise DownloadError(f'cannot unpack {archive}', f'the archive is damaged or locked ({str(e).split(chr(10))[0]})',
                             'remove it and download it again') from e
     return folder
 

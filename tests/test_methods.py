@@ -1,0 +1,245 @@
+"""The eight families: shapes, gradients, sizes, encoder weights, and their parts against plain references."""
+import copy, os, pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rssqa.core import DataNotFound, Incompatible, UnknownName, state_digest
+from rssqa.methods import blocks
+from rssqa.methods.logcan import ClassAttention, class_centres
+from rssqa.segment import EIGHT, TorchSegmenter, check_segmenter, listen, methods
+from rssqa.synth import scene
+
+real = pytest.mark.skipif(not os.environ.get('RSSQA_REAL'), reason='RSSQA_REAL is unset')
+SIZES = ((64, 64), (96, 96), (128, 160))
+ON_MOBILENET = ('unet', 'deeplabv3plus', 'pspnet', 'unetformer', 'logcan')
+BUDGETS = dict(nano=(0.1, 0.7), tiny=(1.5, 6.5)) # millions of parameters, least and most
+STANDARD = {'unet': 24.4, 'deeplabv3plus': 26.7, 'pspnet': 29.8, 'upernet-swin': 36.7, 'segformer': 27.4, 'unetformer': 11.7, 'ft-unetformer': 94.1, 'logcan': 28.1}
+fixed = settings(max_examples=25, deadline=None)
+
+
+@pytest.fixture(scope='module')
+def nanos():
+    torch.manual_seed(0)
+    return {name: methods[name].build(5, 'nano') for name in EIGHT}
+
+
+def millions(net): return sum(p.numel() for p in net.parameters()) / 1e6
+
+
+# every family keeps the contract of a net
+
+@pytest.mark.parametrize('name', EIGHT)
+@pytest.mark.parametrize('train', (True, False))
+def test_logits_have_the_size_of_the_input(nanos, name, train):
+    net = copy.deepcopy(nanos[name]).train(train)
+    for size in SIZES:
+        for batch in (1, 2):
+            with listen(net, net.taps) as ear: y = net(torch.randn(batch, 3, *size))
+            decoder, encoder = ear.features
+            assert y.shape == (batch, 5, *size) and torch.isfinite(y).all()
+            assert decoder.ndim == encoder.ndim == 4 and len(decoder) == len(encoder) == batch
+            assert decoder.shape[-1] >= encoder.shape[-1] and encoder.shape[1] > decoder.shape[1]
+
+
+@pytest.mark.parametrize('name', EIGHT)
+def test_smallest_image_trains_alone(nanos, name):
+    net = copy.deepcopy(nanos[name]).train()
+    net(torch.randn(1, 3, 32, 32)).square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+    assert all(m.training for m in net.modules())
+
+
+@pytest.mark.parametrize('name', EIGHT)
+def test_gradients_reach_every_parameter(nanos, name):
+    net = copy.deepcopy(nanos[name]).train()
+    y = torch.randint(0, 5, (2, 128, 128))
+    F.cross_entropy(net(torch.randn(2, 3, 128, 128)), y).backward()
+    silent = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not silent
+
+
+@pytest.mark.parametrize('name', EIGHT)
+def test_keeps_the_segmenter_protocol(nanos, name):
+    net = copy.deepcopy(nanos[name])
+    net.train(), net(torch.randn(2, 3, 64, 64))           # dropout and norms have been in use
+    seg = check_segmenter(TorchSegmenter(net, tuple('abcde'), name=f'{name}.test'))
+    assert seg.strides[1] in (16, 32) and seg.strides[0] in (1, 4, 16)
+
+
+@pytest.mark.parametrize('name', EIGHT)
+def test_copies_and_pickles_answer_alike(nanos, name):
+    net, x = copy.deepcopy(nanos[name]).eval(), torch.randn(1, 3, 64, 64)
+    again, fresh = pickle.loads(pickle.dumps(net)), methods[name].build(5, 'nano').eval()
+    fresh.load_state_dict(net.state_dict())
+    assert torch.equal(net(x), again(x)) and torch.equal(net(x), fresh(x))
+
+
+@pytest.mark.parametrize('name', EIGHT)
+def test_learns_a_few_scenes(name):
+    torch.manual_seed(0)
+    scenes = [scene('town', 64, seed) for seed in range(4)]
+    x = torch.as_tensor(np.stack([s.image for s in scenes])) * 4 - 2
+    y = torch.as_tensor(np.stack([s.mask for s in scenes]).astype(np.int64))
+    net = methods[name].build(int(y[y < 255].max()) + 1, 'nano').train()
+    best, losses = torch.optim.AdamW(net.parameters(), 4e-3), []
+    for _ in range(25):
+        loss = F.cross_entropy(net(x), y, ignore_index=255)
+        best.zero_grad(), loss.backward(), best.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+# sizes
+
+@pytest.mark.parametrize('name', EIGHT)
+def test_parameter_budgets(name):
+    for preset, (least, most) in BUDGETS.items(): assert least < millions(methods[name].build(6, preset)) < most, preset
+    with torch.device('meta'): whole = millions(methods[name].build(6, 'standard'))
+    assert whole == pytest.approx(STANDARD[name], abs=0.1)
+
+
+def test_presets_of_all_families_are_named_alike():
+    assert {tuple(methods[n].presets) for n in EIGHT} == {('nano', 'tiny', 'standard')}
+    assert {methods[n].family for n in EIGHT} == {'CNN', 'transformer', 'hybrid'} and all(methods[n].name == n for n in EIGHT)
+    with pytest.raises(UnknownName, match='did you mean nano'): methods['unet'].build(3, 'nan')
+
+
+# encoder weights
+
+def test_encoder_weights_arrive_in_library_and_own_nets(tmp_path):
+    donor = blocks.timm_encoder('mobilenetv2_035', out_indices=5).net.state_dict()
+    save_file(donor | {'classifier.weight': torch.zeros(10, 1280)}, path := str(tmp_path/'w.safetensors'))
+    for name in ON_MOBILENET:
+        net = methods[name].build(5, 'nano', path)
+        inner = net.encoder.net if hasattr(net.encoder, 'net') else net.encoder.model
+        assert all(torch.equal(v, donor[k]) for k, v in inner.state_dict().items() if 'num_batches' not in k), name
+
+
+def test_swin_classifier_names_are_understood(tmp_path):
+    import timm
+    small = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+    whole = timm.create_model('swin_tiny_patch4_window7_224', num_classes=3, **small)
+    save_file(whole.state_dict(), tmp_path/'swin.safetensors')
+    encoder = blocks.timm_encoder('swin_tiny_patch4_window7_224', tmp_path/'swin.safetensors', strict_img_size=False, **small)
+    assert torch.equal(encoder.net.layers_2.blocks[0].mlp.fc1.weight, whole.layers[2].blocks[0].mlp.fc1.weight)
+
+
+def test_segformer_encoder_weights(tmp_path, nanos):
+    save_file(nanos['segformer'].encoder.mit.state_dict(), path := str(tmp_path/'mit.safetensors'))
+    twin = methods['segformer'].build(3, 'nano', path)
+    assert state_digest(twin.encoder.state_dict()) == state_digest(nanos['segformer'].encoder.state_dict())
+    with pytest.raises(Incompatible, match='timm has no Mix Transformer'): methods['segformer'].build(3, 'nano', 'timm')
+
+
+def test_foreign_encoder_weights_are_refused_untouched(tmp_path):
+    net = blocks.timm_encoder('mobilenetv2_035').net
+    before = state_digest(net.state_dict())
+    wide = blocks.timm_encoder('mobilenetv2_100').net.state_dict()
+    half = {k: v for i, (k, v) in enumerate(net.state_dict().items()) if i % 2}
+    for state in (wide, half, {'x': torch.zeros(1)}):
+        save_file(state, tmp_path/'w.safetensors')
+        with pytest.raises(Incompatible, match=r'w\.safetensors.*found \d+ of \d+ .*expected at least 90%.*choose'): blocks.load_encoder_weights(net, tmp_path/'w.safetensors')
+    (tmp_path/'junk.safetensors').write_bytes(b'<html>not found</html>')
+    with pytest.raises(Incompatible, match='not a safetensors file'): blocks.load_encoder_weights(net, tmp_path/'junk.safetensors')
+    with pytest.raises(DataNotFound, match='no encoder weights nowhere'): blocks.load_encoder_weights(net, 'nowhere')
+    assert state_digest(net.state_dict()) == before
+
+
+@real
+def test_imagenet_weights_load_into_every_tiny_hybrid():
+    path = Path(os.environ['RSSQA_REAL'])/'weights'/'mobilenetv2_100_imagenet.safetensors'
+    first = load_file(path)['conv_stem.weight'].float()
+    for name in ON_MOBILENET:
+        net = methods[name].build(6, 'tiny', str(path)).eval()
+        inner = net.encoder.net if hasattr(net.encoder, 'net') else net.encoder.model
+        assert torch.equal(inner.conv_stem.weight, first) and torch.isfinite(net(torch.randn(1, 3, 64, 64))).all()
+    with pytest.raises(Incompatible): blocks.timm_encoder('mobilenetv2_050', path)
+
+
+# parts
+
+@fixed
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 13), st.integers(1, 13), st.integers(1, 5), st.integers(1, 5))
+def test_windows_come_back(n, c, height, width, h, w):
+    x = torch.randn(n, c, height, width)
+    tokens = blocks.to_windows(x, (h, w))
+    assert tokens.shape == (n, -(-height//h) * -(-width//w), h*w, c)
+    assert torch.equal(blocks.from_windows(tokens, (h, w), (height, width)), x)
+
+
+def test_windows_hold_neighbours():
+    x = torch.arange(24.).view(1, 1, 4, 6)
+    assert blocks.to_windows(x, (2, 3))[0, :, :, 0].tolist() == [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11], [12, 13, 14, 18, 19, 20], [15, 16, 17, 21, 22, 23]]
+
+
+def test_window_attention_against_loops():
+    torch.manual_seed(0)
+    net, x, side = blocks.WindowAttention(8, 2, 3), torch.randn(1, 8, 3, 3), 3
+    q, k, v = net.qkv(x)[0].flatten(1).T.view(9, 3, 2, 4).unbind(1)                      # each (T,heads,4)
+    expected = torch.zeros(9, 8)
+    for head in range(2):
+        for i in range(9):
+            bias = [net.bias[head, (i//side - j//side + side-1) * (2*side-1) + i % side - j % side + side-1] for j in range(9)]
+            share = torch.stack([q[i, head] @ k[j, head] / 2 + bias[j] for j in range(9)]).softmax(0)
+            expected[i, 4*head:4*head+4] = sum(share[j] * v[j, head] for j in range(9))
+    assert torch.allclose(net(x)[0].flatten(1).T, expected, atol=1e-5)
+
+
+@fixed
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6))
+def test_cross_mean_against_loops(height, width, length):
+    x, before = torch.randn(1, 1, height, width), length // 2
+    edge = lambda i, n: min(max(i, 0), n - 1)
+    strip = lambda i, n: [edge(i - before + d, n) for d in range(length)]
+    expected = [[(x[0, 0, strip(i, height), j].mean() + x[0, 0, i, strip(j, width)].mean()).item() for j in range(width)] for i in range(height)]
+    assert torch.allclose(blocks.cross_mean(x, length)[0, 0], torch.tensor(expected), atol=1e-5)
+
+
+@fixed
+@given(st.integers(1, 40), st.integers(1, 6), st.floats(0.1, 30))
+def test_class_centres_stay_inside_the_features(pixels, classes, sharpness):
+    x, d = torch.randn(pixels, 5), torch.randn(pixels, classes) * sharpness
+    centres = class_centres(x, d)
+    assert centres.shape == (classes, 5)
+    assert (centres <= x.max(0).values + 1e-5).all() and (centres >= x.min(0).values - 1e-5).all()
+    hard = class_centres(x, 1e4 * F.one_hot(torch.arange(pixels) % classes, classes).float())
+    for c in range(min(classes, pixels)): assert torch.allclose(hard[c], x[c::classes].mean(0), atol=1e-4)
+
+
+def test_class_attention_tells_global_centres_only():
+    torch.manual_seed(0)
+    net = ClassAttention(8, 3, patches=2).eval()
+    net.out = nn.Identity()
+    x, same = torch.randn(1, 8, 7, 5), torch.randn(8)
+    _, y = net(x, same.expand(1, 3, 8))
+    assert torch.allclose(y[:, 8:], net.value(same).view(1, 8, 1, 1).expand(1, 8, 7, 5), atol=1e-5) and torch.equal(y[:, :8], x)
+
+
+def test_auxiliary_logits_teach_the_rough_classification(nanos):
+    net = copy.deepcopy(nanos['logcan']).train()
+    logits, rough = net(torch.randn(2, 3, 64, 64), aux=True)
+    assert [tuple(r.shape[1:]) for r in rough] == [(5, 2, 2), (5, 2, 2), (5, 4, 4), (5, 8, 8), (5, 16, 16)]
+    sum(r.square().mean() for r in rough).backward()
+    assert net.decoder.rough.weight.grad.abs().sum() > 0 and net.head[1].weight.grad is None
+
+
+def test_a_single_value_leaves_running_statistics_alone():
+    for norm in (nn.BatchNorm2d(4), blocks.timm_encoder('mobilenetv2_035').net.bn1.__class__(4)):
+        with pytest.raises(ValueError): norm.train()(torch.randn(1, 4, 1, 1))
+        blocks.safe_norms(norm).running_mean.fill_(2.)
+        assert norm(torch.full((1, 4, 1, 1), 2.)).abs().max() < 1e-6 and norm.training and norm.num_batches_tracked == 0
+        norm(torch.randn(1, 4, 3, 3))
+        assert norm.num_batches_tracked == 1 and not norm.running_mean.eq(2).any()
+
+
+def test_a_failing_norm_still_wakes():
+    norm = blocks.safe_norms(nn.BatchNorm2d(4))
+    with pytest.raises(RuntimeError): norm(torch.randn(1, 3, 1, 1))
+    assert norm.training
