@@ -16,13 +16,13 @@ import numpy as np
 from .core import DataNotFound
 from .data import IGNORE, Archive, ByColour, ById, DatasetSpec, pictures
 
-# %% ../nbs/10a_catalog.ipynb #7dc594b2
+# %% ../nbs/10a_catalog.ipynb #eb47be3b
 _ISPRS = {'impervious_surface': (255, 255, 255), 'building': (0, 0, 255), 'low_vegetation': (0, 255, 255),
           'tree': (0, 255, 0), 'car': (255, 255, 0), 'clutter': (255, 0, 0)}
 _ISPRS_TERMS = dict(licence='on request from the ISPRS for research; must not be passed on',
     homepage='https://www.isprs.org/education/benchmarks/UrbanSemLab/default.aspx',
     citation='ISPRS WG III/4, 2D Semantic Labeling Contest')
-_ISPRS_STEPS = 'Fill in the request form on the home page. You will be sent an address. Fetch {files}; unpack all into one folder.'
+_ISPRS_STEPS = 'Fill in the request form on the home page; you will be sent an address. Fetch {files}; unpack all in one folder.'
 _VAIHINGEN_ZIPS = ('ISPRS_semantic_labeling_Vaihingen.zip, ISPRS_semantic_labeling_Vaihingen_ground_truth_COMPLETE.zip and '
                    'ISPRS_semantic_labeling_Vaihingen_ground_truth_eroded_COMPLETE.zip')
 _POTSDAM_ZIPS = '2_Ortho_RGB.zip, 5_Labels_all.zip and 5_Labels_all_noBoundary.zip'

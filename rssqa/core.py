@@ -8,10 +8,9 @@ __all__ = ['segmenters', 'encoders', 'fusions', 'datasets', 'Problem', 'UnknownN
            'state_digest', 'as_image', 'stretch', 'pick_device', 'seed_all', 'cache_dir', 'real_dir', 'atomic',
            'write_json', 'read_json', 'progress', 'say']
 
-# %% ../nbs/00_core.ipynb #bcb69f03
-import difflib, hashlib, importlib, importlib.metadata, json, os, random, sys, tempfile
+# %% ../nbs/00_core.ipynb #b00c8477
+import difflib, hashlib, importlib, importlib.metadata, json, os, random, sys, uuid
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Callable, Iterable
@@ -128,7 +127,7 @@ def state_digest(state: dict) -> str: # a torch state dict
     "Digest the weights of a model, independent of key order and device."
     return digest(*(x for k in sorted(state) for x in (k, state[k].detach().cpu().contiguous().view(-1).float().numpy())))
 
-# %% ../nbs/00_core.ipynb #e32b3251
+# %% ../nbs/00_core.ipynb #36ee3289
 def as_image(
     source, # path, PIL image, array (H,W), (H,W,3|4) or (3,H,W); uint8 0..255 or float 0..1
     name: str = '', # what to call it in messages
@@ -140,7 +139,7 @@ def as_image(
     x, name = np.asarray(source), name or 'array'
     if x.ndim == 2: x = np.repeat(x[..., None], 3, -1)
     if x.ndim != 3: raise BadImage(f'cannot use {name} as an image', f'found shape {x.shape}, expected (H,W), (H,W,3) or (3,H,W)', 'pass one image')
-    if x.shape[0] in (1, 3, 4) and x.shape[-1] not in (3, 4): x = np.moveaxis(x, 0, -1)
+    if x.shape[0] in (1, 3) and (x.shape[-1] not in (3, 4) or x.shape[0] == 3 != x.shape[-1]): x = np.moveaxis(x, 0, -1)      # channels first
     return _rgb01(x, name).transpose(2, 0, 1).copy()
 
 
@@ -171,15 +170,14 @@ def _open(path):
 def _tiff(path):
     import rasterio, warnings
     if not Path(path).exists(): raise FileNotFoundError(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', rasterio.errors.NotGeoreferencedWarning)
-        try:
-            with rasterio.open(path) as f: bands, kinds = f.read(), f.colorinterp
-        except rasterio.errors.RasterioError as e: raise OSError(str(e).splitlines()[0]) from e
+    warnings.filterwarnings('ignore', category=rasterio.errors.NotGeoreferencedWarning)
+    try:
+        with rasterio.open(path) as f: bands, kinds = f.read(), f.colorinterp
+    except rasterio.errors.RasterioError as e: raise OSError(str(e).splitlines()[0]) from e
     alpha = len(kinds) == 4 and kinds[3] == rasterio.enums.ColorInterp.alpha
     if bands.shape[0] not in (1, 3) and not alpha:
         raise BadImage(f'cannot use {path} as an image', f'found {bands.shape[0]} bands, expected 3', 'select three bands, for example gdal_translate -b 1 -b 2 -b 3')
-    return np.moveaxis(bands[:3], 0, -1)
+    return bands[0] if len(bands) == 1 else np.moveaxis(bands[:3], 0, -1)
 
 
 def _from_pil(im, name):
@@ -225,16 +223,15 @@ def real_dir(*parts: str) -> Path | None:
     path = Path(root).joinpath(*parts) if root else None
     return path if path and path.exists() else None
 
-# %% ../nbs/00_core.ipynb #6b65ce1d
+# %% ../nbs/00_core.ipynb #da973b77
 @contextmanager
 def atomic(path):
     "Yield a temporary path beside `path`; move it there if the block succeeds, remove it if not."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix=path.suffix)
-    os.close(fd)
-    try: yield Path(tmp); os.replace(tmp, path)
-    finally: Path(tmp).unlink(missing_ok=True)
+    tmp = path.with_name(f'.{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}')       # same folder: a move across disks would not be atomic
+    try: yield tmp; os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
 
 
 def write_json(path, obj) -> Path:

@@ -216,7 +216,7 @@ def _find_glob(root, images, masks, scene, split):
         mask = masks and posixpath.normpath(masks.format(stem=p.stem, name=p.name, folder=p.parent.as_posix()))
         yield dict(path=p.as_posix(), mask_path=mask, scene=str(scene(p)), split=split(p))
 
-# %% ../nbs/10_data.ipynb #3a5a53e3
+# %% ../nbs/10_data.ipynb #84d703ae
 def folder_spec(
     root: Path | str, # folder with classes.json and splits.csv
 ) -> DatasetSpec:
@@ -244,7 +244,7 @@ def _find_listed(root):
         entry = dict(path=row['image'], mask_path=row['mask'] or None, scene=row['scene'], split=row['split'])
         yield entry | ({'gsd_m': float(row['gsd_m'])} if row.get('gsd_m') else {})
 
-
+# %% ../nbs/10_data.ipynb #964ba7fc
 def spec_of(
     row, # a row of a scanned table
 ) -> DatasetSpec:
@@ -264,7 +264,7 @@ def _folder_spec(root, changed): return folder_spec(root)
 for _name in ('vaihingen', 'potsdam', 'loveda', 'uavid', 'floodnet'):
     datasets.register(_name, f'rssqa.catalog:{_name}', replace=True)
 
-# %% ../nbs/10_data.ipynb #5946bec0
+# %% ../nbs/10_data.ipynb #b53e66ba
 def _is_tiff(path): return Path(path).suffix.lower() in ('.tif', '.tiff')
 
 
@@ -276,7 +276,8 @@ def _tiff(path):
     try:
         with rasterio.open(path) as f: yield f
     except rasterio.errors.RasterioError as e:
-        raise BadImage(f'cannot read {path}', f'the file is damaged ({str(e).splitlines()[0]})', 'copy or download it again') from e
+        raise BadImage(f'cannot read {path}', f'the file is damaged ({str(e).splitlines()[0]})',
+                       'copy or download it again') from e
 
 
 def _bands(f, path, box): # an open TIFF -> (h,w) or (h,w,3)
@@ -350,7 +351,7 @@ def _count(name, rows):
     labelled, scenes = rows.mask_path.notna().sum(), rows.scene.nunique()
     return f'{name}: {len(rows)} images of {sizes} px, {scenes} scenes, {labelled} with masks ({splits})'
 
-# %% ../nbs/10_data.ipynb #9227fc0f
+# %% ../nbs/10_data.ipynb #a790b1d6
 def scan(
     root: Path | str, # folder of the dataset
     spec: DatasetSpec | str | None = None, # description, registered name, or None for the folder format
@@ -395,19 +396,19 @@ def _all_faults(faults):
     if not more: return first
     return type(first)(first.what, f'{first.found} (and {more} more unusable files)', f"{first.todo}, or scan with bad='skip'")
 
+# %% ../nbs/10_data.ipynb #9c97039f
+def _inspect_all(root, spec, entries) -> Iterator: # (entry, row | reason to skip | Problem)
+    pool = ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 2))
+    rows = progress(pool.map(partial(_inspect, root, spec), entries), f'scanning {spec.name}', len(entries), 'image')
+    try: yield from zip(entries, rows)
+    finally: pool.shutdown(cancel_futures=True)      # an interrupt does not wait for the files that are left
+
 
 def _drop_copies(table, skipped):
     first = table.drop_duplicates('image_id').set_index('image_id').path
     copies = table[table.image_id.duplicated()]
     if len(copies): skipped['equal content'] = [f'{c.path} = {first[c.image_id]}' for c in copies.itertuples()]
     return table.drop(index=copies.index).reset_index(drop=True)
-
-# %% ../nbs/10_data.ipynb #d33a0b92
-def _inspect_all(root, spec, entries) -> Iterator: # (entry, row | reason to skip | Problem)
-    pool = ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 2))
-    rows = progress(pool.map(partial(_inspect, root, spec), entries), f'scanning {spec.name}', len(entries), 'image')
-    try: yield from zip(entries, rows)
-    finally: pool.shutdown(cancel_futures=True)      # an interrupt does not wait for the files that are left
 
 
 def _inspect(root, spec, e):

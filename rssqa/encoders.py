@@ -7,7 +7,7 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'HALF', 'SPECS', 'SemOutput', 'SemanticEncod
            'strip_checkpoint', 'fast_bf16', 'OpenClipEncoder', 'spec_from_folder', 'spec_from_tag', 'load_encoder',
            'encode', 'check_encoder', 'benchmark_encoder']
 
-# %% ../nbs/30_encoders.ipynb #110956c1
+# %% ../nbs/30_encoders.ipynb #248128b3
 import copy, json, os, re, shutil, tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,8 +17,8 @@ from typing import Any, Iterable, Protocol, runtime_checkable
 import numpy as np
 import pandas as pd
 
-from .core import (BadImage, DataNotFound, DownloadError, Incompatible, as_image, atomic, cache_dir, digest, encoders, pick_device, progress,
-                        read_json, real_dir, say, state_digest, unknown, write_json)
+from .core import (BadImage, DataNotFound, DownloadError, Incompatible, as_image, atomic, cache_dir, digest, encoders,
+                        pick_device, progress, read_json, real_dir, say, state_digest, unknown, write_json)
 from .synth import KINDS, LOOKS, degrade, scene
 
 # %% ../nbs/30_encoders.ipynb #f0d4767b
@@ -68,23 +68,26 @@ class EncoderSpec:
     sha256: str = '' # of the published file
     note: str = '' # what is inferred or odd
 
-# %% ../nbs/30_encoders.ipynb #d0f817d2
+# %% ../nbs/30_encoders.ipynb #f3d86b6c
 _OPENAI, _LAION = dict(weights='openai', licence='MIT', source='openai/CLIP'), dict(licence='MIT')
 SPECS = (
     EncoderSpec('openai-vit-b-32', 'ViT-B-32', True, 512, **_OPENAI),
     EncoderSpec('openai-vit-b-16', 'ViT-B-16', True, 512, **_OPENAI),
     EncoderSpec('openai-vit-l-14', 'ViT-L-14', True, 768, **_OPENAI),
-    EncoderSpec('laion-vit-b-32', 'ViT-B-32', False, 512, 'laion2b_s34b_b79k', source='laion/CLIP-ViT-B-32-laion2B-s34B-b79K', **_LAION),
-    EncoderSpec('laion-vit-b-16', 'ViT-B-16', False, 512, 'laion2b_s34b_b88k', source='laion/CLIP-ViT-B-16-laion2B-s34B-b88K', **_LAION),
+    EncoderSpec('laion-vit-b-32', 'ViT-B-32', False, 512, 'laion2b_s34b_b79k',
+                source='laion/CLIP-ViT-B-32-laion2B-s34B-b79K', **_LAION),
+    EncoderSpec('laion-vit-b-16', 'ViT-B-16', False, 512, 'laion2b_s34b_b88k',
+                source='laion/CLIP-ViT-B-16-laion2B-s34B-b88K', **_LAION),
     EncoderSpec('laion-vit-l-14', 'ViT-L-14', False, 768, 'laion2b_s32b_b82k', mean=HALF, std=HALF,
                 source='laion/CLIP-ViT-L-14-laion2B-s32B-b82K', note='normalises with 0.5, unlike its sisters', **_LAION),
-    EncoderSpec('clip-rs', 'ViT-L-14', True, 768, 'CLIP_RS.pt', licence='none stated: never redistribute', source='hy1111/CLIP-RS',
+    EncoderSpec('clip-rs', 'ViT-L-14', True, 768, 'CLIP_RS.pt', source='hy1111/CLIP-RS',
+                licence='none stated: never redistribute',
                 sha256='330246838e9051d9aa4f9e3a71024fe73f002f0d5e7bff108b34c47fd7a5d484',
-                note='5.13 GB training checkpoint; architecture inferred from its size, QuickGELU inferred from the OpenAI start of its kind'),
+                note='5.13 GB training checkpoint; architecture inferred from size, QuickGELU from the OpenAI start of its kind'),
 )
 for spec in SPECS: encoders.register(spec.name, spec, replace=True)
 
-# %% ../nbs/30_encoders.ipynb #3d9eedd3
+# %% ../nbs/30_encoders.ipynb #8cf5837a
 def resize(
     x, # (N,3,H,W) RGB 0..1
     size: int, # side of the result, pixels
@@ -100,19 +103,21 @@ def _checked(x): # (N,3,H,W) -> float32 tensor, or BadImage
     import torch
     x = torch.as_tensor(x)
     if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
-        raise BadImage('cannot encode this batch', f'found {x.dtype} of shape {tuple(x.shape)}, expected float (N,3,H,W)', 'stack images made by as_image')
+        raise BadImage('cannot encode this batch', f'found {x.dtype} of shape {tuple(x.shape)}, expected float (N,3,H,W)',
+                       'stack images made by as_image')
     if not (x.numel() and 0 <= x.min() and x.max() <= 1): # NaN fails both comparisons
         found = f'found values {x.min().item():.3g}..{x.max().item():.3g}' if x.numel() else 'found no pixels'
-        raise BadImage('cannot encode this batch', f'{found}, expected 0..1', 'pass images as as_image makes them: the encoder normalises by itself')
+        raise BadImage('cannot encode this batch', f'{found}, expected 0..1',
+                       'pass images as as_image makes them: the encoder normalises by itself')
     return x.float()
 
-# %% ../nbs/30_encoders.ipynb #f2a7a07a
+# %% ../nbs/30_encoders.ipynb #ceb4e3e9
 def _unpickle(path): # contents of a .pt file; runs no code
     import pickle, torch, zipfile
     try: return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
         if name := re.search(r'GLOBAL (\S+)', str(e)):
-            raise Incompatible(f'refused to open {path}', f'the pickle asks for {name[1]}, which is no tensor and could run any code',
+            raise Incompatible(f'refused to open {path}', f'the pickle asks for {name[1]}, which could run any code',
                                'get safetensors from its author, or save only the state dict where you trust the file') from e
         raise Incompatible(f'cannot read weights {path}', (str(e).strip().splitlines() or ['the file ends early'])[0][:120],
                            'download it again; a TorchScript archive must be saved as a state dict first') from e
@@ -123,7 +128,8 @@ def _read(path): # raw contents: a state dict, or a checkpoint around one
     if not Path(path).is_file(): raise DataNotFound(f'no weights {path}', '', 'check the path')
     if Path(path).suffix != '.safetensors': return _unpickle(path)
     try: return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as e: raise Incompatible(f'cannot read weights {path}', str(e), 'download it again') from e
+    except safetensors.SafetensorError as e:
+        raise Incompatible(f'cannot read weights {path}', str(e), 'download it again') from e
 
 
 def read_weights(
@@ -133,11 +139,12 @@ def read_weights(
     raw = _read(path)
     state = next((raw[k] for k in ('state_dict', 'model') if isinstance(raw.get(k), dict)), raw) if isinstance(raw, dict) else {}
     if not state or not all(hasattr(t, 'dtype') for t in state.values()):
-        raise Incompatible(f'no state dict in {path}', f'found {", ".join(map(str, list(state)[:4])) or type(raw).__name__}', 'save model.state_dict()')
+        found = ', '.join(map(str, list(state)[:4])) or type(raw).__name__
+        raise Incompatible(f'no state dict in {path}', f'found {found}', 'save model.state_dict()')
     bare = all(k.startswith('module.') for k in state)
     return {k.removeprefix('module.') if bare else k: t for k, t in state.items()}
 
-# %% ../nbs/30_encoders.ipynb #1fcfc4eb
+# %% ../nbs/30_encoders.ipynb #7f4cfab2
 _CODES = dict(float16='F16', bfloat16='BF16', float32='F32', float64='F64', int64='I64', int32='I32', uint8='U8', bool='BOOL')
 
 
@@ -163,11 +170,13 @@ def strip_checkpoint(
 ) -> dict: # sizes in bytes, number of tensors
     "Keep only the weights of a checkpoint, as safetensors; print what that saved."
     import hashlib, torch
-    if Path(out).suffix != '.safetensors': raise Incompatible(f'cannot write {out}', 'expected a name that ends in .safetensors', 'rename it')
+    if Path(out).suffix != '.safetensors':
+        raise Incompatible(f'cannot write {out}', 'expected a name that ends in .safetensors', 'rename it')
     state, kind = read_weights(path), getattr(torch, dtype)
     if sha256:
         with open(path, 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest()
-        if found != sha256: raise DownloadError(f'{path} is not the published file', f'sha256 {found}, expected {sha256}', 'download it again')
+        if found != sha256:
+            raise DownloadError(f'{path} is not the published file', f'sha256 {found}, expected {sha256}', 'download it again')
     def cast(t): return t.to(kind) if t.is_floating_point() else t
     if dtype == 'float16' and any(t.is_floating_point() and t.abs().max() > 65504 for t in state.values() if t.numel()):
         raise Incompatible(f'cannot store {path} as float16', 'some weights exceed 65504', "pass dtype='float32'")
@@ -176,7 +185,7 @@ def strip_checkpoint(
     say(f'{path}: {report["before"] / 1e6:.1f} MB -> {out}: {report["after"] / 1e6:.1f} MB, {len(state)} tensors')
     return report
 
-# %% ../nbs/30_encoders.ipynb #bd7a6a5f
+# %% ../nbs/30_encoders.ipynb #1492465b
 def _stated(folder): # contents of open_clip_config.json, or {} where there is none
     path = Path(folder)/'open_clip_config.json'
     if not path.is_file(): return {}
@@ -188,18 +197,21 @@ def _agree(spec, stated, where): # a stated activation must be the spec's
     found = stated.get('quick_gelu', spec.quick_gelu)
     if found != spec.quick_gelu:
         names = {True: 'QuickGELU', False: 'GELU'}
-        raise Incompatible(f'{where} does not go with encoder {spec.name!r}', f'it states {names[found]}, the spec says {names[spec.quick_gelu]}',
+        raise Incompatible(f'{where} does not go with encoder {spec.name!r}',
+                           f'it states {names[found]}, the spec says {names[spec.quick_gelu]}',
                            'use the spec that the weights were trained with; replace(spec, quick_gelu=...) makes one')
 
 
 def _config(spec): # spec -> open_clip model config with the spec's activation
     import open_clip
-    cfg = _stated(spec.architecture).get('model_cfg') if Path(spec.architecture).is_dir() else open_clip.get_model_config(spec.architecture)
+    local = Path(spec.architecture).is_dir()
+    cfg = _stated(spec.architecture).get('model_cfg') if local else open_clip.get_model_config(spec.architecture)
     if cfg is None: raise unknown('open_clip architecture', spec.architecture, open_clip.list_models())
     _agree(spec, cfg, spec.architecture)
     found = cfg['embed_dim'], cfg['vision_cfg'].get('image_size', 224)
     if found != (spec.dim, spec.image_size):
-        raise Incompatible(f'spec {spec.name!r} contradicts architecture {spec.architecture}', f'dim, image_size {found}, spec says {spec.dim, spec.image_size}', 'correct the spec')
+        raise Incompatible(f'spec {spec.name!r} contradicts architecture {spec.architecture}',
+                           f'dim, image_size {found}, spec says {spec.dim, spec.image_size}', 'correct the spec')
     return copy.deepcopy(cfg) | dict(quick_gelu=spec.quick_gelu)
 
 
@@ -212,7 +224,7 @@ def _net(cfg, block='custom'): # open_clip config -> net with random weights
     kind = open_clip.CoCa if 'multimodal_cfg' in cfg else open_clip.CustomTextCLIP if custom else open_clip.CLIP
     with torch.random.fork_rng(devices=[]): return kind(**cfg).eval().requires_grad_(False)
 
-# %% ../nbs/30_encoders.ipynb #a4878be2
+# %% ../nbs/30_encoders.ipynb #2650800f
 def _renamed(net, state): # names of older and foreign files -> names of this net
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
@@ -224,15 +236,17 @@ def _renamed(net, state): # names of older and foreign files -> names of this ne
 
 def _fit(net, state, path, architecture): # load every tensor, or say what does not fit
     state, want = _renamed(net, state), net.state_dict()
-    shapes = [f'{k} is {tuple(state[k].shape)} in the file and {tuple(want[k].shape)} in the net' for k in want if k in state and state[k].shape != want[k].shape]
+    shapes = [f'{k} is {tuple(state[k].shape)} in the file and {tuple(want[k].shape)} in the net'
+              for k in want if k in state and state[k].shape != want[k].shape]
     missing, extra = [k for k in want if k not in state], [k for k in state if k not in want]
     faults = {'of another shape': shapes, 'missing': missing, 'unexpected': extra}
     if any(faults.values()):
         found = '; '.join(f'{len(v)} {k}, first: {v[0]}' for k, v in faults.items() if v)
-        raise Incompatible(f'{path} does not fit architecture {architecture}', f'of {len(want)} tensors {found}', 'choose the architecture the weights were trained with')
+        raise Incompatible(f'{path} does not fit architecture {architecture}',
+                           f'of {len(want)} tensors {found}', 'choose the architecture the weights were trained with')
     net.load_state_dict(state)
 
-# %% ../nbs/30_encoders.ipynb #869a37d1
+# %% ../nbs/30_encoders.ipynb #e8652f87
 def fast_bf16() -> bool:
     "Tell whether this processor computes in bfloat16 by hardware."
     import platform, torch
@@ -243,13 +257,14 @@ def fast_bf16() -> bool:
 
 def _pick_dtype(dtype, device, net): # 'auto' -> name of a torch dtype
     import torch
-    if dtype not in ('auto', 'float32', 'bfloat16', 'float16'): raise unknown('dtype', dtype, ('auto', 'float32', 'bfloat16', 'float16'))
+    known = 'auto', 'float32', 'bfloat16', 'float16'
+    if dtype not in known: raise unknown('dtype', dtype, known)
     if dtype != 'auto': return dtype
     if not hasattr(net.visual, 'transformer'): return 'float32'        # convolutions gain little and their norms lose precision
     fast = torch.cuda.is_bf16_supported() if device.startswith('cuda') else device == 'cpu' and fast_bf16()
     return 'bfloat16' if fast else 'float32'
 
-# %% ../nbs/30_encoders.ipynb #bf4a7d2c
+# %% ../nbs/30_encoders.ipynb #3a506a57
 def _see(visual, x, dtype): # (N,3,S,S) normalised -> pooled (N,D), dense (N,C,h,w)
     trunk, x = getattr(visual, 'trunk', None), x.to(dtype)
     if trunk is not None:
@@ -259,7 +274,7 @@ def _see(visual, x, dtype): # (N,3,S,S) normalised -> pooled (N,D), dense (N,C,h
     out = visual.forward_intermediates(x, indices=1, normalize_intermediates=norm)
     return out['image_features'], out['image_intermediates'][0]
 
-
+# %% ../nbs/30_encoders.ipynb #9ed4b336
 class OpenClipEncoder:
     "A CLIP from open_clip behind rssqa's interface."
     def __init__(self,
@@ -274,7 +289,7 @@ class OpenClipEncoder:
         self.spec, self.config, self.device, self.dtype, self._memo = spec, config, device, dtype, (None, '')
         self.name, self.dim, self.image_size = spec.name, spec.dim, spec.image_size
 
-    def __repr__(self): return f'{self.name}: {self.spec.architecture if len(self.spec.architecture) < 40 else "folder"}, {self.dtype}, {self.fingerprint}'
+    def __repr__(self): return f'{self.name}: {self.dim} numbers from {self.image_size} pixels, {self.dtype}, {self.fingerprint}'
 
     def prepare(self, x): # (N,3,H,W) 0..1 -> (N,3,S,S) normalised
         "Check, squash and normalise images."
@@ -314,9 +329,10 @@ class OpenClipEncoder:
         seen = tuple((t.data_ptr(), t._version) for t in state.values())
         if self._memo[0] != seen: self._memo = seen, state_digest(state)
         s = self.spec
-        return digest(self.config, s.quick_gelu, self._memo[1], s.image_size, s.mean, s.std, s.interpolation, 'squash', self.dtype, 'unit pooled, last block dense')
+        how = dict(size=s.image_size, mean=s.mean, std=s.std, interpolation=s.interpolation, resize='squash')
+        return digest(self.config, s.quick_gelu, self._memo[1], how, self.dtype, 'pooled unit, dense last block')
 
-# %% ../nbs/30_encoders.ipynb #8875a775
+# %% ../nbs/30_encoders.ipynb #3c4f0409
 def spec_from_folder(
     path, # folder with open_clip_config.json and weights, as open_clip writes it
 ) -> EncoderSpec:
@@ -324,8 +340,9 @@ def spec_from_folder(
     stated = _stated(path)
     if not stated: raise DataNotFound(f'no open_clip_config.json in {path}', '', 'point to a folder that open_clip saved')
     cfg, pre = stated['model_cfg'], stated.get('preprocess_cfg', {})
-    return EncoderSpec(Path(path).name, str(path), cfg.get('quick_gelu', False), cfg['embed_dim'], image_size=cfg['vision_cfg'].get('image_size', 224),
-                       mean=tuple(pre.get('mean', CLIP_MEAN)), std=tuple(pre.get('std', CLIP_STD)), interpolation=pre.get('interpolation', 'bicubic'))
+    mean, std = tuple(pre.get('mean', CLIP_MEAN)), tuple(pre.get('std', CLIP_STD))
+    return EncoderSpec(Path(path).name, str(path), cfg.get('quick_gelu', False), cfg['embed_dim'], '',
+                       cfg['vision_cfg'].get('image_size', 224), mean, std, pre.get('interpolation', 'bicubic'))
 
 
 def spec_from_tag(
@@ -337,10 +354,12 @@ def spec_from_tag(
     if not open_clip.is_pretrained_cfg(architecture, tag):
         raise unknown('encoder', name, [*encoders, *('/'.join(p) for p in open_clip.list_pretrained())])
     cfg, pre = open_clip.get_model_config(architecture), open_clip.get_pretrained_cfg(architecture, tag)
-    return EncoderSpec(name, architecture, bool(pre.get('quick_gelu', cfg.get('quick_gelu', False))), cfg['embed_dim'], tag, cfg['vision_cfg'].get('image_size', 224),
-                       tuple(pre['mean']), tuple(pre['std']), pre['interpolation'], source=pre.get('hf_hub') or pre.get('url', ''))
+    quick = bool(pre.get('quick_gelu', cfg.get('quick_gelu', False)))
+    return EncoderSpec(name, architecture, quick, cfg['embed_dim'], tag, cfg['vision_cfg'].get('image_size', 224),
+                       tuple(pre['mean']), tuple(pre['std']), pre['interpolation'],
+                       source=pre.get('hf_hub') or pre.get('url', ''))
 
-# %% ../nbs/30_encoders.ipynb #bb194a86
+# %% ../nbs/30_encoders.ipynb #9eab9b77
 def _resolve(name): # name, path or spec -> EncoderSpec, or a ready encoder from a plugin
     if isinstance(name, EncoderSpec) or hasattr(name, 'encode_image'): return name
     name = str(name).removeprefix('local-dir:')
@@ -349,7 +368,8 @@ def _resolve(name): # name, path or spec -> EncoderSpec, or a ready encoder from
         return _resolve(entry() if callable(entry) else entry)
     if Path(name).is_dir(): return spec_from_folder(name)
     if Path(name).suffix in _SUFFIXES:
-        raise Incompatible(f'cannot load {name} by itself', 'a weight file does not state its architecture or activation', 'call load_encoder(name_or_spec, weights=path)')
+        raise Incompatible(f'cannot load {name} by itself', 'a weight file does not state its architecture or activation',
+                           'call load_encoder(name_or_spec, weights=path)')
     return spec_from_tag(name)
 
 
@@ -369,8 +389,8 @@ def _weights(spec, given): # path of the weights; downloads only what a tag name
         if not given and spec.weights and Path(spec.weights).suffix not in _SUFFIXES: return _download(spec)
         path = _in_folder(home)
     if path is None or not path.is_file():
-        todo = f'get {spec.weights} from {spec.source}, then pass weights=<path> or put it into {home}' if spec.source else 'check the path'
-        raise DataNotFound(f'no weights for encoder {spec.name!r}', f'looked for {path or home}', todo)
+        get = f'get {spec.weights} from {spec.source}, then pass weights=<path> or put it into {home}'
+        raise DataNotFound(f'no weights for encoder {spec.name!r}', f'looked for {path or home}', get if spec.source else 'check the path')
     _agree(spec, _stated(home).get('model_cfg', {}), home)
     return path
 
@@ -379,10 +399,10 @@ def _download(spec):
     import open_clip
     try: return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(spec.architecture, spec.weights)))
     except Exception as e:
-        todo = 'go online once, or pass weights=<path> of a copy'
-        raise DownloadError(f'cannot download the weights of {spec.name!r}', f'{type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ""}', todo) from e
+        raise DownloadError(f'cannot download the weights of {spec.name!r}', f'{type(e).__name__}: {str(e)[:120]}',
+                            'go online once, or pass weights=<path> of a copy') from e
 
-
+# %% ../nbs/30_encoders.ipynb #4cc38a36
 def load_encoder(
     name, # registry name, EncoderSpec, folder, 'architecture/tag', or an encoder (returned as it is)
     weights=None, # file or folder that replaces the spec's own weights
@@ -400,15 +420,17 @@ def load_encoder(
         _fit(net, read_weights(path), path, spec.architecture)
         return OpenClipEncoder(net, spec, config, device, _pick_dtype(dtype, device, net))
 
-# %% ../nbs/30_encoders.ipynb #315551dd
+# %% ../nbs/30_encoders.ipynb #8e0b452a
 def _clip_rs_mini():
     path = real_dir('weights', 'clip_rs_mini')
-    if not path: raise DataNotFound('no weights for encoder \'clip-rs-mini\'', 'RSSQA_REAL names no folder that holds weights/clip_rs_mini', 'set RSSQA_REAL, or pass the folder itself')
+    if not path:
+        raise DataNotFound("no weights for encoder 'clip-rs-mini'", 'RSSQA_REAL names no folder that holds weights/clip_rs_mini',
+                           'set RSSQA_REAL, or pass the folder itself')
     return replace(spec_from_folder(path), name='clip-rs-mini', licence='research use')
 
 encoders.register('clip-rs-mini', _clip_rs_mini, replace=True)
 
-# %% ../nbs/30_encoders.ipynb #78ad6480
+# %% ../nbs/30_encoders.ipynb #cdf59942
 _TINY = dict(embed_dim=64, quick_gelu=False,
              vision_cfg=dict(image_size=64, patch_size=8, width=64, head_width=32, layers=3, pool_type='avg', no_ln_pre=True),
              text_cfg=dict(context_length=32, vocab_size=49408, width=64, heads=2, layers=1))
@@ -433,12 +455,13 @@ def _tiny_data(tokenizer, scenes, size): # -> images (scenes,cases,3,64,64), tok
     tokens = tokenizer([text for _, text in pairs] + plain)
     return images.view(scenes, len(_CASES), 3, 64, 64), tokens.view(2, scenes, len(_CASES), -1)
 
-
+# %% ../nbs/30_encoders.ipynb #515a7c63
 def _train_tiny(encoder, seed, scenes, size, steps, lr, **_): # trains encoder.net in place
     import torch
     from torch.nn.functional import cross_entropy
     images, tokens = _tiny_data(encoder.tokenizer, scenes, size)
-    images, net, target = encoder.prepare(images.flatten(0, 1)).view_as(images), encoder.net.train().requires_grad_(True), torch.arange(len(_CASES))
+    images, net = encoder.prepare(images.flatten(0, 1)).view_as(images), encoder.net.train().requires_grad_(True)
+    target = torch.arange(len(_CASES))
     optimiser = torch.optim.AdamW(net.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
     rng = torch.Generator().manual_seed(seed)
@@ -451,17 +474,19 @@ def _train_tiny(encoder, seed, scenes, size, steps, lr, **_): # trains encoder.n
         optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step()
     net.eval().requires_grad_(False)
 
-# %% ../nbs/30_encoders.ipynb #bc1db431
+# %% ../nbs/30_encoders.ipynb #9041f83d
 def _make_tiny(folder): # train and write a model folder in open_clip's layout
     import torch
     from safetensors.torch import save_file
-    write_json(Path(folder)/'open_clip_config.json', dict(model_cfg=_TINY, preprocess_cfg=dict(mean=CLIP_MEAN, std=CLIP_STD, interpolation='bicubic', resize_mode='squash')))
+    how = dict(mean=CLIP_MEAN, std=CLIP_STD, interpolation='bicubic', resize_mode='squash')
+    write_json(Path(folder)/'open_clip_config.json', dict(model_cfg=_TINY, preprocess_cfg=how))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_RECIPE['seed'])
         encoder = OpenClipEncoder(_net(_TINY), replace(spec_from_folder(folder), name='tiny-clip'), _TINY)
         say('training tiny-clip once, on synthetic scenes; it is kept in the cache')
         _train_tiny(encoder, **_RECIPE)
-    save_file({k: t.half().contiguous() for k, t in encoder.net.state_dict().items()}, Path(folder)/'open_clip_model.safetensors')
+    weights = {k: t.half().contiguous() for k, t in encoder.net.state_dict().items()}
+    save_file(weights, Path(folder)/'open_clip_model.safetensors')
 
 
 def _tiny_version(): # changes with the recipe and with what synth draws
@@ -500,7 +525,7 @@ def encode(
     if not parts: raise BadImage('nothing to encode', 'found no images', 'pass at least one')
     return SemOutput(*(torch.cat(p) for p in zip(*parts)))
 
-# %% ../nbs/30_encoders.ipynb #bd49d6df
+# %% ../nbs/30_encoders.ipynb #9d3b2134
 def _modules(encoder): # the nets an encoder holds
     from torch import nn
     return [encoder] if isinstance(encoder, nn.Module) else [v for v in vars(encoder).values() if isinstance(v, nn.Module)]
@@ -510,15 +535,18 @@ def _unit(v): return bool(v.isfinite().all() and ((v.float().norm(dim=-1) - 1).a
 
 
 def _check_attributes(e, x):
-    wrong = [a for a, t in dict(name=str, dim=int, dense_dim=int, image_size=int, fingerprint=str).items() if not isinstance(getattr(e, a, None), t)]
+    kinds = dict(name=str, dim=int, dense_dim=int, image_size=int, fingerprint=str)
+    wrong = [a for a, kind in kinds.items() if not isinstance(getattr(e, a, None), kind)]
     return f'attributes missing or of the wrong type: {", ".join(wrong)}' if wrong else ''
 
 
 def _check_shapes(e, x):
     out = e.encode_image(x)
     if tuple(out.pooled.shape) != (len(x), e.dim): return f'pooled is {tuple(out.pooled.shape)}, expected {(len(x), e.dim)}'
-    if out.dense.ndim != 4 or tuple(out.dense.shape[:2]) != (len(x), e.dense_dim): return f'dense is {tuple(out.dense.shape)}, expected {(len(x), e.dense_dim)} and a map'
-    return '' if str(out.pooled.dtype) == str(out.dense.dtype) == 'torch.float32' else f'results are {out.pooled.dtype} and {out.dense.dtype}, expected float32'
+    if out.dense.ndim != 4 or tuple(out.dense.shape[:2]) != (len(x), e.dense_dim):
+        return f'dense is {tuple(out.dense.shape)}, expected {(len(x), e.dense_dim)} and a map'
+    kinds = {str(out.pooled.dtype), str(out.dense.dtype)}
+    return '' if kinds == {'torch.float32'} else f'results are {" and ".join(sorted(kinds))}, expected float32'
 
 
 def _check_unit(e, x): return '' if _unit(e.encode_image(x).pooled) else 'pooled vectors are not of length 1'
@@ -535,11 +563,12 @@ def _check_sight(e, x):
     same = (out.pooled[0] - out.pooled[1]).abs().max() == 0 or (out.dense[0] - out.dense[1]).abs().max() == 0
     return 'different images give the same result' if same else ''
 
-# %% ../nbs/30_encoders.ipynb #0751ed50
+# %% ../nbs/30_encoders.ipynb #0b9681af
 def _check_repeat(e, x):
     kept, one, two = x.clone(), e.encode_image(x), e.encode_image(x)
     if not bool((x == kept).all()): return 'the input was changed in place'
-    return '' if (one.pooled - two.pooled).abs().max() < 1e-6 and (one.dense - two.dense).abs().max() < 1e-4 else 'the same images give different results: dropout or chance'
+    same = (one.pooled - two.pooled).abs().max() < 1e-6 and (one.dense - two.dense).abs().max() < 1e-4
+    return '' if same else 'the same images give different results: dropout or chance'
 
 
 def _check_batch(e, x):
@@ -554,7 +583,7 @@ def _check_quiet(e, x):
     if out.pooled.requires_grad or out.dense.requires_grad: return 'results carry gradients'
     return 'the net is in training mode' if any(m.training for m in _modules(e)) else ''
 
-
+# %% ../nbs/30_encoders.ipynb #b8bc3df6
 def _check_range(e, x):
     try: e.encode_image(x * 255)
     except ValueError: return ''
@@ -564,7 +593,8 @@ def _check_range(e, x):
 def _check_text(e, x):
     texts = ['a flooded town', 'farmland', 'a parking lot with many cars']
     t = e.encode_text(texts)
-    if tuple(t.shape) != (3, e.dim) or not _unit(t): return f'text vectors are {tuple(t.shape)}, expected {(3, e.dim)} of length 1'
+    if tuple(t.shape) != (3, e.dim) or not _unit(t):
+        return f'text vectors are {tuple(t.shape)}, expected {(3, e.dim)} of length 1'
     tol = 1e-5 if getattr(e, 'dtype', 'float32') == 'float32' else 2e-2
     return '' if (e.encode_text(texts[1:2]) - t[1:2]).abs().max() < tol else 'a text vector depends on the other texts'
 
@@ -582,9 +612,9 @@ def _check_fingerprint(e, x):
         if changed == before: return 'the fingerprint stays when weights change'
     return '' if e.fingerprint == before else 'the fingerprint of the same weights varies'
 
-# %% ../nbs/30_encoders.ipynb #b4496941
-_CHECKS = dict(attributes=_check_attributes, shapes=_check_shapes, unit=_check_unit, constant=_check_constant, sight=_check_sight, repeat=_check_repeat,
-               batch=_check_batch, quiet=_check_quiet, range=_check_range, text=_check_text, fingerprint=_check_fingerprint)
+# %% ../nbs/30_encoders.ipynb #18e2b539
+_CHECKS = dict(attributes=_check_attributes, shapes=_check_shapes, unit=_check_unit, constant=_check_constant, sight=_check_sight,
+               repeat=_check_repeat, batch=_check_batch, quiet=_check_quiet, range=_check_range, text=_check_text, fingerprint=_check_fingerprint)
 
 
 def check_encoder(
@@ -599,10 +629,11 @@ def check_encoder(
         except Exception as e: fault = f'{type(e).__name__}: {e}'
         if fault: faults.append(f'{promise}: {fault}')
     if faults:
-        raise Incompatible(f'encoder {getattr(encoder, "name", encoder)!r} breaks {len(faults)} of {len(_CHECKS)} promises', '; '.join(faults), 'see SemanticEncoder')
+        what = f'encoder {getattr(encoder, "name", encoder)!r} breaks {len(faults)} of {len(_CHECKS)} promises'
+        raise Incompatible(what, '; '.join(faults), 'see SemanticEncoder')
     return list(_CHECKS)
 
-# %% ../nbs/30_encoders.ipynb #02777906
+# %% ../nbs/30_encoders.ipynb #25a45ef0
 def benchmark_encoder(
     architecture: str = 'ViT-B-32', # open_clip model name; random weights
     batch: int = 8, # images
@@ -618,7 +649,8 @@ def benchmark_encoder(
     nets['custom'].load_state_dict(nets['default'].state_dict())
     def run(block, mode):
         with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=mode == 'autocast'):
-            return nets[block].to(torch.bfloat16 if mode == 'bfloat16' else torch.float32).encode_image(x.to(torch.bfloat16) if mode == 'bfloat16' else x).float()
+            kind = torch.bfloat16 if mode == 'bfloat16' else torch.float32
+            return nets[block].to(kind).encode_image(x.to(kind)).float()
     for variant in [(b, m) for m in ('float32', 'autocast', 'bfloat16') for b in ('default', 'custom')]:
         out, best = run(*variant), np.inf
         first = out if first is None else first

@@ -21,13 +21,14 @@ from .core import BadImage, Incompatible, SchemaError, as_image, unknown
 from .data import colourise
 from .metrics import IGNORE, plcc, single_best, wide, within
 
-# %% ../nbs/60_viz.ipynb #ce561728
+# %% ../nbs/60_viz.ipynb #18ad956f
 PALETTE = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9', '#7F7F7F', '#000000')
 MARKERS = 'osD^vPX*'
 OA_MAP, UNKNOWN = 'viridis', '#BBBBBB'
-STYLE = {'figure.dpi': 80, 'savefig.dpi': 80, 'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
-         'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#666666', 'axes.labelcolor': '#333333', 'legend.frameon': False,
-         'legend.fontsize': 8, 'xtick.color': '#444444', 'ytick.color': '#444444', 'figure.facecolor': 'white', 'image.cmap': OA_MAP}
+STYLE = {'figure.dpi': 80, 'savefig.dpi': 80, 'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold',
+         'axes.titlelocation': 'left', 'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#666666',
+         'axes.labelcolor': '#333333', 'legend.frameon': False, 'legend.fontsize': 8, 'xtick.color': '#444444', 'ytick.color': '#444444',
+         'figure.facecolor': 'white', 'image.cmap': OA_MAP}
 
 
 def set_style() -> None:
@@ -35,7 +36,7 @@ def set_style() -> None:
     import matplotlib
     matplotlib.rcParams.update(STYLE, **{'axes.prop_cycle': matplotlib.cycler(color=PALETTE)})
 
-# %% ../nbs/60_viz.ipynb #d846265e
+# %% ../nbs/60_viz.ipynb #b6570e1b
 @dataclass(repr=False)
 class Display:
     "A picture together with the numbers that it draws."
@@ -71,23 +72,27 @@ def _title(ax, title, note=''): # bold title, small grey note under it, wrapped 
     width = ax.get_figure(root=True).get_figwidth() / (ax.get_subplotspec().get_gridspec().ncols if ax.get_subplotspec() else 1)
     lines = [part for line in note.split('\n') for part in textwrap.wrap(line, int(width * 13))]
     ax.set_title(_plain(title), pad=6 + 11 * len(lines))
-    ax.annotate(_plain('\n'.join(lines)), (0, 1), xytext=(0, 4), xycoords='axes fraction', textcoords='offset points', va='bottom', fontsize=8, color='#555555'
-                ).set_in_layout(False)   # a long note must not squeeze the axes
+    ax.annotate(_plain('\n'.join(lines)), (0, 1), xytext=(0, 4), xycoords='axes fraction', textcoords='offset points',
+                va='bottom', fontsize=8,
+                color='#555555').set_in_layout(False)   # a long note must not squeeze the axes
 
-# %% ../nbs/60_viz.ipynb #2d26975e
+# %% ../nbs/60_viz.ipynb #1fad1ba2
 def _need(table, columns, what): # raise unless the table has rows and these columns
     missing = [c for c in columns if c not in table]
-    if missing: raise SchemaError(f'cannot draw {what}', f'the table has no column {", ".join(missing)}', f'it has {", ".join(map(str, table.columns[:20]))}')
-    if not len(table): raise SchemaError(f'cannot draw {what}', 'the table is empty, expected at least one row', 'check the filter or the path it came from')
+    if missing: raise SchemaError(f'cannot draw {what}', f'the table has no column {", ".join(missing)}',
+                                  f'it has {", ".join(map(str, table.columns[:20]))}')
+    if not len(table): raise SchemaError(f'cannot draw {what}', 'the table is empty, expected at least one row',
+                                         'check the filter or the path it came from')
 
 
 def _measured(table, columns, what): # -> rows where these numbers are finite, note about the others
     _need(table, columns, what)
     good = table[np.isfinite(table[list(columns)].astype(float)).all(axis=1)]
-    if not len(good): raise SchemaError(f'cannot draw {what}', f'{", ".join(columns)} are missing in all {len(table)} rows', 'predict or score the table first')
+    if not len(good): raise SchemaError(f'cannot draw {what}', f'{", ".join(columns)} are missing in all {len(table)} rows',
+                                        'predict or score the table first')
     return good, f', {len(table) - len(good)} without numbers left out' if len(good) < len(table) else ''
 
-# %% ../nbs/60_viz.ipynb #93d82337
+# %% ../nbs/60_viz.ipynb #bd6d8087
 def project(
     features, # (N,D) numbers
     method: str = 'umap', # 'umap', 'tsne' or 'pca'
@@ -104,23 +109,28 @@ def project(
     x, drawers = _features(features), {'umap': _umap, 'tsne': _tsne, 'pca': _pca}
     if method not in drawers: raise unknown('projection', method, drawers)
     if table is not None and len(table) != len(x):
-        raise Incompatible('cannot project', f'found {len(x)} feature rows and {len(table)} table rows', 'pass the table that the features came from')
-    keep = np.arange(len(x)) if len(x) <= max_points else np.sort(np.random.default_rng(seed).choice(len(x), max_points, replace=False))
+        raise Incompatible('cannot project', f'found {len(x)} feature rows and {len(table)} table rows',
+                           'pass the table that the features came from')
+    keep = np.sort(np.random.default_rng(seed).permutation(len(x))[:max_points])
     used = method if len(keep) >= 5 and np.ptp(x[keep], axis=0).any() else 'pca'
     options = {'umap': dict(n_neighbors=min(n_neighbors, len(keep) - 1), min_dist=min_dist, n_epochs=n_epochs, metric=metric),
                'tsne': dict(perplexity=min(perplexity, (len(keep) - 1) / 3), metric=metric), 'pca': {}}[used]
     uv = drawers[used](x[keep], seed, **options)
     out = pd.DataFrame(uv, index=keep, columns=['u', 'v'])
     if table is not None: out = out.join(table.reset_index(drop=True).drop(columns=['u', 'v'], errors='ignore'))
-    out.attrs = dict(method=used, seed=seed, **options, n=len(keep), of=len(x)) | ({} if used == method else {'note': f'too few distinct points for {method}'})
+    out.attrs = dict(method=used, seed=seed, **options, n=len(keep), of=len(x))
+    if used != method: out.attrs['note'] = f'too few distinct points for {method}'
     return out
 
-# %% ../nbs/60_viz.ipynb #fadd25a5
+# %% ../nbs/60_viz.ipynb #0af5b195
 def _features(features): # -> (N,D>=2) float32, finite
     x = np.asarray(features, np.float32)
-    if x.ndim != 2 or not x.size: raise SchemaError('cannot use the features', f'found shape {x.shape}, expected (N,D) with at least one row', 'pass one row a point')
+    if x.ndim != 2 or not x.size:
+        raise SchemaError('cannot use the features', f'found shape {x.shape}, expected (N,D) with at least one row', 'pass one row a point')
     bad = (~np.isfinite(x)).any(1)
-    if bad.any(): raise SchemaError('cannot use the features', f'{bad.sum()} of {len(x)} rows are not finite, the first is row {bad.argmax()}', 'drop or recompute them')
+    if bad.any():
+        found = f'{bad.sum()} of {len(x)} rows are not finite, the first is row {bad.argmax()}'
+        raise SchemaError('cannot use the features', found, 'drop or recompute them')
     return x if x.shape[1] > 1 else np.hstack([x, np.zeros_like(x)])
 
 
@@ -146,7 +156,7 @@ def _umap(x, seed, **options):
         warnings.simplefilter('ignore')
         return UMAP(random_state=seed, n_jobs=1, init='pca', **options).fit_transform(x)
 
-# %% ../nbs/60_viz.ipynb #cc1b6303
+# %% ../nbs/60_viz.ipynb #d2dc0f1b
 def separation(
     features, # (N,D) numbers
     oa, # (N,) true OA 0..1
@@ -163,21 +173,25 @@ def separation(
     table = _aligned(x, oa, dataset, np.arange(len(x)) if scene is None else scene)
     keep = np.sort(np.random.default_rng(seed).permutation(len(x))[:max_points])
     x, table = x[keep], table.iloc[keep].reset_index(drop=True)
-    rows = pd.concat([_within(x[i], part, k, metric) for part in (p for _, p in table.groupby('dataset')) for i in [part.index]])
+    rows = pd.concat([_within(x[part.index], part, k, metric) for _, part in table.groupby('dataset')])
     knn_mae, mean_mae = (rows.oa - rows.knn).abs().mean(), (rows.oa - rows['mean']).abs().mean()
-    return dict(n=len(rows), of=len(oa), datasets=table.dataset.nunique(), k=k, metric=metric, other_scenes_only=scene is not None,
-                knn_mae=knn_mae, mean_mae=mean_mae, skill=max(0., 1 - knn_mae / mean_mae) if mean_mae > 0 else 0. if len(rows) else np.nan,
+    skill = np.nan if not len(rows) else max(0., 1 - knn_mae / mean_mae) if mean_mae > 0 else 0.
+    trust = _trust(x, None if uv is None else np.asarray(uv)[keep], k, metric)
+    return dict(n=len(rows), of=len(oa), datasets=table.dataset.nunique(), k=k, metric=metric,
+                other_scenes_only=scene is not None, knn_mae=knn_mae, mean_mae=mean_mae, skill=skill,
                 tertile_accuracy=(rows.vote == rows.tertile).mean(), chance=rows.tertile.value_counts(normalize=True).max(),
-                silhouette=rows.silhouette.mean(), trustworthiness=_trust(x, None if uv is None else np.asarray(uv)[keep], k, metric))
+                silhouette=rows.silhouette.mean(), trustworthiness=trust)
 
-# %% ../nbs/60_viz.ipynb #624c565e
+# %% ../nbs/60_viz.ipynb #760bf1be
 def _aligned(x, oa, dataset, scene): # -> table of N rows, checked
     columns = dict(oa=np.asarray(oa, float), dataset=np.asarray(dataset, object), scene=np.asarray(scene, object))
     sizes = {'features': len(x)} | {name: len(v) for name, v in columns.items()}
-    if len(set(sizes.values())) > 1: raise Incompatible('cannot measure separation', f'found lengths {sizes}, expected one length', 'pass one value a row')
+    if len(set(sizes.values())) > 1:
+        raise Incompatible('cannot measure separation', f'found lengths {sizes}, expected one length', 'pass one value a row')
     table = pd.DataFrame(columns)
     if (bad := ~np.isfinite(columns['oa']) | table.dataset.isna()).any():
-        raise SchemaError('cannot measure separation', f'{bad.sum()} of {len(x)} rows lack an OA or a dataset', 'drop these rows first')
+        raise SchemaError('cannot measure separation', f'{bad.sum()} of {len(x)} rows lack an OA or a dataset',
+                          'drop these rows first')
     return table
 
 
@@ -193,7 +207,8 @@ def _within(x, part, k, metric): # rows of one dataset -> what their neighbours 
     with np.errstate(invalid='ignore', divide='ignore'):
         knn, mean = (w * oa[near]).sum(1) / w.sum(1), allowed @ oa / allowed.sum(1)
         to_third = np.where(allowed, d, 0) @ thirds / (allowed @ thirds)   # (n,3) mean distance
-    out = part.assign(knn=knn, mean=mean, tertile=tertile, vote=(w[..., None] * thirds[near]).sum(1).argmax(1), silhouette=_silhouette(to_third, tertile))
+    out = part.assign(knn=knn, mean=mean, tertile=tertile, silhouette=_silhouette(to_third, tertile),
+                      vote=(w[..., None] * thirds[near]).sum(1).argmax(1))
     return out[(allowed.sum(1) > 0) & (len(out) >= 6)]
 
 
@@ -211,7 +226,7 @@ def _trust(x, uv, k, metric):
     from sklearn.manifold import trustworthiness
     return float(trustworthiness(x, uv, n_neighbors=min(k, (len(x) - 1) // 2), metric=metric))
 
-# %% ../nbs/60_viz.ipynb #584317e0
+# %% ../nbs/60_viz.ipynb #c7885c66
 def separation_text(
     numbers: dict | None, # what `separation` returned
 ) -> str: # up to three lines for a figure or a report
@@ -221,14 +236,16 @@ def separation_text(
     where = 'within dataset, other scenes only' if numbers['other_scenes_only'] else 'within dataset'
     trust = '' if np.isnan(numbers['trustworthiness']) else f' · picture trustworthy to {numbers["trustworthiness"]:.2f}'
     return (f'original space, {where}, k = {numbers["k"]}, n = {numbers["n"]:,}:\n'
-            f'skill {numbers["skill"]:.2f} (MAE {numbers["knn_mae"]:.3f} against {numbers["mean_mae"]:.3f}) · silhouette {numbers["silhouette"]:.2f}\n'
+            f'skill {numbers["skill"]:.2f} (MAE {numbers["knn_mae"]:.3f} against {numbers["mean_mae"]:.3f}) · '
+            f'silhouette {numbers["silhouette"]:.2f}\n'
             f'tertiles {numbers["tertile_accuracy"]:.0%} right (chance {numbers["chance"]:.0%}){trust}')
 
 
 def _made(attrs): # how a projection was made, in one line
     if not attrs: return 'projection of unknown origin'
-    shown = {k: v for k, v in attrs.items() if k in ('n_neighbors', 'min_dist', 'n_epochs', 'perplexity', 'metric', 'seed', 'note')}
-    return ', '.join([attrs.get('method', '?'), *(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in shown.items())])
+    shown = {k: v for k, v in attrs.items() if k not in ('method', 'n', 'of')}
+    said = [f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in shown.items()]
+    return ', '.join([attrs.get('method', '?'), *said])
 
 
 def _is_scale(values): return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
@@ -244,7 +261,7 @@ def _groups(values): # -> (name, rows, colour, marker) a category, in order
     for i, name in enumerate(sorted(set(names))):
         yield name, names == name, PALETTE[i % 8], MARKERS[(i + i // 8) % 8]
 
-# %% ../nbs/60_viz.ipynb #6e3c8b09
+# %% ../nbs/60_viz.ipynb #c548eaa9
 def plot_embedding(
     emb: pd.DataFrame, # columns u, v and `color`
     color: str = 'oa', # column; numbers get the continuous map (0..1 for accuracies), anything else the palette
@@ -261,19 +278,21 @@ def plot_embedding(
     name, style = 'OA' if color == 'oa' else color, dict(s=size, linewidths=.2, edgecolors='#333333', rasterized=True)
     if _is_scale(data[color]) and data[color].notna().any():
         lo, hi = _limits(data[color])
-        marks = ax.scatter(data.u, data.v, c=data[color], cmap=matplotlib.colormaps[OA_MAP].with_extremes(bad=UNKNOWN), vmin=lo, vmax=hi, plotnonfinite=True, **style)
+        cmap = matplotlib.colormaps[OA_MAP].with_extremes(bad=UNKNOWN)
+        marks = ax.scatter(data.u, data.v, c=data[color], cmap=cmap, vmin=lo, vmax=hi, plotnonfinite=True, **style)
         ax.figure.colorbar(marks, ax=ax, label=_plain(name), shrink=.8)
     else:
         for group, i, colour, marker in _groups(data[color]):
             ax.scatter(data.u[i], data.v[i], c=colour, marker=marker, label=f'{_plain(group[:24])} ({i.sum():,})', **style)
         ax.legend(loc='upper left', bbox_to_anchor=(1, 1), markerscale=max(1, (20 / size)**.5))
     blank = f', {data[color].isna().sum():,} without {name}' if data[color].isna().any() else ''
-    drawn = f'n = {len(data):,}{blank}' + (f' of {emb.attrs.get("of", len(emb)):,}' if len(data) < emb.attrs.get('of', len(emb)) else '')
+    total = emb.attrs.get('of', len(emb))
+    drawn = f'n = {len(data):,}' + (f' of {total:,}' if len(data) < total else '') + blank
     _title(ax, title or f'features, coloured by {name}', f'{drawn} · {_made(emb.attrs)}\n{separation_text(numbers)}')
     ax.set(xticks=[], yticks=[], xlabel='u (no unit)', ylabel='v (no unit)')
     return _display(data, ax)
 
-# %% ../nbs/60_viz.ipynb #d672a52f
+# %% ../nbs/60_viz.ipynb #d54b75b7
 def scores(
     sqed: pd.DataFrame, # image_id, dataset, oa and `column`
     column: str = 'predicted', # which prediction
@@ -281,10 +300,11 @@ def scores(
     "Compare predicted with true OA within image, within dataset and in absolute terms."
     t = _measured(sqed, ['oa', column], 'predicted against true')[0].assign(predicted=lambda t: t[column])
     error = t.predicted - t.oa
-    return dict(srocc_image=within(t, 'image_id')[0], srocc_dataset=within(t, 'dataset')[0], plcc_dataset=within(t, 'dataset', plcc)[0],
+    return dict(srocc_image=within(t, 'image_id')[0], srocc_dataset=within(t, 'dataset')[0],
+                plcc_dataset=within(t, 'dataset', plcc)[0],
                 mae=float(error.abs().mean()), bias=float(error.mean()), n_rows=len(t), n_images=t.image_id.nunique())
 
-# %% ../nbs/60_viz.ipynb #5be20a98
+# %% ../nbs/60_viz.ipynb #dcb79397
 def plot_predicted_true(
     sqed: pd.DataFrame, # image_id, dataset, oa, predicted and `by`
     by: str = 'dataset', # column that colours the points
@@ -297,17 +317,19 @@ def plot_predicted_true(
     t, left = _measured(sqed, ['oa', column], 'predicted against true')
     a, data, ax = scores(t, column), t.sample(min(len(t), max_points), random_state=0), _canvas(ax, 5.6, 4.8)
     for name, i, colour, marker in _groups(data[by]):
-        ax.scatter(data[column][i], data.oa[i], s=14, c=colour, marker=marker, alpha=.65, linewidths=0, label=_plain(name[:24]), rasterized=True)
+        ax.scatter(data[column][i], data.oa[i], s=14, c=colour, marker=marker, alpha=.65, linewidths=0,
+                   label=_plain(name[:24]), rasterized=True)
     both = np.concatenate([data[column], data.oa])
     lo, hi = np.floor(both.min() * 10) / 10, max(np.ceil(both.max() * 10) / 10, np.floor(both.min() * 10) / 10 + .1)
     ax.plot([lo, hi], [lo, hi], color='#333333', lw=1)
     ax.set(xlim=(lo, hi), ylim=(lo, hi), aspect='equal', xlabel='predicted OA', ylabel='true OA')
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
-    _title(ax, 'predicted against true', f'n = {a["n_rows"]:,} maps of {a["n_images"]:,} images{left}\nSROCC within image {a["srocc_image"]:.2f}, within dataset {a["srocc_dataset"]:.2f}'
+    _title(ax, 'predicted against true', f'n = {a["n_rows"]:,} maps of {a["n_images"]:,} images{left}\n'
+           f'SROCC within image {a["srocc_image"]:.2f}, within dataset {a["srocc_dataset"]:.2f}'
            f' · PLCC {a["plcc_dataset"]:.2f} · MAE {a["mae"]:.3f} · bias {round(a["bias"], 3) + 0:.3f}')
     return _display(data, ax)
 
-# %% ../nbs/60_viz.ipynb #10e10f1b
+# %% ../nbs/60_viz.ipynb #0f6e3b0d
 def plot_calibration(
     sqed: pd.DataFrame, # oa and `column`
     column: str = 'predicted', # which prediction
@@ -318,23 +340,26 @@ def plot_calibration(
     t, left = _measured(sqed, ['oa', column], 'calibration')
     part = (t[column].rank(method='first') - 1) * min(bins, len(t)) // len(t)
     g = t.groupby(part)
-    data = pd.DataFrame(dict(predicted=g[column].mean(), true=g.oa.mean(), low=g.oa.quantile(.1), high=g.oa.quantile(.9), n=g.size())).reset_index(drop=True)
+    data = pd.DataFrame(dict(predicted=g[column].mean(), true=g.oa.mean(), low=g.oa.quantile(.1), high=g.oa.quantile(.9),
+                             n=g.size())).reset_index(drop=True)
     gap = float(((data.predicted - data.true).abs() * data.n).sum() / data.n.sum())
     ax = _canvas(ax, 5.6, 4.8)
     ax.vlines(data.predicted, data.low, data.high, color=PALETTE[0], lw=4, alpha=.25)
     ax.plot(data.predicted, data.true, 'o-', color=PALETTE[0], ms=5)
     lo, hi = data[['predicted', 'low']].min(axis=None) - .02, data[['predicted', 'high']].max(axis=None) + .02
     ax.plot([lo, hi], [lo, hi], color='#333333', lw=1)
-    ax.set(xlim=(lo, hi), ylim=(lo, hi), aspect='equal', xlabel='predicted OA (mean of bin)', ylabel='true OA (mean, 10th to 90th percentile)')
-    _title(ax, 'calibration', f'n = {len(t):,} maps in {len(data)} bins of equal count{left}\nmean distance from the line {gap:.3f}')
+    ax.set(xlim=(lo, hi), ylim=(lo, hi), aspect='equal', xlabel='predicted OA (mean of bin)',
+           ylabel='true OA (mean, 10th to 90th percentile)')
+    note = f'n = {len(t):,} maps in {len(data)} bins of equal count{left}\nmean distance from the line {gap:.3f}'
+    _title(ax, 'calibration', note)
     return _display(data, ax)
 
-# %% ../nbs/60_viz.ipynb #f592a6c7
+# %% ../nbs/60_viz.ipynb #9c466ee0
 def follow(
     sqed: pd.DataFrame, # image_id, dataset, method, oa and `column`; images that lack a method of their dataset are left out
     column: str = 'predicted', # the method with the highest value is recommended
-    always: str | dict | None = None, # the rival: a method, a dict from `metrics.single_best(train)`, or None for the best in this table
-) -> pd.DataFrame: # one row a dataset and a last row 'all': n_images, always, random_oa, always_oa, picked_oa, oracle_oa, regret, gap_closed, top1
+    always: str | dict | None = None, # the rival: a method, a dict from `metrics.single_best(train)`, None: best in this table
+) -> pd.DataFrame: # one row a dataset and a last row 'all': n_images, always, four mean OAs, regret, gap_closed, top1
     "Compare following the prediction with always using one method and with an oracle."
     _need(sqed, ['image_id', 'dataset', 'method'], 'a recommendation')
     t, _ = _measured(sqed, ['oa', column], 'a recommendation')
@@ -345,10 +370,12 @@ def follow(
 
 def _picks(part, column, always): # rows of one dataset -> one row an image: OA of each choice
     oa, score = (wide(part, c).dropna() for c in ('oa', column))
-    if not len(oa): raise SchemaError(f'cannot compare methods of {part.dataset.iloc[0]}', 'no image has a row for every method', 'score every image with every method')
+    if not len(oa): raise SchemaError(f'cannot compare methods of {part.dataset.iloc[0]}',
+                                      'no image has a row for every method', 'score every image with every method')
     if always not in oa: raise unknown('method', str(always), oa.columns)
     picked = oa.to_numpy()[np.arange(len(oa)), score.to_numpy().argmax(1)]
-    return pd.DataFrame(dict(dataset=part.dataset.iloc[0], always=always, random_oa=oa.mean(axis=1), always_oa=oa[always], picked_oa=picked,
+    return pd.DataFrame(dict(dataset=part.dataset.iloc[0], always=always, random_oa=oa.mean(axis=1), always_oa=oa[always],
+                             picked_oa=picked,
                              oracle_oa=oa.max(axis=1), top1=picked >= oa.max(axis=1)))
 
 
@@ -359,7 +386,7 @@ def _summary(groups): # mean over images
     gap = out.oracle_oa - out.always_oa
     return out.assign(regret=out.oracle_oa - out.picked_oa, gap_closed=((out.picked_oa - out.always_oa) / gap.where(gap > 1e-9)))
 
-# %% ../nbs/60_viz.ipynb #09b54a9e
+# %% ../nbs/60_viz.ipynb #a5079c2b
 def plot_recommendation(
     sqed: pd.DataFrame, # image_id, dataset, method, oa, predicted
     baseline: str | None = None, # a second column to follow instead, such as 'conf'
@@ -369,25 +396,30 @@ def plot_recommendation(
 ) -> Display:
     "Draw mean OA a dataset of the recommended method between always using one and an oracle."
     data = follow(sqed, column, always)
-    if baseline: data = data.join(follow(sqed, baseline, always)[['picked_oa', 'gap_closed']].rename(columns=lambda c: f'{c}_{baseline}'))
+    if baseline: data = data.join(follow(sqed, baseline, always)[['picked_oa', 'gap_closed']].add_suffix(f'_{baseline}'))
     ax, y = _canvas(ax, 6.4, 1.4 + .5 * len(data)), np.arange(len(data))[::-1]
     ax.hlines(y, data.always_oa, data.oracle_oa, color='#CCCCCC', lw=3, zorder=1)
-    marks = [('random_oa', '|', '#888888', 'random'), ('always_oa', 's', '#7F7F7F', 'always one method'), ('picked_oa', 'o', PALETTE[0], 'recommended'), ('oracle_oa', 'D', '#000000', 'oracle')]
+    marks = [('random_oa', '|', '#888888', 'random'), ('always_oa', 's', '#7F7F7F', 'always one method'),
+             ('picked_oa', 'o', PALETTE[0], 'recommended'), ('oracle_oa', 'D', '#000000', 'oracle')]
     if baseline: marks.insert(3, (f'picked_oa_{baseline}', '^', PALETTE[4], f'by {baseline}'))
-    for name, marker, colour, label in marks: ax.scatter(data[name], y, marker=marker, c=colour, s=46, label=_plain(label), zorder=2)
-    for name, row, at in zip(data.index, data.to_dict('records'), y): ax.annotate(_closed(row['gap_closed']), (1.01, at), xycoords=('axes fraction', 'data'), va='center')
+    for name, marker, colour, label in marks:
+        ax.scatter(data[name], y, marker=marker, c=colour, s=46, label=_plain(label), zorder=2)
+    for closed, at in zip(data.gap_closed, y):
+        ax.annotate(_closed(closed), (1.01, at), xycoords=('axes fraction', 'data'), va='center')
     ax.set_yticks(y, [_plain(f'{name[:24]} (n = {n})') for name, n in zip(data.index, data.n_images)])
     ax.set(xlabel='mean OA', ylim=(-.6, len(data) - .4))
     ax.grid(axis='x', color='#EEEEEE'); ax.set_axisbelow(True)
-    ax.legend(loc='upper center', bbox_to_anchor=(.45, -.26 if len(data) > 3 else -.45), ncols=5, columnspacing=1, handletextpad=.2)
+    ax.legend(loc='upper center', bbox_to_anchor=(.45, -.26 if len(data) > 3 else -.45), ncols=5, columnspacing=1,
+              handletextpad=.2)
     chosen = 'chosen on this table, which flatters it' if always is None else 'given'
-    _title(ax, 'follow the recommendation, or always use one method?', f'{data.n_images.iloc[-1]:,} images · rival {chosen}: {data.always.iloc[-1]} · right: share of the gap closed')
+    _title(ax, 'follow the recommendation, or always use one method?',
+           f'{data.n_images.iloc[-1]:,} images · rival {chosen}: {data.always.iloc[-1]} · right: share of the gap closed')
     return _display(data, ax)
 
 
 def _closed(value): return 'no gap' if np.isnan(value) else f'{value:+.0%}'
 
-# %% ../nbs/60_viz.ipynb #3586cdf7
+# %% ../nbs/60_viz.ipynb #05fe6f6d
 def method_shares(
     sqed: pd.DataFrame, # image_id, dataset, method, oa and, if there is one, `column`
     column: str = 'predicted', # which prediction
@@ -404,7 +436,7 @@ def _wins(t, column): # share of images a method wins; ties are split
     top = t[column].eq(t.groupby('image_id')[column].transform('max'))
     return (top / top.groupby(t.image_id).transform('sum')).groupby(t.method).sum() / t.image_id.nunique()
 
-
+# %% ../nbs/60_viz.ipynb #54106e86
 def plot_methods(
     sqed: pd.DataFrame, # dataset, method, oa
     ax=None, # matplotlib axes
@@ -418,8 +450,11 @@ def plot_methods(
     image = ax.imshow(data, cmap=OA_MAP, vmin=0, vmax=1, aspect='auto')
     for (r, c), value in np.ndenumerate(data.to_numpy()):
         best = value == data.iloc[:, c].max()
-        ax.text(c, r, '—' if np.isnan(value) else f'{value:.3f}', ha='center', va='center', color='black' if value > .55 else 'white', weight='bold' if best else 'normal')
-    ax.set_xticks(range(data.shape[1]), [_plain(str(c)[:18]) for c in data.columns], rotation=30 * (data.shape[1] > 6), ha='right' if data.shape[1] > 6 else 'center')
+        ax.text(c, r, '—' if np.isnan(value) else f'{value:.3f}', ha='center', va='center',
+                color='black' if value > .55 else 'white',
+                weight='bold' if best else 'normal')
+    turn = dict(rotation=30, ha='right') if data.shape[1] > 6 else {}
+    ax.set_xticks(range(data.shape[1]), [_plain(str(c)[:18]) for c in data.columns], **turn)
     ax.set_yticks(range(len(data)), [_plain(str(m)[:24]) for m in data.index])
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
@@ -427,15 +462,15 @@ def plot_methods(
     _title(ax, 'mean OA', f'n = {len(t):,} maps{left}')
     return _display(data, ax)
 
-# %% ../nbs/60_viz.ipynb #ae9e3fc5
+# %% ../nbs/60_viz.ipynb #2cd7d73a
 METRICS = { # column: (name, +1 higher is better | -1 lower is better, format, what it is)
-    'srocc_image': ('SROCC within image', 1, '.3f', 'rank correlation of predicted and true OA over the methods of one image, mean over images'),
+    'srocc_image': ('SROCC within image', 1, '.3f', 'rank correlation over the methods of one image, mean over images'),
     'srocc_dataset': ('SROCC within dataset', 1, '.3f', 'rank correlation over the maps of one dataset, mean over datasets'),
     'plcc_dataset': ('PLCC within dataset', 1, '.3f', 'linear correlation over the maps of one dataset, mean over datasets'),
     'mae': ('MAE', -1, '.3f', 'mean absolute error of predicted OA (0..1)'),
     'top1': ('top-1', 1, '.3f', 'share of images whose recommended method is the best one'),
     'regret': ('regret', -1, '.4f', 'mean OA lost against the best method of each image'),
-    'gap_closed': ('gap closed', 1, '.1%', 'share of the way from always using one method (0) to an oracle (1); negative: worse than never switching')}
+    'gap_closed': ('gap closed', 1, '.1%', 'share of the way from always using one method (0) to an oracle (1); negative: worse than that')}
 
 
 def best_rows(
@@ -446,7 +481,7 @@ def best_rows(
     values = table[metric].astype(float) * METRICS[metric][1]
     return np.isclose(values, values.max(), rtol=0, atol=1e-12) & values.notna()
 
-
+# %% ../nbs/60_viz.ipynb #9fdaf7eb
 def plot_comparison(
     table: pd.DataFrame, # one row a predictor (index), columns among METRICS
     ours: str = 'RS-SQA', # row to colour
@@ -456,9 +491,12 @@ def plot_comparison(
     from matplotlib.figure import Figure
     metrics = [m for m in METRICS if m in table]
     if not metrics or not len(table):
-        raise SchemaError('cannot draw a comparison', f'found {len(table)} rows and columns {list(table.columns)}', f'pass one row a predictor and columns among {", ".join(METRICS)}')
+        raise SchemaError('cannot draw a comparison', f'found {len(table)} rows and columns {list(table.columns)}',
+                          f'pass one row a predictor and columns among {", ".join(METRICS)}')
     data = table.sort_values(metrics[0], ascending=METRICS[metrics[0]][1] < 0)
-    if axes is None: axes = Figure((1.9 + 1.25 * len(metrics), 1.1 + .26 * len(data)), layout='constrained').subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    if axes is None:
+        figure = Figure((1.9 + 1.25 * len(metrics), 1.1 + .26 * len(data)), layout='constrained')
+        axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     y = np.arange(len(data))[::-1]
     for ax, metric in zip(np.ravel(axes), metrics): _metric_panel(ax, data, metric, y, ours)
     np.ravel(axes)[0].set_yticks(y, [_plain(str(name)[:32]) for name in data.index])
@@ -477,7 +515,7 @@ def _metric_panel(ax, data, metric, y, ours):
     ax.margins(x=.15)
     ax.set_ylim(-.6, len(data) - .4)
 
-# %% ../nbs/60_viz.ipynb #e93ef890
+# %% ../nbs/60_viz.ipynb #11a905b5
 IGNORED, WRONG = (190, 190, 190), (213, 94, 0)
 
 
@@ -496,7 +534,9 @@ def case_panels(
 
 
 def _paint(mask, palette, shape, name): # (h,w) ids -> (h,w,3)
-    if np.shape(mask) != shape: raise BadImage(f'cannot paint the {name}', f'found shape {np.shape(mask)}, the image has {shape}', 'pass masks of the size of the image')
+    if np.shape(mask) != shape:
+        found = f'found shape {np.shape(mask)}, the image has {shape}'
+        raise BadImage(f'cannot paint the {name}', found, 'pass masks of the size of the image')
     return colourise(np.asarray(mask), palette, IGNORED)
 
 
@@ -506,12 +546,15 @@ def _errors(rgb, truth, mask): # faded image, wrong pixels red, unlabelled grey
     return faded
 
 
-def case_oa(truth, mask) -> float: # 0..1; nan where nothing is labelled
+def case_oa(
+    truth: np.ndarray, # (h,w) class ids, 255 = ignore
+    mask: np.ndarray, # (h,w) predicted class ids
+) -> float: # 0..1; nan where nothing is labelled
     "Measure overall accuracy over labelled pixels."
     valid = np.asarray(truth) != IGNORE
     return float((np.asarray(truth) == np.asarray(mask))[valid].mean()) if valid.any() else np.nan
 
-# %% ../nbs/60_viz.ipynb #e47a4f5d
+# %% ../nbs/60_viz.ipynb #8ff86d4f
 def plot_case(
     image, # (3,h,w)
     truth: np.ndarray | None, # (h,w) class ids, 255 = ignore, or None
@@ -524,12 +567,13 @@ def plot_case(
     from matplotlib.figure import Figure
     panels = case_panels(image, predicted_mask, palette, truth)
     height, width = np.shape(predicted_mask)
-    if axes is None: axes = Figure((2.2 * len(panels), 2.2 * height / width + .4 + .25 * bool(title)), layout='constrained').subplots(1, len(panels))
-    oa = np.nan if truth is None else case_oa(truth, predicted_mask)
+    size = 2.2 * len(panels), 2.2 * height / width + .4 + .25 * bool(title)
+    if axes is None: axes = Figure(size, layout='constrained').subplots(1, len(panels))
+    said = dict(map='map (no truth: OA unknown)') if truth is None else dict(error=f'error (OA {case_oa(truth, predicted_mask):.3f})')
     for ax, (name, panel) in zip(np.ravel(axes), panels.items()):
         ax.imshow(panel)
         ax.set(xticks=[], yticks=[])
-        ax.set_title({'error': f'error (OA {oa:.3f})', 'map': 'map' if truth is not None else 'map (no truth: OA unknown)'}.get(name, name), fontsize=9, weight='normal')
+        ax.set_title(said.get(name, name), fontsize=9, weight='normal')
     if title: np.ravel(axes)[0].figure.suptitle(_plain(title), fontsize=10, ha='left', x=.01)
     return _display(_class_shares(truth, predicted_mask, len(palette)), axes)
 
@@ -542,7 +586,7 @@ def _class_shares(truth, mask, classes): # one row a class
     shares = [(t[valid] == c).mean() if valid.any() else np.nan for c in ids]
     return out.assign(truth_share=shares, found=[(mask[t == c] == c).mean() if (t == c).any() else np.nan for c in ids])
 
-# %% ../nbs/60_viz.ipynb #2bb9d06a
+# %% ../nbs/60_viz.ipynb #9e2c11aa
 def worst(
     sqed: pd.DataFrame, # image_id, dataset, method, oa, predicted
     n: int = 4, # rows
@@ -573,6 +617,7 @@ def plot_worst(
     parts = np.ravel(figure.subfigures(len(rows), 1, height_ratios=heights))
     for part, case, (_, row) in zip(parts, cases, rows.iterrows()):
         said = f', predicted {row.predicted:.3f}' if 'predicted' in row and np.isfinite(row.predicted) else ''
-        plot_case(case['image'], case.get('truth'), case['mask'], case['palette'], f'{row.dataset} {row.image_id} · {row.method}: OA {row.oa:.3f}{said}',
+        plot_case(case['image'], case.get('truth'), case['mask'], case['palette'],
+                  f'{row.dataset} {row.image_id} · {row.method}: OA {row.oa:.3f}{said}',
                   part.subplots(1, 2 if case.get('truth') is None else 4))
     return Display(rows, np.array(figure.axes), figure)

@@ -6,7 +6,7 @@ import contextlib, multiprocessing, os, sys, tempfile, traceback
 from pathlib import Path
 
 HEAVY = ['torch', 'torchvision', 'pandas', 'matplotlib.pyplot', 'matplotlib_inline.backend_inline', 'timm', 'open_clip', 'scipy.stats',
-         'sklearn.linear_model', 'PIL.Image', 'nbdev.test', 'nbdev.showdoc', 'nbdev.serve_drv', 'execnb.shell']
+         'sklearn.linear_model', 'PIL.Image', 'pytest', 'nbformat', 'yaml', 'pypandoc', 'nbdev.test', 'nbdev.showdoc', 'nbdev.serve_drv', 'execnb.shell']
 METHOD = 'forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn'
 context = multiprocessing.get_context(METHOD)
 if METHOD == 'forkserver': context.set_forkserver_preload(HEAVY)

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..core import DataNotFound, Incompatible
 
-# %% ../../nbs/21a_methods.blocks.ipynb #7190b21a
+# %% ../../nbs/21a_methods.blocks.ipynb #f746398d
 def conv_bn(
     inp: int, # input channels
     out: int, # output channels
@@ -28,8 +28,8 @@ def conv_bn(
     act: bool = True, # end with ReLU
 ) -> nn.Sequential: # (N,inp,H,W) -> (N,out,H,W)
     "Build convolution, batch norm and (optionally) ReLU, keeping height and width."
-    layers = [nn.Conv2d(inp, out, kernel, padding=dilation*(kernel//2), dilation=dilation, groups=groups, bias=False), nn.BatchNorm2d(out)]
-    return nn.Sequential(*layers, *[nn.ReLU(inplace=True)]*act)
+    conv = nn.Conv2d(inp, out, kernel, padding=dilation*(kernel//2), dilation=dilation, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out), *[nn.ReLU(inplace=True)]*act)
 
 
 def resize(
@@ -39,7 +39,7 @@ def resize(
     "Resize a map bilinearly, with pixel centres aligned as areas."
     return x if x.shape[-2:] == tuple(size) else F.interpolate(x, tuple(size), mode='bilinear', align_corners=False)
 
-# %% ../../nbs/21a_methods.blocks.ipynb #76ee049f
+# %% ../../nbs/21a_methods.blocks.ipynb #4861df2e
 def _rest(norm, args):
     norm._resting = norm.training and args[0].numel() == args[0].shape[1]
     if norm._resting: norm.training = False
@@ -54,10 +54,12 @@ def safe_norms(
 ) -> nn.Module:
     "Make every batch norm accept one value a channel in train mode."
     for norm in net.modules():
-        if isinstance(norm, nn.BatchNorm2d): norm.register_forward_pre_hook(_rest), norm.register_forward_hook(_wake, always_call=True)
+        if not isinstance(norm, nn.BatchNorm2d): continue
+        norm.register_forward_pre_hook(_rest)
+        norm.register_forward_hook(_wake, always_call=True)
     return net
 
-# %% ../../nbs/21a_methods.blocks.ipynb #9be8a525
+# %% ../../nbs/21a_methods.blocks.ipynb #4a20559c
 class Pyramid(nn.Module):
     "A timm feature network as a list of maps (N,C_i,H/s_i,W/s_i), fine to deepest."
     def __init__(self,
@@ -85,13 +87,17 @@ def timm_encoder(
     return Pyramid(dress(net, encoder_weights, stem))
 
 
-def dress(net, encoder_weights: str | None, stem: str = 'patch'):
+def dress(
+    net: nn.Module, # timm feature network, changed in place
+    encoder_weights: str | None, # path of a safetensors file; None and 'timm' leave the weights as they are
+    stem: str = 'patch', # 'conv': see `conv_stem`
+) -> nn.Module:
     "Give a timm feature network its stem and, from a file, its weights."
     if stem == 'conv': net.patch_embed.proj = conv_stem(net.patch_embed.proj.out_channels)
     if encoder_weights not in (None, 'timm'): load_encoder_weights(net, encoder_weights)
     return net
 
-# %% ../../nbs/21a_methods.blocks.ipynb #42d32ff6
+# %% ../../nbs/21a_methods.blocks.ipynb #69bc606a
 def swin(
     embed: int, # channels of the first stage, a multiple of 16; each stage doubles them
     depths: tuple, # layers a stage; every second one shifts its windows
@@ -99,7 +105,8 @@ def swin(
 ) -> dict: # for timm_encoder('swin_tiny_patch4_window7_224', **swin(…))
     "Describe a small Swin that takes any size: 16 channels a head, convolutional stem, no dropped paths."
     heads = tuple(embed // 16 * 2**i for i in range(4))
-    return dict(embed_dim=embed, depths=depths, num_heads=heads, window_size=window, strict_img_size=False, drop_path_rate=0., stem='conv')
+    free = dict(strict_img_size=False, drop_path_rate=0., stem='conv')
+    return dict(embed_dim=embed, depths=depths, num_heads=heads, window_size=window, **free)
 
 
 def conv_stem(width: int) -> nn.Sequential: # (N,3,H,W) -> (N,width,H/4,W/4)
@@ -107,7 +114,7 @@ def conv_stem(width: int) -> nn.Sequential: # (N,3,H,W) -> (N,width,H/4,W/4)
     first = nn.Sequential(nn.Conv2d(3, width//2, 3, 2, 1, bias=False), nn.BatchNorm2d(width//2), nn.ReLU(inplace=True))
     return nn.Sequential(*first, nn.Conv2d(width//2, width, 3, 2, 1))
 
-# %% ../../nbs/21a_methods.blocks.ipynb #8916d9d0
+# %% ../../nbs/21a_methods.blocks.ipynb #9fb56ad7
 ENOUGH = 0.9
 
 
@@ -119,21 +126,23 @@ def load_encoder_weights(
     from safetensors.torch import load_file
     if not Path(path).is_file():
         raise DataNotFound(f'no encoder weights {path}', "expected None, 'timm' or a safetensors file", 'check the path')
-    try: given = {_flat_name(k): v for k, v in load_file(path).items()}
-    except Exception as e: raise Incompatible(f'cannot read {path}', f'not a safetensors file ({e})', 'convert it with safetensors.torch.save_file') from e
+    try: given = load_file(path)
+    except Exception as e:
+        raise Incompatible(f'cannot read {path}', f'not a safetensors file ({e})', 'convert it with safetensors.torch.save_file') from e
+    given |= {_flat_name(k): v for k, v in given.items()}
     own = {k: v for k, v in net.state_dict().items() if not k.endswith('num_batches_tracked')}
     fits = {k: given[k] for k, v in own.items() if k in given and given[k].shape == v.shape}
     if len(fits) < ENOUGH * len(own):
         missing = next(k for k in own if k not in fits)
-        found = f'found {len(fits)} of {len(own)} tensors that match, expected at least {ENOUGH:.0%}; the first without a match is {missing}'
-        raise Incompatible(f'cannot load {path} into this encoder', found, 'choose the encoder that these weights were saved from')
+        found = f'found {len(fits)} of {len(own)} tensors that match, expected at least {ENOUGH:.0%}; the first without is {missing}'
+        raise Incompatible(f'cannot load {path} into this encoder', found, 'choose the encoder these weights were saved from')
     net.load_state_dict(fits, strict=False)
 
 
 def _flat_name(key): # timm names stage 0 'layers.0' in a classifier and 'layers_0' in a feature network
     return re.sub(r'^(layers|stages)\.(\d+)\.', r'\1_\2.', key)
 
-# %% ../../nbs/21a_methods.blocks.ipynb #b516b05c
+# %% ../../nbs/21a_methods.blocks.ipynb #951bb5f1
 def finish(
     net: nn.Module, # has submodules encoder and decoder
 ) -> nn.Module:
@@ -152,7 +161,8 @@ def smp_net(
 ) -> nn.Module:
     "Build a network of segmentation-models-pytorch on a timm encoder."
     import segmentation_models_pytorch as smp
-    net = smp.create_model(arch, f'tu-{encoder}', encoder_weights=True if encoder_weights == 'timm' else None, classes=classes, **options)
+    download = True if encoder_weights == 'timm' else None
+    net = smp.create_model(arch, f'tu-{encoder}', encoder_weights=download, classes=classes, **options)
     dress(net.encoder.model, encoder_weights, stem)
     return finish(net)
 
@@ -192,7 +202,7 @@ def from_windows(
     x = tokens.reshape(n, -(-height//h), -(-width//w), h, w, c)   # (N,rows,cols,h,w,C)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(n, c, -(-height//h)*h, -(-width//w)*w)[..., :height, :width]
 
-# %% ../../nbs/21a_methods.blocks.ipynb #912b0c8c
+# %% ../../nbs/21a_methods.blocks.ipynb #2696c261
 class WindowAttention(nn.Module):
     "Multi-head self-attention inside windows, with a bias for each offset of two tokens (Liu et al., ICCV 2021)."
     def __init__(self,
@@ -209,7 +219,8 @@ class WindowAttention(nn.Module):
 
     def forward(self, x): # (N,C,H,W) -> same
         tokens = to_windows(self.qkv(x), self.size)                                         # (N,windows,T,3C)
-        q, k, v = tokens.flatten(0, 1).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # each (N*windows,heads,T,C/heads)
+        parts = tokens.flatten(0, 1).unflatten(-1, (3, self.heads, -1))                     # (N*windows,T,3,heads,C/heads)
+        q, k, v = parts.permute(2, 0, 3, 1, 4)                                              # each (N*windows,heads,T,C/heads)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias[:, self.offset][None])
         return from_windows(y.transpose(1, 2).flatten(2).view(*tokens.shape[:3], -1), self.size, x.shape[-2:])
 
@@ -224,7 +235,7 @@ def cross_mean(
     wide = F.avg_pool2d(F.pad(x, (before, after, 0, 0), mode='replicate'), (1, length), 1)
     return tall + wide
 
-# %% ../../nbs/21a_methods.blocks.ipynb #55570a1d
+# %% ../../nbs/21a_methods.blocks.ipynb #00aefcef
 class GlobalLocalBlock(nn.Module):
     "A transformer block whose attention has a local and a global branch (UNetFormer, 2022)."
     def __init__(self,
@@ -235,7 +246,8 @@ class GlobalLocalBlock(nn.Module):
     ):
         super().__init__()
         self.window, self.norm = window, nn.BatchNorm2d(dim)
-        self.one, self.three, self.attend = conv_bn(dim, dim, 1, act=False), conv_bn(dim, dim, 3, act=False), WindowAttention(dim, heads, window)
+        self.one, self.three = conv_bn(dim, dim, 1, act=False), conv_bn(dim, dim, 3, act=False)
+        self.attend = WindowAttention(dim, heads, window)
         self.blend = nn.Sequential(conv_bn(dim, dim, 3, groups=dim, act=False), nn.Conv2d(dim, dim, 1))
         self.mlp = nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, ratio*dim, 1), nn.GELU(), nn.Conv2d(ratio*dim, dim, 1))
 
@@ -245,7 +257,7 @@ class GlobalLocalBlock(nn.Module):
         x = x + y
         return x + self.mlp(x)
 
-# %% ../../nbs/21a_methods.blocks.ipynb #4721e0da
+# %% ../../nbs/21a_methods.blocks.ipynb #e3435340
 class WeightedSum(nn.Module):
     "Mix an encoder map into an upsampled decoder map with one learned weight in 0..1 (UNetFormer, 2022)."
     def __init__(self, inp: int, dim: int):
@@ -262,7 +274,8 @@ class Refine(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.pixel = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim), nn.Conv2d(dim, 1, 1), nn.Sigmoid())
-        self.channel = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(dim, dim//4, 1), nn.ReLU(), nn.Conv2d(dim//4, dim, 1), nn.Sigmoid())
+        squeeze, excite = nn.Conv2d(dim, dim//4, 1), nn.Conv2d(dim//4, dim, 1)
+        self.channel = nn.Sequential(nn.AdaptiveAvgPool2d(1), squeeze, nn.ReLU(), excite, nn.Sigmoid())
         self.project, self.shortcut = conv_bn(dim, dim, groups=dim, act=False), conv_bn(dim, dim, 1, act=False)
 
     def forward(self, x): # (N,C,H,W) -> same
@@ -291,7 +304,7 @@ class GlobalLocalDecoder(nn.Module):
         for block, merge, skip in zip(self.blocks, self.sums, reversed(skips)): x = merge(skip, block(x))
         return self.refine(x)
 
-# %% ../../nbs/21a_methods.blocks.ipynb #b049cd38
+# %% ../../nbs/21a_methods.blocks.ipynb #fb0ba096
 def outline(
     spec, # MethodSpec
     presets: tuple = ('nano', 'tiny'), # which sizes to build
@@ -306,5 +319,6 @@ def outline(
         net = spec.build(classes, preset).eval()
         with torch.inference_mode(), listen(net, net.taps) as ear: logits = net(torch.zeros(1, 3, size, size))
         shapes = {f'{tap} tap': 'x'.join(map(str, f.shape[1:])) for tap, f in zip(net.taps, ear.features)}
-        rows[preset] = dict(parameters=f'{sum(p.numel() for p in net.parameters()):,}', **shapes, logits='x'.join(map(str, logits.shape[1:])))
+        count = sum(p.numel() for p in net.parameters())
+        rows[preset] = dict(parameters=f'{count:,}', **shapes, logits='x'.join(map(str, logits.shape[1:])))
     return pd.DataFrame(rows).T

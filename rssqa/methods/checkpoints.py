@@ -17,7 +17,7 @@ from torch import nn
 from ..core import DataNotFound, Incompatible, read_json
 from .blocks import EncoderDecoder, conv_bn, finish, resize, timm_encoder
 
-# %% ../../nbs/21b_methods.checkpoints.ipynb #0569caa5
+# %% ../../nbs/21b_methods.checkpoints.ipynb #823a3c6d
 SHELVES = ('state_dict', 'model_state_dict', 'model_state', 'model', 'net', 'weights')
 
 
@@ -27,11 +27,11 @@ def read_state(
     "Read the tensors of a checkpoint, whatever container they are in."
     path = Path(path)
     if not path.is_file(): raise DataNotFound(f'no checkpoint {path}', '', 'check the path')
-    state = _open(path)
-    while isinstance(state, dict) and (shelf := next((s for s in SHELVES if isinstance(state.get(s), dict)), None)): state = state[shelf]
+    state = _unshelve(_open(path))
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
-    if not tensors: raise Incompatible(f'{path} holds no weights', f'found {_describe(state)}, expected named tensors', 'save the state_dict of the model')
-    return tensors
+    if tensors: return tensors
+    held = f'a dictionary of {", ".join(map(str, list(state)[:6])) or "nothing"}' if isinstance(state, dict) else f'a {type(state).__name__}'
+    raise Incompatible(f'{path} holds no weights', f'found {held}, expected named tensors', 'save the state_dict of the model')
 
 
 def _open(path):
@@ -39,12 +39,15 @@ def _open(path):
     try: return load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         reason = str(e).strip().split('\n')[0][:120]
-        raise Incompatible(f'cannot read {path}', f'not a checkpoint of plain tensors ({type(e).__name__}: {reason})', 'save its state_dict alone, where the file comes from') from e
+        found = f'not a checkpoint of plain tensors ({type(e).__name__}: {reason})'
+        raise Incompatible(f'cannot read {path}', found, 'save its state_dict alone, where the file comes from') from e
 
 
-def _describe(state): return f'a dictionary of {", ".join(map(str, list(state)[:6])) or "nothing"}' if isinstance(state, dict) else f'a {type(state).__name__}'
+def _unshelve(state):
+    shelf = next((s for s in SHELVES if isinstance(state.get(s), dict)), None) if isinstance(state, dict) else None
+    return state if shelf is None else _unshelve(state[shelf])
 
-# %% ../../nbs/21b_methods.checkpoints.ipynb #7aa25baa
+# %% ../../nbs/21b_methods.checkpoints.ipynb #e0f47437
 def load_weights(
     net: nn.Module, # the architecture, changed in place
     path, # checkpoint
@@ -79,10 +82,12 @@ def strip_prefix(given: dict, own: dict) -> dict:
 def _misfit(net, name, own, given, wrong, extra):
     key = (wrong or extra)[0]
     shape = lambda state: tuple(state[key].shape) if key in state else 'nothing'
-    found = f'found {len(own) - len(wrong)} of {len(own)} tensors that match and {len(extra)} that the network lacks; the first misfit is {key}: found {shape(given)}, expected {shape(own)}'
-    return Incompatible(f'cannot load {name} into {type(net).__name__}', found, 'build the network with the encoder, sizes and classes that these weights were trained with')
+    counts = f'found {len(own) - len(wrong)} of {len(own)} tensors that match and {len(extra)} that the network lacks'
+    first = f'the first misfit is {key}: found {shape(given)}, expected {shape(own)}'
+    todo = 'build the network with the encoder, sizes and classes that these weights were trained with'
+    return Incompatible(f'cannot load {name} into {type(net).__name__}', f'{counts}; {first}', todo)
 
-# %% ../../nbs/21b_methods.checkpoints.ipynb #529d079a
+# %% ../../nbs/21b_methods.checkpoints.ipynb #09304854
 def load_smp(
     folder, # written by save_pretrained of segmentation_models_pytorch
     classes: int | None = None, # how many are expected; None takes what is there
@@ -92,7 +97,8 @@ def load_smp(
     config = read_json(Path(folder)/'config.json')
     kind = getattr(smp, str(config.pop('_model_class', '')), None)
     if not (isinstance(kind, type) and issubclass(kind, smp.base.SegmentationModel)):
-        raise Incompatible(f'{folder}/config.json names no network', '_model_class is missing or unknown', 'write the folder with save_pretrained')
+        found = '_model_class is missing or unknown'
+        raise Incompatible(f'{folder}/config.json names no network', found, 'write the folder with save_pretrained')
     _check_classes(folder, config.get('classes', 1), classes)
     net = kind(**(config | dict(encoder_weights=None, activation=None)))
     return finish(load_weights(net, Path(folder)/'model.safetensors'))
@@ -100,9 +106,10 @@ def load_smp(
 
 def _check_classes(name, found, expected):
     if expected is not None and found != expected:
-        raise Incompatible(f'{name} was trained on another class table', f'found {found} classes, expected {expected}', 'use the class table of its data set')
+        counts = f'found {found} classes, expected {expected}'
+        raise Incompatible(f'{name} was trained on another class table', counts, 'use the class table of its data set')
 
-# %% ../../nbs/21b_methods.checkpoints.ipynb #31c773b5
+# %% ../../nbs/21b_methods.checkpoints.ipynb #8d72b4f9
 DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101}
 
 
@@ -112,7 +119,8 @@ def resnet_v1c(
 ): # Pyramid
     "Build mmsegmentation's dilated ResNetV1c from timm's parts."
     encoder = timm_encoder(f'resnet{depth}', output_stride=output_stride, stem_width=32, stem_type='deep')
-    for block in [*encoder.net.layer3, *encoder.net.layer4] if depth == 18 else []: block.conv2.dilation = block.conv2.padding = (1, 1)
+    if depth == 18:
+        for block in (*encoder.net.layer3, *encoder.net.layer4): block.conv2.dilation = block.conv2.padding = (1, 1)
     return encoder
 
 # %% ../../nbs/21b_methods.checkpoints.ipynb #f1100488
@@ -152,7 +160,7 @@ class ASPPHead(nn.Module):
         y = resize(self.bottleneck(torch.cat(views, 1)), first.shape[-2:])
         return self.sep_bottleneck(torch.cat([y, self.c1_bottleneck(first)], 1))
 
-# %% ../../nbs/21b_methods.checkpoints.ipynb #ec92b89d
+# %% ../../nbs/21b_methods.checkpoints.ipynb #8041c714
 def mmseg_name(
     key: str, # mmsegmentation's name of a tensor
 ) -> str: # ours
@@ -173,25 +181,29 @@ def load_mmseg(
     "Build the network that a checkpoint of mmsegmentation describes, and load it."
     state = {k.removeprefix('module.'): v for k, v in read_state(path).items()}
     encoder = resnet_v1c(_depth(state, path), output_stride)
-    decoder, scores = _head(state, encoder.channels, output_stride, path), state['decode_head.conv_seg.weight']
-    _check_classes(path, len(scores), classes)
-    net = EncoderDecoder(encoder, decoder, nn.Sequential(nn.Dropout(0.1), nn.Conv2d(*scores.shape[1::-1], 1)))
+    decoder, scores = _head(state, encoder.channels, output_stride, path)
+    _check_classes(path, scores.out_channels, classes)
+    net = EncoderDecoder(encoder, decoder, nn.Sequential(nn.Dropout(0.1), scores))
     return fill(net, {mmseg_name(k): v for k, v in state.items()}, str(path))
 
 
 def _depth(state, path):
     blocks = {m.groups() for k in state if (m := re.match(r'backbone\.layer(\d)\.(\d+)\.', k))}
     counts = tuple(sum(stage == str(i) for stage, _ in blocks) for i in (1, 2, 3, 4))
-    if 'backbone.stem.0.weight' not in state or counts not in DEPTHS or ('backbone.layer1.0.conv3.weight' in state) != (DEPTHS[counts] > 18):
-        raise Incompatible(f'{path} is not a ResNetV1c of mmsegmentation', f'found stages of {counts} blocks, expected {" or ".join(map(str, DEPTHS))} after backbone.stem', 'use load_weights with a network you build')
-    return DEPTHS[counts]
+    depth, bottleneck = DEPTHS.get(counts), 'backbone.layer1.0.conv3.weight' in state
+    if depth and 'backbone.stem.0.weight' in state and bottleneck == (depth > 18): return depth
+    found = f'found stages of {counts} blocks, expected {" or ".join(map(str, DEPTHS))} after backbone.stem'
+    raise Incompatible(f'{path} is not a ResNetV1c of mmsegmentation', found, 'use load_weights with a network you build')
 
 
-def _head(state, channels, output_stride, path):
+def _head(state, channels, output_stride, path): # decoder, and the layer that scores classes
     width = lambda name: len(state[f'decode_head.{name}.conv.weight'])
-    if 'decode_head.psp_modules.0.1.conv.weight' in state: return PSPHead(channels[-1], width('psp_modules.0.1'))
-    if 'decode_head.c1_bottleneck.conv.weight' in state:
-        rates = tuple(r * 8 // output_stride for r in (12, 24, 36))
-        return ASPPHead(channels[-1], width('bottleneck'), channels[0], width('c1_bottleneck'), rates)
-    names = sorted({k.split('.')[1] for k in state if k.startswith('decode_head.')})
-    raise Incompatible(f'{path} has a head that is not known here', f'found {", ".join(names) or "no decode_head"}, expected that of PSPNet or DeepLabV3+', 'use load_weights with a network you build')
+    rates = tuple(r * 8 // output_stride for r in (12, 24, 36))
+    try:
+        scores = nn.Conv2d(*state['decode_head.conv_seg.weight'].shape[1::-1], 1)
+        if 'decode_head.psp_modules.0.1.conv.weight' in state: return PSPHead(channels[-1], width('psp_modules.0.1')), scores
+        return ASPPHead(channels[-1], width('bottleneck'), channels[0], width('c1_bottleneck'), rates), scores
+    except KeyError as e:
+        names = ', '.join(sorted({k.split('.')[1] for k in state if k.startswith('decode_head.')})) or 'no decode_head'
+        found = f'found {names} but not {e.args[0]}, expected the head of PSPNet or DeepLabV3+'
+        raise Incompatible(f'{path} has a head that is not known here', found, 'use load_weights with a network you build') from e

@@ -20,7 +20,7 @@ def class_centres(
     "Average features per class, each pixel weighted by the softmax of its score over the pixels (LoG-CAN, 2023)."
     return logits.softmax(-2).transpose(-1, -2) @ features
 
-# %% ../../nbs/21b_methods.logcan.ipynb #d8794c26
+# %% ../../nbs/21b_methods.logcan.ipynb #329f560b
 class ClassAttention(nn.Module):
     "Describe each pixel by global class centres, chosen through the local centres of its patch (LoG-CAN, 2023)."
     def __init__(self,
@@ -34,14 +34,14 @@ class ClassAttention(nn.Module):
         self.out = conv_bn(2*width, width)
 
     def forward(self, x, centres): # (N,C,H,W), (N,K,C) -> rough logits (N,K,H,W), (N,C,H,W)
-        rough, size = self.rough(x), tuple(-(-s // self.patches) for s in x.shape[-2:])
+        rough, size = self.rough(x), tuple(min(s, max(4, -(-s // self.patches))) for s in x.shape[-2:])
         pixels = to_windows(x, size)                                            # (N,patches,T,C)
         local = class_centres(pixels, to_windows(rough, size))                  # (N,patches,K,C)
         match = self.query(pixels) @ self.key(local).transpose(-1, -2)          # (N,patches,T,K)
         told = (match / x.shape[1]**0.5).softmax(-1) @ self.value(centres)[:, None]
         return rough, self.out(torch.cat([x, from_windows(told, size, x.shape[-2:])], 1))
 
-# %% ../../nbs/21b_methods.logcan.ipynb #38bc1b11
+# %% ../../nbs/21b_methods.logcan.ipynb #93dc6e5a
 class LoGDecoder(nn.Module):
     "Local and global class awareness at every level; returns rough logits of all levels, then the joined map."
     def __init__(self,
@@ -87,7 +87,8 @@ def logcan(
 ) -> LoGCAN:
     "Build a LoG-CAN."
     pyramid = timm_encoder(encoder, encoder_weights)
-    return LoGCAN(pyramid, LoGDecoder(pyramid.channels, classes, width, patches), nn.Sequential(nn.Dropout(0.1), nn.Conv2d(width, classes, 1)))
+    head = nn.Sequential(nn.Dropout(0.1), nn.Conv2d(width, classes, 1))
+    return LoGCAN(pyramid, LoGDecoder(pyramid.channels, classes, width, patches), head)
 
 
 spec = MethodSpec('logcan', 'CNN', 'Ma et al., LOG-CAN, ICASSP 2023', logcan, dict(

@@ -12,7 +12,7 @@ from ..core import Incompatible
 from .blocks import finish, load_encoder_weights, resize
 from ..segment import MethodSpec
 
-# %% ../../nbs/21b_methods.segformer.ipynb #08f539a1
+# %% ../../nbs/21b_methods.segformer.ipynb #804a9f74
 class Stages(nn.Module):
     "The four stages of a Mix Transformer as a list of maps, fine to deepest."
     def __init__(self, mit): super().__init__(); self.mit = mit
@@ -43,12 +43,14 @@ def segformer(
     "Build a SegFormer."
     net = SegFormer(classes, **config)
     if encoder_weights == 'timm':
-        raise Incompatible("cannot give a SegFormer encoder_weights='timm'", 'timm has no Mix Transformer', 'pass None or the path of a safetensors file')
+        todo = 'pass None or the path of a safetensors file'
+        raise Incompatible("cannot give a SegFormer encoder_weights='timm'", 'timm has no Mix Transformer', todo)
     if encoder_weights: load_encoder_weights(net.encoder.mit, encoder_weights)
     return net
 
 
 spec = MethodSpec('segformer', 'transformer', 'Xie et al., SegFormer, NeurIPS 2021', segformer, dict(
-    nano=dict(hidden_sizes=[16, 32, 64, 96], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 4, 6], decoder_hidden_size=48, drop_path_rate=0.),
+    nano=dict(hidden_sizes=[16, 32, 64, 96], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 4, 6],
+              decoder_hidden_size=48, drop_path_rate=0.),
     tiny=dict(decoder_hidden_size=128, drop_path_rate=0.),
     standard=dict(hidden_sizes=[64, 128, 320, 512], depths=[3, 4, 6, 3], decoder_hidden_size=768)))
