@@ -71,7 +71,7 @@ class BlockBaseline(RegressorMixin, BaseEstimator):
     def predict(self, X: pd.DataFrame) -> np.ndarray: # (len(X),) 0..1
         return np.clip(self.learner_.predict(self._x(X)), 0, 1)
 
-# %% ../nbs/52_baselines.ipynb #ef7cfd28
+# %% ../nbs/52_baselines.ipynb #ba3ed988
 COLUMNS = {'max-softmax': 'conf', 'max-softmax, temperature-scaled': 'conf_t', 'entropy': 'entropy', 'margin': 'margin', 'flip agreement': 'tta', 'agreement with the other methods': 'agree_mean',
            'agreement with their majority': 'agree_majority'}
 
@@ -85,7 +85,7 @@ def baselines(
     "List the rivals that can be tried on a table."
     found = {'mean of dataset and method': MeanBaseline()}
     found |= {name: ColumnBaseline(c) for name, c in COLUMNS.items() if c in table and table[c].notna().any()}
-    found['max-softmax, temperature-scaled, no fit'] = ColumnBaseline('conf_t', fitted=False)
+    if 'conf_t' in table: found['max-softmax, temperature-scaled, no fit'] = ColumnBaseline('conf_t', fitted=False)
     make = lambda blocks, learner: BlockBaseline(blocks, learner, store, sem, seed=seed)
     rest = (('taps',) if store else ()) + (('sem',) if sem else ())
     if sem: found['ridge: semantics'] = make(('sem',), 'ridge')

@@ -77,7 +77,7 @@ class Blocks:
         "Concatenate the blocks."
         return np.concatenate([self.own, self.peers, self.taps, self.sem], 1)
 
-# %% ../nbs/50b_branches.ipynb #e742fe19
+# %% ../nbs/50b_branches.ipynb #287339a0
 class Branches:
     "Turn rows of an SQED table into four scaled blocks."
     def __init__(self,
@@ -102,7 +102,7 @@ class Branches:
     def _stats(self, table):
         if lost := [c for c in self.columns if c not in table]: raise MissingFeatures('cannot score this table', f'found no columns {", ".join(lost[:4])}', 'build it with the same rssqa version')
         own = spread(table[self.columns].to_numpy(np.float32))
-        agree = spread(table[self.agree].to_numpy(np.float32)) if self.agree else np.zeros((len(table), 0), np.float32)
+        agree = spread(table.reindex(columns=self.agree).to_numpy(np.float32)) if self.agree else np.zeros((len(table), 0), np.float32)
         return own, np.concatenate([agree, relative(table, self.columns)], 1) if self.peers else agree
 
     def _vectors(self, table): return get_vectors(Store(self.store), self.sem, table.image_id)

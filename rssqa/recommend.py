@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'Pack', 'write_pack', 'default_pack', 'rank', 'score', 'recommend']
 
-# %% ../nbs/53_recommend.ipynb #4f6afcdf
-from dataclasses import dataclass, field
+# %% ../nbs/53_recommend.ipynb #c57f325b
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .confidence import agreement
-from .core import BadImage, DataNotFound, Incompatible, Problem, as_image, cache_dir, progress, read_json, unknown, write_json
+from .core import BadImage, DataNotFound, Incompatible, as_image, cache_dir, progress, read_json, unknown, write_json
 from .methods.training import load_segmenter
 from .quality import load_model
 from .sqed import judge

@@ -207,7 +207,7 @@ def degrade(
     if level <= 0: return image.copy()
     return np.clip(KINDS[kind](image, min(level, 1.0), np.random.default_rng(seed)), 0, 1).astype(np.float32)
 
-# %% ../nbs/01_synth.ipynb #13534af7
+# %% ../nbs/01_synth.ipynb #bed28f89
 def _cut(s: Scene, size): # four tiles of a scene of twice their side
     for i, (y, x) in enumerate(((0, 0), (0, size), (size, 0), (size, size))):
         yield i, x, y, s.image[:, y:y+size, x:x+size], s.mask[y:y+size, x:x+size]
@@ -215,33 +215,34 @@ def _cut(s: Scene, size): # four tiles of a scene of twice their side
 
 def write_scenes(
     root, # folder of the dataset; made if missing
-    look: str, # a key of LOOKS
-    scenes: int = 12, # number of scenes; four tiles each
+    looks: str | tuple = 'town', # keys of LOOKS
+    scenes: int = 12, # number of scenes of each look; four tiles each
     size: int = 128, # side of a tile, pixels
     seed: int = 0, # first scene seed
     damaged: float = 0.5, # share of scenes that are degraded
 ) -> Path: # the folder
     "Write a synthetic dataset in the folder format of real sources."
     import pandas as pd
-    from PIL import Image
-    root, rows = Path(root), []
+    root, looks = Path(root), (looks,) if isinstance(looks, str) else tuple(looks)
     for sub in ('images', 'masks'): (root/sub).mkdir(parents=True, exist_ok=True)
-    for n in range(seed, seed + scenes):
-        rng = np.random.default_rng([n, 99])
-        s = scene(look, n, 2 * size)
-        kind, level = (rng.choice(list(KINDS)), rng.uniform(0.15, 0.9)) if rng.random() < damaged else ('none', 0.0)
-        for i, x, y, image, mask in _cut(s, size):
-            if level: image = degrade(image, kind, level, n)
-            name = f'{look}{n:04d}_{i}'
-            Image.fromarray((image.transpose(1, 2, 0) * 255).round().astype(np.uint8)).save(root/'images'/f'{name}.png')
-            _save_mask(root/'masks'/f'{name}.png', mask)
-            rows.append(dict(tile=name, image=f'images/{name}.png', mask=f'masks/{name}.png', scene=f'{look}{n:04d}',
-                             split=('train', 'train', 'train', 'val', 'test')[n % 5], width=size, height=size,
-                             source_file=f'{look} seed {n}', x0=x, y0=y, downscale=1, kind=kind, level=round(level, 3)))
+    rows = [row for look in looks for n in range(seed, seed + scenes) for row in _write_scene(root, look, n, size, damaged)]
     pd.DataFrame(rows).to_csv(root/'splits.csv', index=False)
     table = [dict(id=i, name=c, rgb=list(PALETTE[i]), common=c) for i, c in enumerate(CLASSES)]
-    write_json(root/'classes.json', dict(dataset=f'synth_{look}', ignore_index=255, classes=table, gsd_m=0.3))
+    write_json(root/'classes.json', dict(dataset=f'synth_{looks[0]}' if len(looks) == 1 else 'synthetic', ignore_index=255, classes=table, gsd_m=0.3))
     return root
+
+
+def _write_scene(root, look, n, size, damaged):
+    from PIL import Image
+    rng = np.random.default_rng([n, 99])
+    kind, level = (str(rng.choice(list(KINDS))), rng.uniform(0.15, 0.9)) if rng.random() < damaged else ('none', 0.0)
+    for i, x, y, image, mask in _cut(scene(look, n, 2 * size), size):
+        if level: image = degrade(image, kind, level, n)
+        name = f'{look}{n:04d}_{i}'
+        Image.fromarray((image.transpose(1, 2, 0) * 255).round().astype(np.uint8)).save(root/'images'/f'{name}.png')
+        _save_mask(root/'masks'/f'{name}.png', mask)
+        yield dict(tile=name, image=f'images/{name}.png', mask=f'masks/{name}.png', scene=f'{look}{n:04d}', split=('train', 'train', 'train', 'val', 'test')[n % 5],
+                   width=size, height=size, source_file=f'{look} seed {n}', x0=x, y0=y, downscale=1, look=look, kind=kind, level=round(level, 3))
 
 
 def _save_mask(path, mask):

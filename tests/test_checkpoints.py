@@ -79,7 +79,7 @@ def test_what_is_no_checkpoint_says_so(tmp_path):
     (tmp_path/'page.pt').write_bytes(b'<html>'), (tmp_path/'page.safetensors').write_bytes(b'<html>')
     for name in ('page.pt', 'page.safetensors'):
         with pytest.raises(Incompatible, match='(?i)not a checkpoint of plain tensors'): ck.read_state(tmp_path/name)
-    for content, found in (({'epoch': 3}, 'a dictionary of epoch'), ([1, 2], 'a list'), ({}, 'a dictionary of nothing'), ({'state_dict': {}}, 'a dictionary of nothing')):
+    for content, found in (({'epoch': 3}, 'a dictionary of epoch'), ([1, 2], 'list'), ({}, 'a dictionary of nothing'), ({'state_dict': {}}, 'a dictionary of nothing')):
         torch.save(content, tmp_path/'x.pt')
         with pytest.raises(Incompatible, match=f'(?i){found}'): ck.read_state(tmp_path/'x.pt')
 

@@ -114,7 +114,7 @@ def conv_stem(width: int) -> nn.Sequential: # (N,3,H,W) -> (N,width,H/4,W/4)
     first = nn.Sequential(nn.Conv2d(3, width//2, 3, 2, 1, bias=False), nn.BatchNorm2d(width//2), nn.ReLU(inplace=True))
     return nn.Sequential(*first, nn.Conv2d(width//2, width, 3, 2, 1))
 
-# %% ../../nbs/21a_methods.blocks.ipynb #9fb56ad7
+# %% ../../nbs/21a_methods.blocks.ipynb #7d3eaa7e
 ENOUGH = 0.9
 
 
@@ -128,13 +128,14 @@ def load_encoder_weights(
         raise DataNotFound(f'no encoder weights {path}', "expected None, 'timm' or a safetensors file", 'check the path')
     try: given = load_file(path)
     except Exception as e:
-        raise Incompatible(f'cannot read {path}', f'not a safetensors file ({e})', 'convert it with safetensors.torch.save_file') from e
+        todo = 'convert it with safetensors.torch.save_file'
+        raise Incompatible(f'cannot read {path}', f'not a safetensors file ({e})', todo) from e
     given |= {_flat_name(k): v for k, v in given.items()}
     own = {k: v for k, v in net.state_dict().items() if not k.endswith('num_batches_tracked')}
     fits = {k: given[k] for k, v in own.items() if k in given and given[k].shape == v.shape}
     if len(fits) < ENOUGH * len(own):
         missing = next(k for k in own if k not in fits)
-        found = f'found {len(fits)} of {len(own)} tensors that match, expected at least {ENOUGH:.0%}; the first without is {missing}'
+        found = f'found {len(fits)} of {len(own)} tensors that match, expected at least {ENOUGH:.0%}; first without: {missing}'
         raise Incompatible(f'cannot load {path} into this encoder', found, 'choose the encoder these weights were saved from')
     net.load_state_dict(fits, strict=False)
 

@@ -17,7 +17,7 @@ from torch import nn
 from ..core import DataNotFound, Incompatible, read_json
 from .blocks import EncoderDecoder, conv_bn, finish, resize, timm_encoder
 
-# %% ../../nbs/21b_methods.checkpoints.ipynb #823a3c6d
+# %% ../../nbs/21b_methods.checkpoints.ipynb #4ca61c86
 SHELVES = ('state_dict', 'model_state_dict', 'model_state', 'model', 'net', 'weights')
 
 
@@ -30,7 +30,7 @@ def read_state(
     state = _unshelve(_open(path))
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
     if tensors: return tensors
-    held = f'a dictionary of {", ".join(map(str, list(state)[:6])) or "nothing"}' if isinstance(state, dict) else f'a {type(state).__name__}'
+    held = f'a dictionary of {", ".join(map(str, list(state)[:6])) or "nothing"}' if isinstance(state, dict) else type(state).__name__
     raise Incompatible(f'{path} holds no weights', f'found {held}, expected named tensors', 'save the state_dict of the model')
 
 

@@ -9,7 +9,7 @@ __all__ = ['spec', 'upernet']
 from .blocks import smp_net, swin
 from ..segment import MethodSpec
 
-# %% ../../nbs/21b_methods.upernet.ipynb #4666d5ef
+# %% ../../nbs/21b_methods.upernet.ipynb #a0edba2b
 def upernet(
     classes: int, # channels of the logits
     encoder_weights: str | None = None, # None, 'timm' or a safetensors file
@@ -18,7 +18,8 @@ def upernet(
     **options, # of the Swin, see `rssqa.methods.blocks.swin`
 ): # nn.Module
     "Build a UPerNet on a Swin transformer."
-    return smp_net('upernet', classes, encoder, encoder_weights, decoder_channels=width, **(dict(strict_img_size=False) | options))
+    options = dict(strict_img_size=False) | options
+    return smp_net('upernet', classes, encoder, encoder_weights, decoder_channels=width, **options)
 
 
 spec = MethodSpec('upernet-swin', 'transformer', 'Liu et al., Swin, ICCV 2021; Xiao et al., UPerNet, ECCV 2018', upernet, dict(
