@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'Pack', 'write_pack', 'default_pack', 'rank', 'score', 'recommend']
 
-# %% ../nbs/53_recommend.ipynb #c57f325b
+# %% ../nbs/53_recommend.ipynb #36ae4431
+import os
 from functools import cached_property
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from .methods.training import load_segmenter
 from .quality import load_model
 from .sqed import judge
 
-# %% ../nbs/53_recommend.ipynb #147e7819
+# %% ../nbs/53_recommend.ipynb #1dfc13a2
 class Pack:
     "Segmenters and a quality model that belong together."
     def __init__(self,
@@ -56,7 +57,7 @@ class Pack:
         from rssqa.encoders import load_encoder
         from rssqa.store import feature_table
         if not self.model.sem: return None
-        encoder = load_encoder(self.config['encoder'], device=self.device)
+        encoder = load_encoder(self.config['encoder'], device=self.device, dtype='float32')
         if feature_table(encoder) != self.model.sem:
             raise Incompatible(f'encoder {self.config["encoder"]} is not the one this pack was trained with', f'found {feature_table(encoder)}, expected {self.model.sem}', 'restore its weights or train the pack again')
         return encoder
@@ -78,9 +79,9 @@ def write_pack(
 
 
 def default_pack() -> Path:
-    "Return the pack that `rssqa demo` left in the cache; RSSQA_PACK overrides."
-    import os
-    return Path(os.environ.get('RSSQA_PACK') or cache_dir('demo')/'synthetic')
+    "Return the pack that the last `rssqa demo` left in the cache; RSSQA_PACK overrides."
+    latest = cache_dir('demo')/'latest.json'
+    return Path(os.environ.get('RSSQA_PACK') or (read_json(latest)['pack'] if latest.exists() else latest.parent))
 
 # %% ../nbs/53_recommend.ipynb #d492753a
 def rank(
