@@ -45,10 +45,10 @@ class ColumnBaseline(RegressorMixin, BaseEstimator):
         x = X[self.column].to_numpy(float)
         return np.clip(np.where(np.isfinite(x), np.polyval(self.line_, x), self.mean_), 0, 1)
 
-# %% ../nbs/52_baselines.ipynb #a9078cb6
+# %% ../nbs/52_baselines.ipynb #a544c33c
 class BlockBaseline(RegressorMixin, BaseEstimator):
     "Ridge regression or extra-trees or gradient boosting on chosen blocks (see rssqa.branches)."
-    def __init__(self, blocks: tuple = ('own', 'peers', 'taps', 'sem'), learner: str = 'ridge', store: str = '', sem: str = '', directions: int = 24, seed: int = 0):
+    def __init__(self, blocks: tuple = ('own', 'peers', 'prior', 'taps', 'sem'), learner: str = 'ridge', store: str = '', sem: str = '', directions: int = 24, seed: int = 0):
         self.blocks, self.learner, self.store, self.sem, self.directions, self.seed = blocks, learner, store, sem, directions, seed
 
     def _learner(self):
@@ -57,21 +57,21 @@ class BlockBaseline(RegressorMixin, BaseEstimator):
         return dict(ridge=lambda: RidgeCV(np.logspace(-1, 5, 13)), trees=lambda: ExtraTreesRegressor(200, min_samples_leaf=3, max_features=0.4, n_jobs=1, random_state=self.seed),
                     boosting=lambda: HistGradientBoostingRegressor(max_iter=250, learning_rate=0.05, max_leaf_nodes=15, l2_regularization=1.0, random_state=self.seed))[self.learner]()
 
-    def _x(self, X):
-        b = self.branches_.transform(X)
+    def _x(self, X, training=False):
+        b = self.branches_.transform(X, training=training)
         method = np.eye(len(self.branches_.methods) + 1, dtype=np.float32)[b.method][:, :-1]           # an unseen method is all zero
         return np.concatenate([getattr(b, name) for name in self.blocks] + [method], 1)
 
     def fit(self, X: pd.DataFrame, y=None):
         sem = self.sem if 'sem' in self.blocks else ''
         self.branches_ = Branches(self.store, sem, 'taps' in self.blocks, 'peers' in self.blocks, self.directions).fit(X)
-        self.learner_ = self._learner().fit(self._x(X), X.oa.to_numpy(float))
+        self.learner_ = self._learner().fit(self._x(X, training=True), X.oa.to_numpy(float))
         return self
 
     def predict(self, X: pd.DataFrame) -> np.ndarray: # (len(X),) 0..1
         return np.clip(self.learner_.predict(self._x(X)), 0, 1)
 
-# %% ../nbs/52_baselines.ipynb #ba3ed988
+# %% ../nbs/52_baselines.ipynb #33c85229
 COLUMNS = {'max-softmax': 'conf', 'max-softmax, temperature-scaled': 'conf_t', 'entropy': 'entropy', 'margin': 'margin', 'flip agreement': 'tta', 'agreement with the other methods': 'agree_mean',
            'agreement with their majority': 'agree_majority'}
 
@@ -91,6 +91,6 @@ def baselines(
     if sem: found['ridge: semantics'] = make(('sem',), 'ridge')
     if store: found['ridge: segmenter taps'] = make(('taps',), 'ridge')
     for learner in ('ridge', 'trees', 'boosting'):
-        found[f'{learner}: dispersion and agreement'] = make(('own', 'peers'), learner)
-        if rest: found[f'{learner}: everything'] = make(('own', 'peers', *rest), learner)
+        found[f'{learner}: dispersion and agreement'] = make(('own', 'peers', 'prior'), learner)
+        if rest: found[f'{learner}: everything'] = make(('own', 'peers', 'prior', *rest), learner)
     return found

@@ -17,7 +17,7 @@ from .data import folds
 from .metrics import evaluate, recommendation, single_best
 from .quality import QualityModel
 
-# %% ../nbs/70_bench.ipynb #020beb6c
+# %% ../nbs/70_bench.ipynb #6cf8ffbb
 def scene_folds(table: pd.DataFrame, k: int = 5, seed: int = 0) -> np.ndarray: # (len(table),) 0..k-1
     "Deal scenes into folds, dataset by dataset."
     images, out = table.drop_duplicates('image_id'), pd.Series(0, index=table.image_id.unique())
@@ -29,17 +29,28 @@ def scene_folds(table: pd.DataFrame, k: int = 5, seed: int = 0) -> np.ndarray: #
 
 
 def cross_predict(
-    estimator, # anything with fit(table) and predict(table)
+    estimators: dict, # name -> anything with fit(table) and predict(table)
     table: pd.DataFrame, # an SQED table
     fold: np.ndarray, # (len(table),) from scene_folds
-) -> np.ndarray: # (len(table),) predicted OA
-    "Predict every row by a model fitted on the other folds."
-    from sklearn.base import clone
-    out = np.full(len(table), np.nan)
-    for k in np.unique(fold): out[fold == k] = clone(estimator).fit(table[fold != k].reset_index(drop=True)).predict(table[fold == k].reset_index(drop=True))
+    workers: int = 1, # processes
+) -> pd.DataFrame: # predicted OA, one column an estimator
+    "Predict every row by models fitted on the other folds."
+    from joblib import Parallel, delayed
+    jobs = [(name, k) for name in estimators for k in np.unique(fold)]
+    results = Parallel(workers, return_as='generator')(delayed(_predict_fold)(estimators[name], table, fold, k) for name, k in jobs)
+    out = pd.DataFrame(np.nan, index=table.index, columns=list(estimators))
+    for (name, k), values in zip(jobs, progress(results, 'comparing predictors', len(jobs), 'fit')): out.loc[fold == k, name] = values
     return out
 
-# %% ../nbs/70_bench.ipynb #a64693e4
+
+def _predict_fold(estimator, table, fold, k):
+    import torch
+    from sklearn.base import clone
+    torch.set_num_threads(1)                                           # faster than two for networks this small
+    train, test = (table[at].reset_index(drop=True) for at in (fold != k, fold == k))
+    return clone(estimator).fit(train).predict(test)
+
+# %% ../nbs/70_bench.ipynb #e61c9be4
 OURS = 'RS-SQA'
 VIEWS = ('srocc_image', 'srocc_dataset', 'plcc_dataset', 'mae', 'top1', 'regret', 'gap_closed')
 
@@ -61,15 +72,14 @@ def compare(
     k: int = 5, # folds over scenes
     seed: int = 0,
     extra: dict = None, # further predictors, name -> estimator
+    workers: int = 1, # processes
     **ours, # parameters of QualityModel
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # measures (one row a predictor), predictions (one column a predictor)
     "Cross-predict with RS-SQA and every baseline, and measure them alike."
-    fold, rows, columns = scene_folds(table, k, seed), {}, {}
+    fold = scene_folds(table, k, seed)
     tried = {OURS: QualityModel(store=store, sem=sem, taps=bool(store), seed=seed, **ours)} | baselines(table, store, sem, seed) | (extra or {})
-    for name, estimator in progress(tried.items(), 'comparing predictors', unit='predictor'):
-        columns[name] = cross_predict(estimator, table, fold)
-        rows[name] = measure(table, columns[name], fold)
-    return pd.DataFrame(rows).T.rename_axis('predictor'), pd.DataFrame(columns, index=table.index)
+    predicted = cross_predict(tried, table, fold, workers)
+    return pd.DataFrame({name: measure(table, predicted[name], fold) for name in tried}).T.rename_axis('predictor'), predicted
 
 # %% ../nbs/70_bench.ipynb #e75959d5
 def verdict(board: pd.DataFrame) -> str:

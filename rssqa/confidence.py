@@ -99,7 +99,7 @@ def _fisher(f, masks, classes): # (N,C,P) centred, (N,P) -> (N,) 0..1
     sums, counts = member @ f.transpose(1, 2), member.sum(2)
     return (sums.pow(2).sum(2) / counts.clamp_min(1)).sum(1) / f.pow(2).sum((1, 2)).clamp_min(1e-12)
 
-# %% ../nbs/20b_confidence.ipynb #27d8aa8d
+# %% ../nbs/20b_confidence.ipynb #06327086
 def tap_columns(
     features: tuple, # [(N,C_i,h_i,w_i)] torch
     masks, # (N,H,W) predicted class ids
@@ -109,6 +109,7 @@ def tap_columns(
     "Describe feature maps by numbers that any two networks share."
     import torch
     table, pooled, at = {}, pool_taps(features), 0
+    if reference is not None: reference = reference.to(pooled.device)
     for name, f in zip(tap_names(len(features)), features):
         small = torch.nn.functional.interpolate(masks[:, None].float(), f.shape[-2:], mode='nearest')[:, 0].long().flatten(1)
         flat = f.float().flatten(2)
@@ -124,15 +125,15 @@ def tap_names(n: int) -> list[str]:
     "Name taps: decoder and encoder where there are two, numbers elsewhere."
     return ['dec', 'enc'] if n == 2 else [f'tap{i}' for i in range(n)]
 
-# %% ../nbs/20b_confidence.ipynb #47511d15
+# %% ../nbs/20b_confidence.ipynb #0aa5d932
 def agreement(masks: np.ndarray) -> pd.DataFrame: # masks (M,H,W) uint8 of one image -> M rows
     "Compare each method's map with the others: mean, best and worst pairwise agreement, and agreement with the majority of the others."
     m = len(masks)
-    flat = masks.reshape(m, -1)
     if m < 2: return pd.DataFrame(dict.fromkeys(AGREEMENT, [np.nan] * m), dtype=np.float32)
+    flat = masks.reshape(m, -1)
     pairs = np.array([[(a == b).mean() for b in flat] for a in flat])
     others = pairs[~np.eye(m, dtype=bool)].reshape(m, m - 1)
-    ballots = flat[:, None] == np.arange(flat.max() + 1, dtype=flat.dtype)[:, None]                   # (M,K,H*W)
+    ballots = flat[:, None] == np.arange(int(flat.max()) + 1, dtype=flat.dtype)[:, None]                   # (M,K,H*W)
     votes = ballots.sum(0, dtype=np.int8)
     majority = [(row == (votes - own).argmax(0)).mean() for row, own in zip(flat, ballots)]           # own vote taken out
     return pd.DataFrame(dict(agree_mean=others.mean(1), agree_majority=majority, agree_max=others.max(1), agree_min=others.min(1)), dtype=np.float32)

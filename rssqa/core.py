@@ -8,8 +8,8 @@ __all__ = ['segmenters', 'encoders', 'fusions', 'datasets', 'Problem', 'UnknownN
            'state_digest', 'as_image', 'stretch', 'pick_device', 'seed_all', 'cache_dir', 'real_dir', 'atomic',
            'write_json', 'read_json', 'progress', 'say']
 
-# %% ../nbs/00_core.ipynb #b00c8477
-import difflib, hashlib, importlib, importlib.metadata, json, os, random, sys, uuid
+# %% ../nbs/00_core.ipynb #abd5bc01
+import difflib, hashlib, importlib.metadata, json, os, random, sys, uuid
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -42,7 +42,7 @@ class LeakError(Problem, ValueError): "A split or label that would let a model s
 class MissingFeatures(Problem, KeyError): "Features that were asked for before they were extracted."
 class DownloadError(Problem, OSError): "A download that failed, or came out different from what was promised."
 
-# %% ../nbs/00_core.ipynb #5dbcf8c8
+# %% ../nbs/00_core.ipynb #5c7f22ba
 class Registry:
     "A dictionary from names to factories, with lazy entries, wildcards and suggestions."
     def __init__(self,
@@ -72,10 +72,13 @@ class Registry:
         self._plugins()
         if name not in self.entries: raise unknown(self.kind, name, self.entries)
         entry = self.entries[name]
-        if isinstance(entry, str):
-            module, attr = entry.split(':')
-            entry = self.entries[name] = getattr(importlib.import_module(module), attr)
+        if isinstance(entry, str): entry = self.entries[name] = self._load(name, entry)
         return entry
+
+    def _load(self, name, entry):
+        try: return importlib.metadata.EntryPoint(name, entry, self.group).load()
+        except (ImportError, AttributeError) as e:
+            raise Incompatible(f'cannot load {self.kind} {name!r} from {entry}', str(e), 'install what it needs, or correct its module:attribute') from e
 
     def __contains__(self, name): self._plugins(); return name in self.entries
     def __iter__(self): return iter(self.list())
@@ -105,13 +108,17 @@ encoders = Registry('encoder', 'rssqa.encoders')
 fusions = Registry('fusion block', 'rssqa.fusions')
 datasets = Registry('dataset', 'rssqa.datasets')
 
-# %% ../nbs/00_core.ipynb #8aee3134
+# %% ../nbs/00_core.ipynb #3bce4dcc
+def _plain(x): # what JSON lacks: numpy and torch values as numbers and lists, the rest as text
+    return x.tolist() if hasattr(x, 'tolist') else sorted(x) if isinstance(x, (set, frozenset)) else str(x)
+
+
 def digest(*parts) -> str: # 16 hexadecimal digits
     "Digest bytes, arrays and JSON-able values, in order."
     h = hashlib.blake2b(digest_size=8)
     for part in parts:
-        if isinstance(part, np.ndarray): h.update(str((part.dtype, part.shape)).encode()); part = np.ascontiguousarray(part).tobytes()
-        elif not isinstance(part, bytes): part = json.dumps(part, sort_keys=True, default=str).encode()
+        if isinstance(part, np.ndarray) and not part.dtype.hasobject: h.update(str((part.dtype, part.shape)).encode()); part = np.ascontiguousarray(part).tobytes()
+        elif not isinstance(part, bytes): part = json.dumps(part, sort_keys=True, default=_plain).encode()
         h.update(len(part).to_bytes(8, 'little')); h.update(part)
     return h.hexdigest()
 
@@ -127,7 +134,7 @@ def state_digest(state: dict) -> str: # a torch state dict
     "Digest the weights of a model, independent of key order and device."
     return digest(*(x for k in sorted(state) for x in (k, state[k].detach().cpu().contiguous().view(-1).float().numpy())))
 
-# %% ../nbs/00_core.ipynb #36ee3289
+# %% ../nbs/00_core.ipynb #9e526cd8
 def as_image(
     source, # path, PIL image, array (H,W), (H,W,3|4) or (3,H,W); uint8 0..255 or float 0..1
     name: str = '', # what to call it in messages
@@ -138,7 +145,7 @@ def as_image(
     if hasattr(source, 'detach'): source = source.detach().cpu().numpy()
     x, name = np.asarray(source), name or 'array'
     if x.ndim == 2: x = np.repeat(x[..., None], 3, -1)
-    if x.ndim != 3: raise BadImage(f'cannot use {name} as an image', f'found shape {x.shape}, expected (H,W), (H,W,3) or (3,H,W)', 'pass one image')
+    if x.ndim != 3 or not x.size: raise BadImage(f'cannot use {name} as an image', f'found shape {x.shape}, expected (H,W), (H,W,3) or (3,H,W)', 'pass one image')
     if x.shape[0] in (1, 3) and (x.shape[-1] not in (3, 4) or x.shape[0] == 3 != x.shape[-1]): x = np.moveaxis(x, 0, -1)      # channels first
     return _rgb01(x, name).transpose(2, 0, 1).copy()
 
@@ -159,7 +166,7 @@ def _open(path):
     from PIL import Image, UnidentifiedImageError
     try:
         if Path(path).suffix.lower() in ('.tif', '.tiff'): return _tiff(path)
-        with Image.open(path) as im: im.load(); return im
+        with Image.open(path) as im: _refuse_deep(im, path); im.load(); return im
     except FileNotFoundError as e: raise DataNotFound(f'no image {path}', '', 'check the path') from e
     except IsADirectoryError as e: raise BadImage(f'cannot read {path}', 'found a folder, expected an image', 'pass one file, or scan the folder') from e
     except UnidentifiedImageError as e: raise BadImage(f'cannot read {path}', 'its bytes are no image format that PIL knows', 'check that the file is not a web page or empty') from e
@@ -167,17 +174,27 @@ def _open(path):
     except (OSError, SyntaxError, ValueError) as e: raise BadImage(f'cannot read {path}', f'the file is damaged ({e})', 'copy or download it again') from e
 
 
+def _refuse_deep(im, path): # PIL would keep the upper 8 bits of 16-bit colour without a word
+    if im.mode[:3] in ('RGB', 'LA') and ';16' in str(im.tile):
+        raise BadImage(f'cannot use {path} as an image', 'found 16 bits a channel, expected 8', 'read it with rasterio and rescale with stretch(image)')
+
+
 def _tiff(path):
     import rasterio, warnings
     if not Path(path).exists(): raise FileNotFoundError(path)
     warnings.filterwarnings('ignore', category=rasterio.errors.NotGeoreferencedWarning)
     try:
-        with rasterio.open(path) as f: bands, kinds = f.read(), f.colorinterp
+        with rasterio.open(path) as f:
+            bands, kinds = f.read(), f.colorinterp
+            if kinds[0] == rasterio.enums.ColorInterp.palette: return _colours(f.colormap(1))[bands[0]]
     except rasterio.errors.RasterioError as e: raise OSError(str(e).splitlines()[0]) from e
     alpha = len(kinds) == 4 and kinds[3] == rasterio.enums.ColorInterp.alpha
     if bands.shape[0] not in (1, 3) and not alpha:
         raise BadImage(f'cannot use {path} as an image', f'found {bands.shape[0]} bands, expected 3', 'select three bands, for example gdal_translate -b 1 -b 2 -b 3')
     return bands[0] if len(bands) == 1 else np.moveaxis(bands[:3], 0, -1)
+
+
+def _colours(table): return np.array([table[i][:3] for i in sorted(table)], np.uint8) # a palette as (n,3)
 
 
 def _from_pil(im, name):
@@ -223,7 +240,7 @@ def real_dir(*parts: str) -> Path | None:
     path = Path(root).joinpath(*parts) if root else None
     return path if path and path.exists() else None
 
-# %% ../nbs/00_core.ipynb #da973b77
+# %% ../nbs/00_core.ipynb #18b159e6
 @contextmanager
 def atomic(path):
     "Yield a temporary path beside `path`; move it there if the block succeeds, remove it if not."
@@ -236,7 +253,7 @@ def atomic(path):
 
 def write_json(path, obj) -> Path:
     "Write JSON, all or nothing."
-    with atomic(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, sort_keys=True, default=str) + '\n', encoding='utf-8')
+    with atomic(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, sort_keys=True, default=_plain) + '\n', encoding='utf-8')
     return Path(path)
 
 

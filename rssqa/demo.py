@@ -119,7 +119,7 @@ def _cases(table, tiles, specs, store, n=8):
                         title=f'{row.dataset} · {row.method}', predicted=row.predicted))
     return out
 
-# %% ../nbs/71_demo.ipynb #5704c51b
+# %% ../nbs/71_demo.ipynb #c35cb4d8
 def run(
     plan: Plan,
     out='rssqa-demo', # folder for report.html, results.csv and sqed.parquet
@@ -132,7 +132,7 @@ def run(
     with _stage(plan, 'training the methods on other scenes'): fleet = cross_fit(tiles, specs, plan.home/'networks', plan.chosen, plan.recipe, workers)
     with _stage(plan, 'segmenting and describing'): table = _looks(build_sqed(tiles, fleet, specs, store, workers=workers))
     with _stage(plan, 'reading the scenes'): sem = _features(plan, tiles, store)
-    with _stage(plan, 'comparing predictors'): board, predicted = compare(table, str(store.root), sem, seed=seed)
+    with _stage(plan, 'comparing predictors'): board, predicted = compare(table, str(store.root), sem, seed=seed, workers=workers or os.cpu_count() or 1)
     with _stage(plan, 'fitting the model that is kept'): _fit(plan, table, store, sem, fleet, board, seed)
     table = table.assign(predicted=predicted[OURS])
     save_sqed(table, out/'sqed.parquet')

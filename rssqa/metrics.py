@@ -12,7 +12,7 @@ import pandas as pd
 
 from .core import SchemaError
 
-# %% ../nbs/22_metrics.ipynb #d4f985e1
+# %% ../nbs/22_metrics.ipynb #2891f23b
 IGNORE = 255
 
 
@@ -24,11 +24,11 @@ def confusion(
     "Count true against predicted classes over labelled pixels."
     if truth.shape != predicted.shape:
         raise SchemaError('cannot compare two masks', f'found shapes {truth.shape} and {predicted.shape}', 'pass masks of the same image')
-    t, p = truth.astype(np.uint8, copy=False), predicted.astype(np.uint8, copy=False)
-    if ((t >= classes) & (t != IGNORE)).any() or p.max(initial=0) >= classes:
-        raise SchemaError('cannot count classes', f'found ids up to {max(t[t != IGNORE].max(initial=0), p.max(initial=0))}, expected below {classes}', 'check the class table')
+    if ((truth >= classes) & (truth != IGNORE) | (truth < 0)).any() or predicted.max(initial=0) >= classes or predicted.min(initial=0) < 0:
+        ids = np.concatenate([truth[truth != IGNORE], predicted.ravel()])
+        raise SchemaError('cannot count classes', f'found ids {ids.min()}..{ids.max()}, expected 0..{classes - 1}', 'check the class table')
     kind = np.uint8 if classes * (classes + 1) <= 256 else np.int64
-    index = np.minimum(t, kind(classes), dtype=kind) * kind(classes) + p.astype(kind, copy=False)    # ignored pixels form one more row
+    index = np.minimum(truth, classes).astype(kind) * kind(classes) + predicted.astype(kind, copy=False)    # ignored pixels form one more row
     return np.bincount(index.ravel(), minlength=classes * (classes + 1)).reshape(classes + 1, classes)[:classes]
 
 # %% ../nbs/22_metrics.ipynb #6f01502b
@@ -50,10 +50,10 @@ def accuracy(c: np.ndarray) -> dict: # oa, miou, mf1 in 0..1 (NaN without labels
     if n == 0: return dict(oa=np.nan, miou=np.nan, mf1=np.nan, n_valid=0)
     return dict(oa=np.trace(c) / n, miou=np.nanmean(class_iou(c)), mf1=np.nanmean(class_f1(c)), n_valid=n)
 
-# %% ../nbs/22_metrics.ipynb #66f7c141
+# %% ../nbs/22_metrics.ipynb #6d0e1a3d
 def _varied(y, s): # both columns finite, of one length, and not constant
     y, s = np.asarray(y, float), np.asarray(s, float)
-    return len(y) > 2 and np.ptp(y) > 0 and np.ptp(s) > 1e-12
+    return len(y) > 2 and np.isfinite(y).all() and np.isfinite(s).all() and np.ptp(y) > 0 and np.ptp(s) > 1e-12
 
 
 def srocc(y, s) -> float: # -1..1; y (n,) truth, s (n,) prediction
@@ -61,25 +61,25 @@ def srocc(y, s) -> float: # -1..1; y (n,) truth, s (n,) prediction
     from scipy.stats import rankdata
     return float(np.corrcoef(rankdata(y), rankdata(s))[0, 1]) if _varied(y, s) else np.nan
 
-def krocc(y, s) -> float:
+def krocc(y, s) -> float: # -1..1; y (n,) truth, s (n,) prediction
     "Return Kendall's tau-b, which corrects for ties."
     from scipy.stats import kendalltau
     return float(kendalltau(y, s).statistic) if _varied(y, s) else np.nan
 
-def plcc(y, s) -> float:
+def plcc(y, s) -> float: # -1..1; y (n,) truth, s (n,) prediction
     "Return Pearson's linear correlation of the raw prediction."
     return float(np.corrcoef(y, s)[0, 1]) if _varied(y, s) else np.nan
 
-def rmse(y, s) -> float:
+def rmse(y, s) -> float: # unit of y; y (n,) truth, s (n,) prediction
     "Return the root mean squared error."
     return float(np.sqrt(np.mean((np.asarray(y) - np.asarray(s))**2)))
 
-def mae(y, s) -> float:
+def mae(y, s) -> float: # unit of y; y (n,) truth, s (n,) prediction
     "Return the mean absolute error."
     return float(np.mean(np.abs(np.asarray(y) - np.asarray(s))))
 
-# %% ../nbs/22_metrics.ipynb #d4557c78
-def plcc_fitted(y, s) -> float:
+# %% ../nbs/22_metrics.ipynb #e3caacaa
+def plcc_fitted(y, s) -> float: # 0..1; y (n,) truth, s (n,) prediction in any unit
     "Return PLCC after the four-parameter logistic fit of the VQEG test plan (fitted and measured on the same rows)."
     from scipy.optimize import curve_fit
     from scipy.special import expit
@@ -87,7 +87,7 @@ def plcc_fitted(y, s) -> float:
     y, s = np.asarray(y, float), np.asarray(s, float)
     curve = lambda x, b1, b2, b3, b4: (b1 - b2) * expit((x - b3) / abs(b4)) + b2
     try: fit, _ = curve_fit(curve, s, y, (y.max(), y.min(), s.mean(), s.std() / 4), maxfev=5000)
-    except RuntimeError: return plcc(y, s)
+    except (RuntimeError, TypeError): return plcc(y, s)                # no convergence, or fewer rows than parameters
     return plcc(y, curve(s, *fit))
 
 # %% ../nbs/22_metrics.ipynb #10820672
@@ -103,9 +103,10 @@ def within(
     used = [v for v in values if np.isfinite(v)]
     return float(np.mean(used)) if used else np.nan, len(used), len(rows) - len(used)
 
-# %% ../nbs/22_metrics.ipynb #2f5293c1
+# %% ../nbs/22_metrics.ipynb #b1353dbb
 def single_best(train: pd.DataFrame) -> dict: # dataset -> method; '' for datasets never seen
     "Return the method that is best on average, per dataset, on training rows."
+    train = train.dropna(subset='oa')
     mean = train.groupby(['dataset', 'method'], observed=True).oa.mean()
     best = {d: m.droplevel(0).idxmax() for d, m in mean.groupby(level=0)}
     return best | {'': train.groupby('method', observed=True).oa.mean().idxmax()}
@@ -129,19 +130,23 @@ def recommendation(
     dataset = table.drop_duplicates('image_id').set_index('image_id').dataset.astype(str).reindex(oa.index)
     rival = oa.columns.get_indexer([best.get(d, best['']) for d in dataset])
     values, top, at = oa.to_numpy(), oa.max(axis=1).to_numpy(), np.arange(len(oa))
-    chosen, single = values[at, score.to_numpy().argmax(1)], values[at, rival]
+    chosen, single = values[at, score.to_numpy().argmax(1)], np.where(rival < 0, np.nan, values[at, rival])  # NaN: the rival has no rows here
     regret, regret_single = float((top - chosen).mean()), float((top - single).mean())
-    return dict(top1=float((chosen >= top).mean()), top1_tie=float((chosen >= top - tie).mean()), top1_single=float((single >= top).mean()),
+    return dict(top1=float((chosen >= top).mean()), top1_tie=float((chosen >= top - tie).mean()), top1_single=1 - float(np.sign(top - single).mean()),
                 regret=regret, regret_single=regret_single, gap_closed=1 - regret / regret_single if regret_single > 0 else np.nan, images=len(oa))
 
-# %% ../nbs/22_metrics.ipynb #85d4c5aa
-def aurc(y, s) -> float: # 0..1, lower is better
+# %% ../nbs/22_metrics.ipynb #37173af2
+def aurc(y, s) -> float: # 0..1, lower is better; y (n,) OA, s (n,) prediction, ties in row order
     "Return the area under the risk-coverage curve (Geifman and El-Yaniv, 2017)."
     y = np.asarray(y, float)[np.argsort(-np.asarray(s, float), kind='stable')]
     return float(np.mean(np.cumsum(1 - y) / np.arange(1, len(y) + 1)))
 
 
-def failure_auroc(y, s, threshold: float) -> float: # 0.5 chance .. 1; OA below threshold is a failure
+def failure_auroc(
+    y, # (n,) OA
+    s, # (n,) prediction
+    threshold: float, # OA below it is a failure
+) -> float: # 0.5 chance .. 1
     "Return how well a low prediction finds maps whose accuracy is below a threshold."
     from sklearn.metrics import roc_auc_score
     bad = np.asarray(y) < threshold

@@ -35,7 +35,7 @@ def rank_loss(s, y): # (B,M) methods of an image in a row, y NaN where a method 
     pairs = gap > 0                                                                           # NaN compares as False
     return (gap - found)[pairs].clamp_min(0).mean() if pairs.any() else s.sum() * 0
 
-# %% ../nbs/51_quality.ipynb #0b8bdac7
+# %% ../nbs/51_quality.ipynb #655c8514
 class QualityModel(RegressorMixin, BaseEstimator):
     "Predict the overall accuracy of segmentations from label-free columns, segmenter taps and scene semantics."
     def __init__(self,
@@ -47,14 +47,14 @@ class QualityModel(RegressorMixin, BaseEstimator):
         dim: int = 48, # width of the fused vector
         absolute: float = 1.0, # weight of smooth L1
         linear: float = 0.1, # weight of (1 - PLCC)/2
-        rank: float = 1.0, # weight of the pairwise loss
+        rank: float = 0.3, # weight of the pairwise loss
         epochs: int = 60,
         patience: int = 12, # epochs without improvement on held-out scenes
         lr: float = 2e-3,
         weight_decay: float = 0.05,
-        dropout: float = 0.2,
+        dropout: float = 0.4,
         images: int = 48, # images per batch, with all their methods
-        members: int = 5, # networks averaged
+        members: int = 4, # networks averaged
         target: str = 'oa', # column to predict
         store: str = '', # folder of the store
         seed: int = 0,
@@ -68,7 +68,7 @@ class QualityModel(RegressorMixin, BaseEstimator):
         "Train on rows of an SQED table; y defaults to the target column."
         X = X.assign(oa=np.asarray(y, float) if y is not None else _target(X, self.target))
         self.branches_ = Branches(self.store, self.sem, self.taps, self.peers, self.directions).fit(X)
-        blocks, history = self.branches_.transform(X), []
+        blocks, history = self.branches_.transform(X, training=True), []
         self.nets_ = [_train_member(self, blocks, X, m, history) for m in range(self.members)]
         self.history_, self.n_features_in_ = pd.DataFrame(history), X.shape[1]
         return self
@@ -92,7 +92,7 @@ class QualityModel(RegressorMixin, BaseEstimator):
         check_is_fitted(self)
         return _forward(self.nets_[0], self.branches_.transform(X), embed=True)
 
-# %% ../nbs/51_quality.ipynb #e0904de3
+# %% ../nbs/51_quality.ipynb #df492c32
 def _target(X, name):
     if name not in X: raise SchemaError(f'cannot fit on column {name!r}', f'found {", ".join(map(str, X.columns[:8]))} …', 'choose target="oa" or "miou"')
     return X[name].astype(float)
@@ -104,7 +104,7 @@ def _rows(X, y, target, predicted):
 
 def _tensors(blocks):
     import torch
-    return [torch.as_tensor(v) for v in (blocks.own, blocks.peers, blocks.taps, blocks.sem, blocks.method)]
+    return [torch.as_tensor(v) for v in (blocks.own, blocks.peers, blocks.prior, blocks.taps, blocks.sem, blocks.method)]
 
 
 def _forward(net, blocks, embed=False):
@@ -133,10 +133,10 @@ def _loss(model, net, tensors, y, group, grid): # grid (B,M) row numbers of whol
     absolute = torch.nn.functional.smooth_l1_loss(s, y[rows], beta=0.05)
     return model.absolute * absolute + model.linear * plcc_loss(s, y[rows], group[rows]) + model.rank * rank_loss(*full)
 
-# %% ../nbs/51_quality.ipynb #e5c149da
+# %% ../nbs/51_quality.ipynb #5a700962
 def _new_net(model, blocks):
     from rssqa.fusion import QualityNet
-    return QualityNet(blocks.own.shape[1], blocks.peers.shape[1], blocks.taps.shape[1], blocks.sem.shape[1], max(len(model.branches_.methods), 1), model.fusion, model.dim, model.dim, model.dropout)
+    return QualityNet(blocks.own.shape[1], blocks.peers.shape[1], blocks.prior.shape[1], blocks.taps.shape[1], blocks.sem.shape[1], max(len(model.branches_.methods), 1), model.fusion, model.dim, model.dim, model.dropout)
 
 
 def _train_member(model, blocks, X, member, history):
@@ -161,30 +161,31 @@ def _train_member(model, blocks, X, member, history):
     net.load_state_dict(kept)
     return net.eval()
 
-# %% ../nbs/51_quality.ipynb #ee1c894e
-def explain(model: QualityModel, X: pd.DataFrame) -> pd.DataFrame: # one row each: predicted, and the part due to own, peers, taps, sem
+# %% ../nbs/51_quality.ipynb #9d218b96
+def explain(model: QualityModel, X: pd.DataFrame) -> pd.DataFrame: # one row each: predicted, and the part due to own, peers, prior, taps, sem
     "Split each prediction by leaving out one block at a time."
     from dataclasses import replace
     check_is_fitted(model)
     blocks = model.branches_.transform(X)
     full = np.mean([_forward(net, blocks) for net in model.nets_], 0)
     parts = {b: full - np.mean([_forward(net, replace(blocks, **{b: np.zeros_like(getattr(blocks, b))})) for net in model.nets_], 0)
-             for b in ('own', 'peers', 'taps', 'sem') if getattr(blocks, b).shape[1]}
+             for b in ('own', 'peers', 'prior', 'taps', 'sem') if getattr(blocks, b).shape[1]}
     return pd.DataFrame(dict(predicted=full) | parts, index=X.index)
 
-# %% ../nbs/51_quality.ipynb #53dc3514
+# %% ../nbs/51_quality.ipynb #2d2e3e5d
 def save_model(model: QualityModel, folder, **facts) -> Path: # facts: anything JSON-able for the record, such as metrics and data
     "Write a fitted model."
     from safetensors.numpy import save_file
     check_is_fitted(model)
     b, arrays = model.branches_, {}
-    for name, scaler in [('own', b.own_scaler), ('peers', b.peer_scaler)]: arrays |= {f'{name}.mean': scaler.mean, f'{name}.std': scaler.std}
+    for name, scaler in [('own', b.own_scaler), ('peers', b.peer_scaler), ('prior', b.prior_scaler)]: arrays |= {f'{name}.mean': scaler.mean, f'{name}.std': scaler.std}
     for name, r in [(f'taps.{m}', r) for m, r in b.tap_reducers.items()] + ([('sem', b.sem_reducer)] if b.sem else []):
         arrays |= {f'{name}.mean': r.scaler.mean, f'{name}.std': r.scaler.std, f'{name}.basis': r.basis}
     for i, net in enumerate(model.nets_): arrays |= {f'net{i}.{k}': v.numpy() for k, v in net.state_dict().items()}
     folder = Path(folder)
     with atomic(folder/'weights.safetensors') as tmp: save_file({k: np.ascontiguousarray(v, np.float32) for k, v in arrays.items()}, tmp)
-    write_json(folder/'config.json', dict(kind='QualityModel', params=model.get_params() | dict(store=''), columns=b.columns, agree=b.agree, methods=b.methods, facts=facts))
+    write_json(folder/'config.json', dict(kind='QualityModel', params=model.get_params() | dict(store=''), columns=b.columns, agree=b.agree, methods=b.methods,
+               prior=dict(overall=b.prior.overall, sums=[[list(by), list(map(list, g.reset_index().astype(object).to_numpy()))] for by, g in b.prior.sums.items()]), facts=facts))
     return folder
 
 
@@ -195,17 +196,26 @@ def load_model(folder, store: str = '') -> QualityModel:
     model = QualityModel(**config['params'] | dict(store=store))
     b = model.branches_ = Branches(store, model.sem, model.taps, model.peers, model.directions)
     b.columns, b.agree, b.methods, b.taps = config['columns'], config['agree'], config['methods'], any(k.startswith('taps.') for k in arrays)
-    b.own_scaler, b.peer_scaler = (_scaler(arrays, n) for n in ('own', 'peers'))
+    b.own_scaler, b.peer_scaler, b.prior_scaler = (_scaler(arrays, n) for n in ('own', 'peers', 'prior'))
+    b.prior = _prior(**config['prior'])
     b.tap_reducers = {m: _reducer(arrays, f'taps.{m}') for m in b.methods if f'taps.{m}.basis' in arrays}
     if model.sem: b.sem_reducer = _reducer(arrays, 'sem')
     model.nets_, model.facts_ = [_net(model, arrays, f'net{i}.') for i in range(model.members)], config['facts']
     return model
 
-# %% ../nbs/51_quality.ipynb #628598c4
+# %% ../nbs/51_quality.ipynb #3bcd4a2f
 def _scaler(arrays, name):
     s = Scaler()
     s.mean, s.std = arrays[f'{name}.mean'], arrays[f'{name}.std']
     return s
+
+
+def _prior(overall, sums):
+    from rssqa.branches import Prior
+    p = Prior()
+    p.overall = overall
+    p.sums = {tuple(by): pd.DataFrame(rows, columns=[*by, 'sum', 'count']).set_index(list(by)) for by, rows in sums}
+    return p
 
 
 def _reducer(arrays, name):
@@ -220,6 +230,6 @@ def _net(model, arrays, prefix):
     b = model.branches_
     width = lambda n: SimpleNamespace(shape=(0, n))
     own, peers = len(b.own_scaler.mean), len(b.peer_scaler.mean) + bool(b.peers)
-    net = _new_net(model, SimpleNamespace(own=width(own), peers=width(peers), taps=width(b.dim if b.taps else 0), sem=width(b.dim if b.sem else 0)))
+    net = _new_net(model, SimpleNamespace(own=width(own), peers=width(peers), prior=width(3), taps=width(b.dim if b.taps else 0), sem=width(b.dim if b.sem else 0)))
     net.load_state_dict({k.removeprefix(prefix): torch.as_tensor(v) for k, v in arrays.items() if k.startswith(prefix)})
     return net.eval()

@@ -47,7 +47,7 @@ class Segmenter(Protocol):
         "Adapt any torch segmentation network: see `TorchSegmenter`."
         return TorchSegmenter(model, classes, taps, **kwargs)
 
-# %% ../nbs/20_segment.ipynb #5d43907f
+# %% ../nbs/20_segment.ipynb #afd7b589
 class listen:
     "Collect the outputs of named submodules during one forward pass."
     def __init__(self,
@@ -72,7 +72,10 @@ class listen:
         for hook in self.hooks: hook.remove()
 
     @property
-    def features(self): return tuple(self.heard[n] for n in self.names)
+    def features(self):
+        if silent := [n for n in self.names if n not in self.heard]:
+            raise Incompatible(f'cannot tap {", ".join(silent)}', 'these modules did not run in the forward pass', 'tap modules that do')
+        return tuple(self.heard[n] for n in self.names)
 
 # %% ../nbs/20_segment.ipynb #9f7f6b71
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -124,35 +127,50 @@ class TorchSegmenter:
 
     def __repr__(self): return f'{self.name}: {len(self.classes)} classes, taps {dict(zip(self.taps, self.channels))}, fingerprint {self.fingerprint}'
 
-# %% ../nbs/20_segment.ipynb #2cb64883
-def check_batch(x, name: str) -> None:
+# %% ../nbs/20_segment.ipynb #a6591a72
+def check_batch(
+    x, # torch tensor, should be (N,3,H,W) float 0..1
+    name: str, # who refuses, for messages
+) -> None:
     "Refuse a batch that breaks the image convention."
     if x.ndim != 4 or x.shape[1] != 3:
         raise BadImage(f'{name} cannot segment this batch', f'found shape {tuple(x.shape)}, expected (N,3,H,W)', 'convert with as_image and stack')
     if min(x.shape[-2:]) < MIN_SIDE:
         raise BadImage(f'{name} cannot segment this image', f'found {x.shape[-1]}x{x.shape[-2]} pixels, expected at least {MIN_SIDE}', 'use a larger tile')
-    if not x.is_floating_point() or x.min() < 0 or x.max() > 1:
+    if not x.is_floating_point() or not (x.min() >= 0 and x.max() <= 1):       # NaN fails too
         raise BadImage(f'{name} cannot segment this batch', f'found {x.dtype} values {x.min():.3g}..{x.max():.3g}, expected float 0..1', 'convert with as_image')
 
 
-def normalise(x, mean: tuple, std: tuple): # (N,3,H,W) 0..1 -> same shape, zero mean
+def normalise(
+    x, # (N,3,H,W) torch, RGB 0..1
+    mean: tuple, # per channel, 0..1
+    std: tuple, # per channel
+): # (N,3,H,W)
     "Subtract the mean and divide by the standard deviation, per channel."
     m, s = (x.new_tensor(v).view(1, 3, 1, 1) for v in (mean, std))
     return (x - m) / s
 
 
-def pad_to(x, stride: int): # (N,C,H,W) -> (N,C,H',W') with H', W' multiples of stride
+def pad_to(
+    x, # (N,C,H,W) torch
+    stride: int, # pixels
+): # (N,C,H',W') with H', W' multiples of stride
     "Pad right and bottom by repeating the edge, which invents no new contrast."
     import torch.nn.functional as F
     h, w = x.shape[-2:]
     return F.pad(x, (0, -w % stride, 0, -h % stride), mode='replicate')
 
 
-def crop_like(feature, padded, h: int, w: int): # (N,C,h',w') of the padded input -> the part that saw real pixels
+def crop_like(
+    feature, # (N,C,h',w') torch, computed from the padded input
+    padded, # (N,3,H',W') torch, the padded input
+    h: int, # rows before padding
+    w: int, # columns before padding
+): # the part of `feature` that saw real pixels
     "Drop the feature rows and columns that belong to padding alone."
     return feature[..., :-(-h * feature.shape[-2] // padded.shape[-2]), :-(-w * feature.shape[-1] // padded.shape[-1])]
 
-# %% ../nbs/20_segment.ipynb #596ab94a
+# %% ../nbs/20_segment.ipynb #ff1e2e49
 def _starts(length, window, step): return sorted({*range(0, max(length - window, 0) + 1, step), max(length - window, 0)})
 
 
@@ -175,14 +193,14 @@ def predict_large(
     total, weight = torch.zeros(len(segmenter.classes), height, width), torch.zeros(height, width)
     for top in _starts(height, window, window - overlap):
         for left in _starts(width, window, window - overlap):
-            part = segmenter(x[..., top:top+window, left:left+window]).logits[0]   # (K,h,w)
+            part = segmenter(x[..., top:top+window, left:left+window]).logits[0].cpu()   # (K,h,w)
             h, w = part.shape[-2:]
             hat = torch.as_tensor(np.outer(_hat(h), _hat(w)))
             total[:, top:top+h, left:left+w] += part * hat
             weight[top:top+h, left:left+w] += hat
     return total / weight
 
-# %% ../nbs/20_segment.ipynb #cea37d29
+# %% ../nbs/20_segment.ipynb #4bed6aa9
 def check_segmenter(
     segmenter: Segmenter | str, # the object, or a name in the registry
     size: tuple[int, int] = (75, 64), # H, W of the trial images; odd on purpose
@@ -192,17 +210,19 @@ def check_segmenter(
     seg = segmenters[segmenter]() if isinstance(segmenter, str) else segmenter
     x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
     a, b, one, flat = seg(x), seg(x), seg(x[:1]), seg(torch.full_like(x, 0.5))
-    faults = _shape_faults(seg, a, size) + _value_faults(a, b, one, flat)
+    faults = [f'no attribute {n}' for n in ('name', 'classes', 'channels', 'strides', 'fingerprint') if not hasattr(seg, n)]
+    faults = faults or _shape_faults(seg, a, size) + _value_faults(a, b, one, flat)
     if faults: raise Incompatible(f'{getattr(seg, "name", seg)} breaks the segmenter protocol', '; '.join(faults), 'mend these and run check_segmenter again')
     return seg
 
 
 def _shape_faults(seg, out, size):
-    faults = [f'no attribute {a}' for a in ('name', 'classes', 'channels', 'strides', 'fingerprint') if not hasattr(seg, a)]
+    faults = []
     if out.logits.shape != (2, len(seg.classes), *size):
         faults.append(f'logits have shape {tuple(out.logits.shape)}, expected {(2, len(seg.classes), *size)}')
     found = tuple(f.shape[1] for f in out.features)
     if found != tuple(seg.channels): faults.append(f'features have {found} channels, declared {tuple(seg.channels)}')
+    if odd := [tuple(f.shape) for f in out.features if f.ndim != 4]: faults.append(f'features have shapes {odd}, expected (N,C,h,w)')
     if not out.features: faults.append('no features: taps are empty')
     return faults
 
@@ -212,7 +232,7 @@ def _value_faults(a, b, one, flat):
     faults = []
     if a.logits.requires_grad: faults.append('logits carry gradients')
     if not torch.equal(a.logits, b.logits): faults.append('two calls differ: dropout or batch statistics are active')
-    if not torch.allclose(a.logits[:1], one.logits, atol=1e-3, rtol=1e-3): faults.append('the result depends on the other images of the batch')
+    if one.logits.shape[0] != 1 or not torch.allclose(a.logits[:1], one.logits, atol=1e-3, rtol=1e-3): faults.append('the result depends on the other images of the batch')
     if not all(torch.isfinite(t).all() for o in (a, flat) for t in (o.logits, *o.features)): faults.append('values are not finite')
     if a.logits.min() >= 0 and torch.allclose(a.logits.sum(1), torch.ones(()), atol=1e-3): faults.append('logits are probabilities already: return them before softmax')
     return faults

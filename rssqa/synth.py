@@ -207,7 +207,7 @@ def degrade(
     if level <= 0: return image.copy()
     return np.clip(KINDS[kind](image, min(level, 1.0), np.random.default_rng(seed)), 0, 1).astype(np.float32)
 
-# %% ../nbs/01_synth.ipynb #bed28f89
+# %% ../nbs/01_synth.ipynb #2668bb2d
 def _cut(s: Scene, size): # four tiles of a scene of twice their side
     for i, (y, x) in enumerate(((0, 0), (0, size), (size, 0), (size, size))):
         yield i, x, y, s.image[:, y:y+size, x:x+size], s.mask[y:y+size, x:x+size]
@@ -247,6 +247,6 @@ def _write_scene(root, look, n, size, damaged):
 
 def _save_mask(path, mask):
     from PIL import Image
-    im = Image.fromarray(mask, 'P')
+    im = Image.fromarray(mask)
     im.putpalette(sum(PALETTE, ()))
     im.save(path)

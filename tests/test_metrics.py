@@ -1,0 +1,272 @@
+"""Measures against scikit-learn, SciPy and plain loops, and what they do where there is nothing to measure."""
+import itertools, warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings, strategies as st
+from scipy import stats
+from sklearn import metrics as sk
+
+from rssqa.core import SchemaError
+from rssqa.metrics import (IGNORE, accuracy, aurc, class_f1, class_iou, confusion, evaluate, failure_auroc, krocc, mae, plcc, plcc_fitted, recommendation,
+                           rmse, single_best, srocc, wide, within)
+
+quick = settings(max_examples=60, deadline=None)
+
+
+@st.composite
+def pairs(draw): # truth with ignored pixels, prediction, K
+    k, shape, seed = draw(st.integers(2, 40)), (draw(st.integers(1, 20)), draw(st.integers(1, 20))), draw(st.integers(0, 10**6))
+    rng = np.random.default_rng(seed)
+    present = rng.choice(k, rng.integers(1, k + 1), replace=False)                     # some classes are absent
+    truth = rng.choice(present, shape)
+    guess = np.where(rng.random(shape) < draw(st.sampled_from([0, .5, 1])), truth, rng.integers(0, k, shape))
+    truth[rng.random(shape) < draw(st.sampled_from([0, .3, 1]))] = IGNORE
+    return truth.astype(np.uint8), guess.astype(draw(st.sampled_from(['uint8', 'int32', 'int64']))), k
+
+
+# ---- maps
+
+@quick
+@given(pairs())
+def test_confusion_and_accuracy_against_sklearn(case):
+    truth, guess, k = case
+    c, valid = confusion(truth, guess, k), truth != IGNORE
+    t, p = truth[valid], guess[valid]
+    got = accuracy(c)
+    assert c.shape == (k, k) and np.issubdtype(c.dtype, np.integer) and got['n_valid'] == len(t)
+    if not len(t): assert c.sum() == 0 and all(np.isnan(got[n]) for n in ('oa', 'miou', 'mf1')); return
+    assert np.array_equal(c, sk.confusion_matrix(t, p, labels=range(k)))
+    present = np.unique(t)
+    assert np.isclose(got['oa'], sk.accuracy_score(t, p))
+    assert np.isclose(got['miou'], sk.jaccard_score(t, p, labels=present, average='macro', zero_division=0))
+    assert np.isclose(got['mf1'], sk.f1_score(t, p, labels=present, average='macro', zero_division=0))
+    assert np.allclose(class_iou(c)[present], sk.jaccard_score(t, p, labels=present, average=None, zero_division=0))
+    assert np.allclose(class_f1(c)[present], sk.f1_score(t, p, labels=present, average=None, zero_division=0))
+    assert np.isnan(np.delete(class_iou(c), present)).all() and np.isnan(np.delete(class_f1(c), present)).all()
+
+
+@pytest.mark.parametrize('k', [2, 15, 16, 254])                                       # the index leaves 8 bits after 15 classes
+def test_confusion_counts_the_last_class(k):
+    truth, guess = np.array([[k - 1, k - 1, IGNORE]], np.uint8), np.array([[k - 1, 0, k - 1]], np.uint8)
+    c = confusion(truth, guess, k)
+    assert c[k-1, k-1] == 1 == c[k-1, 0] and c.sum() == 2
+
+
+@pytest.mark.parametrize('truth, guess, words', [([[3]], [[0]], '0..3'), ([[0]], [[3]], '0..3'), ([[0]], [[255]], '255'), ([[-1]], [[0]], '-1'), ([[0]], [[-1]], '-1'),
+                                                ([[256]], [[0]], '256'), ([[0]], [[256]], '256'), ([[511]], [[0]], '511'), ([[254]], [[0]], '254')])
+def test_ids_outside_the_class_table_are_refused_not_wrapped(truth, guess, words):
+    with pytest.raises(SchemaError, match=words.replace('.', r'\.')): confusion(np.array(truth), np.array(guess), 3)
+
+
+def test_shapes_must_agree():
+    with pytest.raises(SchemaError, match=r'\(2, 3\) and \(3, 2\)'): confusion(np.zeros((2, 3), np.uint8), np.zeros((3, 2), np.uint8), 2)
+
+
+def test_confusion_leaves_its_inputs_alone_and_adds_up():
+    rng = np.random.default_rng(0)
+    truth, guess = rng.integers(0, 4, (2, 9, 9)).astype(np.uint8)
+    before = truth.copy(), guess.copy()
+    whole = confusion(truth, guess, 4)
+    assert np.array_equal(truth, before[0]) and np.array_equal(guess, before[1])
+    assert np.array_equal(whole, confusion(truth[:4], guess[:4], 4) + confusion(truth[4:], guess[4:], 4))
+    assert np.array_equal(whole.T, confusion(guess, truth, 4)) and np.array_equal(whole, confusion(truth[::-1].T, guess[::-1].T, 4))
+
+
+def test_empty_masks_have_no_accuracy(): assert accuracy(confusion(np.zeros((0, 5), np.uint8), np.zeros((0, 5), np.uint8), 3))['n_valid'] == 0
+
+
+def test_perfect_and_worst():
+    mask = np.array([[0, 1], [1, 2]], np.uint8)
+    assert [accuracy(confusion(mask, mask, 4))[n] for n in ('oa', 'miou', 'mf1')] == [1, 1, 1]
+    assert [accuracy(confusion(mask, np.full_like(mask, 3), 4))[n] for n in ('oa', 'miou', 'mf1')] == [0, 0, 0]
+
+
+# ---- columns of numbers
+
+@st.composite
+def columns(draw): # two columns, with ties
+    n, levels, rng = draw(st.integers(3, 40)), draw(st.sampled_from([2, 4, 1000])), np.random.default_rng(draw(st.integers(0, 10**6)))
+    return rng.integers(0, levels, n) / levels, rng.integers(0, levels, n) / levels
+
+
+@quick
+@given(columns())
+def test_correlations_against_scipy(ys):
+    y, s = ys
+    if np.ptp(y) == 0 or np.ptp(s) == 0: assert all(np.isnan(f(y, s)) for f in (srocc, krocc, plcc, plcc_fitted)); return
+    for ours, theirs in ((srocc, stats.spearmanr), (krocc, stats.kendalltau), (plcc, stats.pearsonr)): assert np.isclose(ours(y, s), theirs(y, s)[0], atol=1e-9)
+    assert np.isclose(rmse(y, s), sk.mean_squared_error(y, s)**.5) and np.isclose(mae(y, s), sk.mean_absolute_error(y, s))
+    assert isinstance(srocc(y, s), float) and np.isclose(srocc(y, s), srocc(s, y))
+    assert np.isclose(srocc(y, np.exp(5 * s)), srocc(y, s)) and np.isclose(plcc(y, 3 * s - 1), plcc(y, s)) and np.isclose(krocc(y, -s), -krocc(y, s))
+
+
+@pytest.mark.parametrize('f', [srocc, krocc, plcc, plcc_fitted])
+@pytest.mark.parametrize('y, s', [([], []), ([.5], [.5]), ([.1, .9], [.1, .9]), ([.5] * 5, [.1, .2, .3, .4, .5]), ([.1, .2, .3, .4, .5], [.7] * 5), ([.1, .2, .3], [.7, .7 + 1e-14, .7]),
+                                  ([.1, np.nan, .3, .4, .5], [.1, .2, .3, .4, .5]), ([.1, .2, .3, .4, .5], [.1, .2, np.inf, .4, .5])])
+def test_without_order_there_is_nan_and_no_warning(f, y, s):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert np.isnan(f(y, s))
+
+
+def test_columns_of_any_kind():
+    y, s = [.1, .5, .3, .9], [.2, .4, .3, .5]
+    for kind in (list, np.array, pd.Series, lambda v: pd.Series(v, index=[9, 2, 7, 1]), lambda v: np.array(v, np.float32)): assert np.isclose(srocc(kind(y), s), 1) and rmse(kind(y), s) > 0
+    assert rmse(y, y) == mae(y, y) == 0 and rmse(y, s) > mae(y, s) > 0                 # labels against labels is what 0 means
+
+
+def test_fit_repairs_a_bent_scale_and_never_crashes():
+    rng = np.random.default_rng(0)
+    bent = rng.uniform(-60, 60, 200)                                                  # another unit, and it saturates
+    y = .3 + .65 / (1 + np.exp(-(bent - 5) / 6)) + rng.normal(0, .005, 200)
+    assert plcc_fitted(y, bent) > .995 > .97 > plcc(y, bent)
+    assert plcc_fitted(y, -bent) > .995                                              # the fit turns a falling scale round
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for n in (3, 4, 5, 9): assert -1 <= plcc_fitted(y[:n], bent[:n]) <= 1.0000001   # four parameters, three rows
+        for _ in range(10): assert np.isfinite(plcc_fitted(rng.random(6), rng.random(6)))
+
+
+# ---- groups
+
+def table(rows): return pd.DataFrame(rows, columns=['image_id', 'dataset', 'method', 'oa', 'predicted'])
+
+
+def random_table(images=12, methods=5, seed=0, levels=1000):
+    rng = np.random.default_rng(seed)
+    return table([(f'i{i}', f'd{i % 2}', f'm{m}', rng.integers(0, levels) / levels, rng.integers(0, levels) / levels) for i in range(images) for m in range(methods)])
+
+
+def test_within_averages_groups_and_counts_the_skipped():
+    t = pd.concat([random_table(), table([('small', 'd0', 'm0', .1, .2), ('small', 'd0', 'm1', .3, .4), *(('flat', 'd1', f'm{i}', .5, i / 9) for i in range(5))])])
+    want = [stats.spearmanr(g.oa, g.predicted)[0] for n, g in t.groupby('image_id') if n not in ('small', 'flat')]
+    assert np.allclose(within(t, 'image_id'), (np.mean(want), 12, 2))
+    assert within(t, 'image_id', min_rows=6) [1:] == (0, 14) and np.isnan(within(t, 'image_id', min_rows=6)[0])
+    assert within(t, ['dataset', 'method'], mae)[1:] == (10, 0) and np.isclose(within(t, 'dataset', mae)[0], np.mean([mae(g.oa, g.predicted) for _, g in t.groupby('dataset')]))
+
+
+def test_within_ignores_unused_categories_and_row_order():
+    t = random_table()
+    c = t.assign(image_id=pd.Categorical(t.image_id, [*t.image_id.unique(), 'never']))
+    assert np.allclose(within(c, 'image_id'), within(t, 'image_id')) and np.allclose(within(t.sample(frac=1, random_state=0), 'image_id'), within(t, 'image_id'))
+
+
+def test_pooling_hides_what_within_shows():
+    rng = np.random.default_rng(0)
+    level = np.repeat(rng.random(50), 6)
+    t = random_table(50, 6).assign(oa=level + rng.normal(0, .01, 300), predicted=level + rng.normal(0, .01, 300))
+    assert srocc(t.oa, t.predicted) > .95 and abs(within(t, 'image_id')[0]) < .2
+
+
+# ---- choices
+
+def by_hand(t, best, tie):
+    "The definition, image by image."
+    full, out = t.method.nunique(), []
+    for _, g in t.groupby('image_id'):
+        g = g.dropna(subset=['oa', 'predicted']).sort_values('method').reset_index()
+        if len(g) < full: continue
+        pick = max(range(full), key=lambda i: (g.predicted[i], -i))
+        single = g.oa[list(g.method).index(best.get(g.dataset[0], best['']))]
+        out.append((g.oa.max(), g.oa[pick], single))
+    if not out: return None
+    top, pick, single = np.array(out).T
+    return dict(top1=(pick == top).mean(), top1_tie=(pick >= top - tie).mean(), top1_single=(single == top).mean(), regret=(top - pick).mean(),
+                regret_single=(top - single).mean(), gap_closed=1 - (top - pick).mean() / (top - single).mean() if (top > single).any() else np.nan, images=len(out))
+
+
+@quick
+@given(st.integers(0, 10**6), st.integers(1, 8), st.integers(2, 5), st.sampled_from([3, 1000]), st.floats(0, .3), st.booleans())
+def test_recommendation_by_hand(seed, images, methods, levels, lost, by_row):
+    t, rng = random_table(images, methods, seed, levels), np.random.default_rng(seed)
+    gone = rng.random(len(t)) < lost
+    gone[:methods] = False                                                            # one image stays complete, so every method is known
+    best = {'d0': 'm1', '': 'm0'}                                                     # d1 was never seen
+    t = t[~gone] if by_row else t.assign(predicted=t.predicted.where(~gone))
+    got, want = recommendation(t.sample(frac=1, random_state=seed % 1000), best, .05), by_hand(t, best, .05)
+    assert got.keys() == want.keys() and all(np.isclose(got[k], want[k], equal_nan=True) for k in want), (got, want)
+
+
+def test_oracle_single_best_and_worst():
+    t = random_table()
+    best = single_best(t)
+    oracle = recommendation(t.assign(predicted=t.oa), best)
+    assert oracle['regret'] == 0 and oracle['gap_closed'] == 1 == oracle['top1'] == oracle['top1_tie']
+    stubborn = recommendation(t.assign(predicted=(t.method == t.dataset.map(best)).astype(float)), best)
+    assert stubborn['gap_closed'] == 0 and stubborn['regret'] == stubborn['regret_single'] and stubborn['top1'] == stubborn['top1_single']
+    assert recommendation(t.assign(predicted=-t.oa), best)['gap_closed'] < 0
+
+
+def test_single_image_ties_and_nothing():
+    one = table([('i', 'd', 'a', .8, .5), ('i', 'd', 'b', .8, .4), ('i', 'd', 'c', .797, .9)])
+    got = recommendation(one, {'': 'b'})
+    assert got['images'] == 1 and got['top1'] == 0 and got['top1_tie'] == 1 and got['top1_single'] == 1 and np.isclose(got['regret'], .003) and np.isnan(got['gap_closed'])
+    assert recommendation(one.assign(predicted=.5), {'': 'a'})['top1'] == 1            # equal scores: the first by name
+    nothing = recommendation(one.assign(predicted=np.nan), {'': 'a'})
+    assert nothing['images'] == 0 and all(np.isnan(v) for k, v in nothing.items() if k != 'images') and nothing.keys() == got.keys()
+
+
+def test_a_rival_without_rows_gives_nan_not_another_method():
+    got = recommendation(random_table(), {'': 'left out'})
+    assert all(np.isnan(got[k]) for k in ('top1_single', 'regret_single', 'gap_closed')) and np.isfinite(got['regret']) and got['images'] == 12
+
+
+def test_duplicate_rows_are_an_error():
+    t = random_table()
+    with pytest.raises(ValueError, match='uplicate'): recommendation(pd.concat([t, t[:1]]), {'': 'm0'})
+
+
+def test_single_best_by_hand():
+    t = random_table(seed=5)
+    best = single_best(t)
+    assert set(best) == {'d0', 'd1', ''} and best[''] == max(t.method.unique(), key=lambda m: t.oa[t.method == m].mean())
+    for d in ('d0', 'd1'): assert best[d] == max(t.method.unique(), key=lambda m: t.oa[(t.method == m) & (t.dataset == d)].mean())
+    unlabelled = t.assign(dataset='new', oa=np.nan)
+    assert single_best(pd.concat([t, unlabelled])) == best                             # maps without labels say nothing
+
+
+def test_wide():
+    t = random_table()
+    w = wide(t.sample(frac=1, random_state=1), 'oa')
+    assert w.shape == (12, 5) and list(w.columns) == sorted(w.columns) and all(w.loc[r.image_id, r.method] == r.oa for r in t.itertuples())
+
+
+# ---- refusal
+
+@quick
+@given(columns())
+def test_aurc_against_a_loop(ys):
+    y, s = ys
+    order = sorted(range(len(y)), key=lambda i: -s[i])
+    risks = [np.mean([1 - y[i] for i in order[:n]]) for n in range(1, len(y) + 1)]
+    assert np.isclose(aurc(y, s), np.mean(risks)) and aurc(y, y) <= aurc(y, s) + 1e-12 <= aurc(y, -y) + 2e-12
+    assert np.isclose(aurc(np.ones(7), np.arange(7)), 0) and np.isclose(aurc(y[:1], s[:1]), 1 - y[0])
+
+
+@quick
+@given(columns(), st.floats(.05, .95))
+def test_failure_auroc_by_pairs(ys, threshold):
+    y, s = ys
+    bad, good = s[y < threshold], s[y >= threshold]
+    if not len(bad) or not len(good): assert np.isnan(failure_auroc(y, s, threshold)); return
+    want = np.mean([(b < g) + .5 * (b == g) for b, g in itertools.product(bad, good)])
+    assert np.isclose(failure_auroc(y, s, threshold), want)
+
+
+# ---- all in one row
+
+def test_evaluate_is_the_sum_of_its_parts_and_drops_rows_without_numbers():
+    t = random_table()
+    holed = pd.concat([t, table([('i99', 'd0', 'm0', np.nan, .5), ('i98', 'd0', 'm0', .5, np.nan), ('i97', 'd0', 'm0', .5, np.inf)])])
+    got = evaluate(holed, t)
+    want = dict(srocc_image=within(t, 'image_id')[0], srocc_dataset=within(t, 'dataset')[0], plcc_dataset=within(t, 'dataset', plcc)[0], srocc=srocc(t.oa, t.predicted),
+                krocc_dataset=within(t, 'dataset', krocc)[0], mae=mae(t.oa, t.predicted), rmse=rmse(t.oa, t.predicted), aurc=aurc(t.oa, t.predicted),
+                **recommendation(t, single_best(t)), n_rows=60, n_images=12)
+    assert got == pytest.approx(want, nan_ok=True)
+
+
+def test_evaluate_needs_a_row():
+    t = random_table()
+    with pytest.raises(SchemaError, match='Predict first'): evaluate(t.assign(predicted=np.nan), t)
