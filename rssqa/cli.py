@@ -14,7 +14,7 @@ import typer
 
 from .core import Problem, datasets, encoders, fusions, real_dir, unknown
 
-# %% ../nbs/80_cli.ipynb #9760f2cf
+# %% ../nbs/80_cli.ipynb #283c3d74
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help='How accurate is each segmentation of an image from above, without labels, and which one should you use?')
 data_app = typer.Typer(no_args_is_help=True, help='Get and check datasets.')
@@ -32,13 +32,15 @@ def _global(
 
 def main(args: list[str] = None) -> None:
     "Run the command line: exit code 2 for a Problem, 130 for an interruption."
-    try: sys.exit(app(args, standalone_mode=False) or 0)
-    except (KeyboardInterrupt, typer.Abort): code, message = 130, 'stopped; the same command goes on from here'
+    message = ''
+    try: code = app(args, standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort): code = 130
     except Exception as e:
         usage = getattr(e, 'format_message', None)                       # typer's own errors: unknown verbs, missing arguments
         if not (usage or isinstance(e, Problem)) or os.environ.get('RSSQA_DEBUG') == '1': raise
         code, message = 2, usage() if usage else str(e)
-    print(f'rssqa: {message}', file=sys.stderr)
+    if code == 130: message = 'stopped; the same command goes on from here'
+    if message: print(f'rssqa: {message}', file=sys.stderr)
     sys.exit(code)
 
 # %% ../nbs/80_cli.ipynb #88963a11
@@ -94,7 +96,7 @@ def recommend(
     for name, n in picks.method.value_counts().items(): print(f'  {name:<16}{n:>6}   mean predicted OA {picks[picks.method == name].predicted.mean():.3f}')
     for s in skipped.itertuples(): print(f'  skipped {s.path}: {s.reason}')
 
-# %% ../nbs/80_cli.ipynb #909c524d
+# %% ../nbs/80_cli.ipynb #02628619
 KINDS = ('methods', 'encoders', 'datasets', 'fusions')
 
 
@@ -117,7 +119,8 @@ def _listing(kind, pattern):
         return [f'{n:<16}{len(datasets[n].classes):>2} classes   {datasets[n].licence}' for n in datasets.list(pattern)]
     if kind == 'encoders':
         from rssqa.encoders import SPECS
-        return [f'{n:<18}{SPECS[n].architecture:<22}{SPECS[n].licence}' if n in SPECS else n for n in encoders.list(pattern)]
+        specs = {s.name: f'{s.architecture:<22}{s.licence}' for s in SPECS}
+        return [f'{n:<18}{specs.get(n, "")}'.rstrip() for n in encoders.list(pattern)]
     import rssqa.fusion
     return fusions.list(pattern)
 

@@ -6,7 +6,7 @@
 __all__ = ['REFERENCE_TILES', 'CHECKPOINT_SECONDS', 'Recipe', 'encoder_file', 'model_folder', 'train', 'load_segmenter',
            'cross_fit', 'manifest']
 
-# %% ../../nbs/21c_methods.training.ipynb #3fb5a7ee
+# %% ../../nbs/21c_methods.training.ipynb #f5b2e218
 import math, os, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..confidence import fit_temperature, pool_taps
-from ..core import DataNotFound, Incompatible, LeakError, atomic, digest, file_id, pick_device, progress, read_json, seed_all, write_json
+from ..core import DataNotFound, Incompatible, LeakError, atomic, digest, file_id, pick_device, progress, read_json, seed_all, unknown, write_json
 from ..data import DatasetSpec, read_image, read_mask
 from ..segment import IMAGENET_MEAN, IMAGENET_STD, TorchSegmenter, methods, normalise
 
@@ -84,7 +84,7 @@ def _optimiser(net, recipe: Recipe):
     shape = lambda n: min((n + 1) / warm, 0.5 * (1 + math.cos(math.pi * min(n / recipe.steps, 1))) + 1e-3)
     return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, shape)
 
-# %% ../../nbs/21c_methods.training.ipynb #23cfd1ba
+# %% ../../nbs/21c_methods.training.ipynb #7468ff9e
 def _hold_out(tiles: pd.DataFrame, share: float, seed: int) -> tuple[pd.Series, str]: # boolean mask, 'scenes' or 'tiles'
     rng, counts = np.random.default_rng(seed), tiles.scene.value_counts()
     kept, want = [], share * len(tiles)
@@ -92,7 +92,8 @@ def _hold_out(tiles: pd.DataFrame, share: float, seed: int) -> tuple[pd.Series, 
         if counts[scene] + counts[kept].sum() <= 2 * want: kept.append(scene)
         if counts[kept].sum() >= want: break
     if kept and len(kept) < len(counts): return tiles.scene.isin(kept), 'scenes'
-    return pd.Series(rng.random(len(tiles)) < share, index=tiles.index), 'tiles'
+    held = rng.random(len(tiles)) < share
+    return pd.Series(held & ~held.all(), index=tiles.index), 'tiles'             # never all of them
 
 
 def _calibrate(segmenter, pixels, per_image: int = 400, seed: int = 0) -> tuple[float, float]: # temperature, OA
@@ -116,13 +117,15 @@ def _reference(segmenter, pixels): # (2, 2 * sum C_i)
     pooled = torch.cat([pool_taps(segmenter(torch.as_tensor(pixels[i][0])[None].float() / 255).features).cpu() for i in chosen])
     return torch.stack([pooled.mean(0), pooled.std(0, correction=0)])
 
-# %% ../../nbs/21c_methods.training.ipynb #a27109f7
+# %% ../../nbs/21c_methods.training.ipynb #cc11ce58
 def encoder_file(method: str, recipe: Recipe) -> str | None: # path, 'timm' or None
     "Find the encoder weights of a method's preset."
-    name = methods[method].presets[recipe.preset].get('encoder', '')
+    presets = methods[method].presets
+    if recipe.preset not in presets: raise unknown(f'{method} preset', recipe.preset, presets)
+    name = presets[recipe.preset].get('encoder', '')
     if recipe.encoder_weights in (None, 'timm'): return recipe.encoder_weights
     if not Path(recipe.encoder_weights).is_dir():
-        raise DataNotFound(f'no folder of encoder weights {recipe.encoder_weights}', '', 'pass a folder with files such as mobilenetv2_100.safetensors')
+        raise DataNotFound(f'no folder of encoder weights {recipe.encoder_weights}', "expected None, 'timm' or a folder", 'pass a folder with files such as mobilenetv2_100.safetensors')
     return next((str(p) for p in sorted(Path(recipe.encoder_weights).glob(f'{name}*.safetensors')) if name), None)
 
 
@@ -164,8 +167,8 @@ def _fit(net, pixels, recipe: Recipe, folder: Path, device: str, tick):
         optimiser.step(); schedule.step(); tick(1)
         if time.monotonic() - saved > CHECKPOINT_SECONDS: _save_checkpoint(folder, step + 1, net, optimiser, schedule); saved = time.monotonic()
 
-# %% ../../nbs/21c_methods.training.ipynb #ab2acca9
-def model_folder(out, method: str, dataset: str, fold: int, recipe: Recipe, tiles: pd.DataFrame) -> Path:
+# %% ../../nbs/21c_methods.training.ipynb #5c890ecb
+def model_folder(out, method: str, dataset: str, fold: int, recipe: Recipe, tiles: pd.DataFrame) -> Path: # out: folder of models
     "Name the folder of one trained network: it changes with the recipe, the weights and the training tiles."
     weights = encoder_file(method, recipe)
     key = digest(asdict(recipe) | dict(encoder_weights=file_id(weights) if weights not in (None, 'timm') else weights), sorted(tiles.image_id))
@@ -208,17 +211,17 @@ def _finish(folder, segmenter, method, spec, recipe, fold, tiles, facts):
     (folder/'checkpoint.pt').unlink(missing_ok=True)
     return folder
 
-# %% ../../nbs/21c_methods.training.ipynb #e15d11be
+# %% ../../nbs/21c_methods.training.ipynb #c321ce3e
 def load_segmenter(
     folder, # made by train
     device: str = 'auto',
 ) -> TorchSegmenter: # with .config
     "Open a trained segmenter."
-    from safetensors.torch import load_file
+    from safetensors.torch import SafetensorError, load_file
     config = read_json(Path(folder)/'config.json')
     net = methods[config['method']].build(len(config['classes']), config['recipe']['preset'])
-    state = load_file(Path(folder)/'model.safetensors')
-    try: net.load_state_dict(state)
+    try: net.load_state_dict(load_file(Path(folder)/'model.safetensors'))
+    except SafetensorError as e: raise Incompatible(f'cannot read the weights in {folder}', str(e), 'copy them again, or train it again') from e
     except RuntimeError as e: raise Incompatible(f'{folder} does not hold a {config["method"]}', str(e).splitlines()[1].strip(), 'train it again') from e
     segmenter = TorchSegmenter(net, tuple(config['classes']), net.taps, f'{config["method"]}.{config["dataset"]}', stride=net.stride,
                                temperature=config['temperature'], device=pick_device(device))
@@ -227,7 +230,15 @@ def load_segmenter(
     segmenter.config, segmenter.reference = config, load_file(Path(folder)/'reference.safetensors')['taps']
     return segmenter
 
-# %% ../../nbs/21c_methods.training.ipynb #7220cd8c
+# %% ../../nbs/21c_methods.training.ipynb #b478a13e
+def _check_folds(tiles, specs):
+    if 'fold' not in tiles: raise LeakError('cannot cross-fit', 'found no column fold', 'add tiles["fold"] = folds(tiles, 2)')
+    for name in specs:
+        found = tiles.fold[tiles.dataset == name].nunique()
+        if not found: raise DataNotFound(f'no tiles of {name}', f'found {", ".join(sorted(tiles.dataset.unique())) or "an empty table"}', 'scan it, or leave its class table out')
+        if found < 2: raise LeakError(f'cannot cross-fit {name}', 'found one fold, which leaves no other to learn from', 'deal its scenes into two or more, see rssqa.data.folds')
+
+
 def _jobs(tiles, specs, chosen, recipe):
     return [(m, tiles[(tiles.dataset == d) & (tiles.fold != k)], specs[d], recipe, int(k))
             for d in specs for k in sorted(tiles[tiles.dataset == d].fold.unique()) for m in chosen]
@@ -251,7 +262,7 @@ def _work(job, out, device):
     method, tiles, spec, recipe, fold = job
     return str(train(method, tiles, spec, out, recipe, fold, device, _tick))
 
-# %% ../../nbs/21c_methods.training.ipynb #397dc105
+# %% ../../nbs/21c_methods.training.ipynb #6db207cd
 def cross_fit(
     tiles: pd.DataFrame, # with masks and a column fold, see rssqa.data.folds
     specs: dict[str, DatasetSpec], # class table of each dataset
@@ -262,7 +273,7 @@ def cross_fit(
     device: str = 'auto',
 ) -> pd.DataFrame: # dataset, method, fold, folder, fingerprint, holdout_oa, temperature, parameters, encoder_start
     "Train every method on every dataset, once for each fold left out."
-    if 'fold' not in tiles: raise LeakError('cannot cross-fit', 'found no column fold', 'add tiles["fold"] = folds(tiles, 2)')
+    _check_folds(tiles, specs)
     jobs = _jobs(tiles, specs, chosen or methods.list(), recipe)
     workers = min(len(jobs), workers or (os.cpu_count() or 1)) if pick_device(device) == 'cpu' else 1
     folders = _run_alone(jobs, out, device) if workers == 1 else _run_pool(jobs, out, device, workers)

@@ -1,0 +1,194 @@
+"""Tables on disk that are complete or absent, found by key, and never computed twice."""
+import multiprocessing
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from rssqa.core import MissingFeatures
+from rssqa.data import scan
+from rssqa.store import Store, extract, feature_table, get_vectors, put_vectors
+from worlds import world
+
+
+@pytest.fixture
+def store(tmp_path): return Store(tmp_path/'store')
+
+
+def frame(keys, **columns): return pd.DataFrame(dict(key=list(keys)) | columns)
+def content(store, name='t'): return store.get(name).set_index('key').sort_index()
+
+
+def test_absent_table_is_empty(store):
+    assert store.get('t').empty and list(store.get('t')) == ['key'] and len(store.keys('t')) == 0
+    assert store.missing('t', ['a', 'b']) == ['a', 'b'] and store.names() == [] and store.tidy('t') is None and 'empty' in repr(store)
+
+
+def test_putting_twice_changes_nothing(store):
+    rows = frame('abc', v=[1, 2, 3])
+    store.put('t', rows)
+    first = content(store)
+    store.put('t', rows); store.put('t', rows[1:2])
+    assert content(store).equals(first) and len(store.get('t')) == 3
+
+
+def test_equal_keys_are_replaced_and_others_kept(store):
+    store.put('t', frame('abc', v=[1, 2, 3])); store.put('t', frame('cd', v=[30, 40]))
+    assert content(store).v.to_dict() == dict(a=1, b=2, c=30, d=40)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from('abcdef'), st.integers(0, 99), min_size=1), min_size=1, max_size=4), st.randoms(use_true_random=False))
+def test_store_behaves_like_a_dictionary(tmp_path_factory, puts, random):
+    store, model = Store(tmp_path_factory.mktemp('s')), {}
+    for rows in puts:
+        store.put('t', frame(rows, v=list(rows.values())))
+        model |= rows
+        if random.random() < 0.4: store.tidy('t')
+        assert content(store).v.to_dict() == model and sorted(store.keys('t')) == sorted(model)
+
+
+def test_a_frame_with_a_repeated_key_keeps_one_row(store):
+    for _ in range(2):                                     # a new table, and one that is there
+        store.put('t', frame('aab', v=[1, 2, 3]))
+        assert content(store).v.to_dict() == dict(a=2, b=3)
+
+
+def test_empty_frame_leaves_no_table(store):
+    store.put('t', frame([]))
+    assert store.names() == []
+
+
+@pytest.mark.parametrize('tables', [0, 1])
+def test_interrupted_put_leaves_the_old_version(tables, store, monkeypatch):
+    if tables: store.put('t', frame('ab', v=[1, 2]))
+    def rows():
+        yield pa.record_batch(dict(key=pa.array(['b', 'c']), v=pa.array([20, 30])))
+        raise KeyboardInterrupt
+    import lance
+    schema = pa.schema(dict(key=pa.string(), v=pa.int64()))
+    with pytest.raises(BaseException):
+        reader = pa.RecordBatchReader.from_batches(schema, rows())
+        if tables: lance.dataset(store._uri('t')).merge_insert('key').when_matched_update_all().when_not_matched_insert_all().execute(reader)
+        else: lance.write_dataset(reader, store._uri('t'))
+    assert content(store).get('v', pd.Series(dtype=int)).to_dict() == (dict(a=1, b=2) if tables else {})
+    store.put('t', frame('bc', v=[20, 30]))
+    assert content(store).v.to_dict() == (dict(a=1) if tables else {}) | dict(b=20, c=30)
+
+
+def test_keys_follow_another_writer(store):
+    store.put('t', frame('a', v=[1]))
+    assert list(store.keys('t')) == ['a']
+    Store(store.root).put('t', frame('b', v=[2]))
+    assert set(store.keys('t')) == {'a', 'b'} and store.take('t', ['b'])['v'].to_pylist() == [2]
+
+
+def test_take_keeps_the_order_asked_for(store):
+    store.put('t', frame('abcdef', v=range(6)))
+    for keys in ('fa', 'cab', 'aa', 'fedcba'): assert store.take('t', list(keys), ['v'])['v'].to_pylist() == ['abcdef'.index(k) for k in keys]
+
+
+def test_unknown_keys_are_counted_and_named(store):
+    store.put('t', frame('ab', v=[1, 2]))
+    with pytest.raises(MissingFeatures, match='t has no rows for 2 of 3 keys.*nope.*xtract') as e: store.take('t', ['a', 'nope', 'nor'])
+    assert isinstance(e.value, KeyError)
+    with pytest.raises(MissingFeatures, match='absent'): store.take('absent', ['a'])
+
+
+def test_tidy_keeps_rows_and_lowers_the_number_of_files(store, tmp_path):
+    for i in range(6): store.put('t', frame([f'k{i}'], v=[i]))
+    before, files = content(store), len(list((tmp_path/'store'/'t.lance'/'data').iterdir()))
+    store.tidy('t')
+    assert content(store).equals(before) and len(list((tmp_path/'store'/'t.lance'/'data').iterdir())) < files
+    assert store.take('t', ['k3'], ['v'])['v'].to_pylist() == [3]
+
+
+def test_names_reach_into_folders(store):
+    for name in ('rows', 'sem/a@1', 'taps/x@2'): store.put(name, frame('a', v=[1]))
+    assert store.names() == ['rows', 'sem/a@1', 'taps/x@2'] and 'sem/a@1 (1)' in repr(store)
+
+
+def _write(root, who, n):
+    for i in range(n): Store(root).put('t', frame([f'{who}{i}', 'both'], v=[i, i]))
+
+
+def test_two_processes_lose_no_row(tmp_path):
+    context = multiprocessing.get_context('spawn')
+    writers = [context.Process(target=_write, args=(str(tmp_path/'s'), who, 6)) for who in 'xy']
+    for w in writers: w.start()
+    for w in writers: w.join(60)
+    assert [w.exitcode for w in writers] == [0, 0]
+    assert sorted(Store(tmp_path/'s').get('t').key) == sorted([f'{w}{i}' for w in 'xy' for i in range(6)] + ['both'])
+
+
+# ---------------------------------------------------------------- vectors
+
+def test_vectors_come_back_in_order_as_float16_allows(store):
+    x = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32) * 10
+    put_vectors(store, 'v', range(50), x)
+    at = np.random.default_rng(1).permutation(50)[:20]
+    found = get_vectors(store, 'v', [str(i) for i in at])
+    assert found.dtype == np.float32 and found.shape == (20, 7) and np.array_equal(found, x[at].astype(np.float16).astype(np.float32))
+
+
+def test_huge_vectors_stay_finite(store):
+    put_vectors(store, 'v', 'ab', np.array([[1e6, -1e6], [65000, 1]], np.float32))
+    found = get_vectors(store, 'v', ['a', 'b'])
+    assert np.isfinite(found).all() and found[0, 0] == -found[0, 1] > 6e4 and found[1, 1] == 1
+
+
+class Toy:
+    "An encoder that counts what it sees."
+    name, dim, fingerprint = 'toy / 1', 3, 'f' * 16
+    def __init__(self): self.seen = 0
+    def encode_image(self, x):
+        self.seen += len(x)
+        return SimpleNamespace(pooled=torch.stack([x.mean((1, 2, 3)), x.amax((1, 2, 3)), torch.full((len(x),), float(x.shape[-1]))], 1))
+
+
+def test_extract_encodes_each_image_once(store):
+    tiles, toy = world().tiles, Toy()
+    name = extract(pd.concat([tiles[:5], tiles[:3]]), toy, store, batch=2, chunk=3)
+    assert toy.seen == 5 and name == feature_table(toy) == 'sem/toy___1@ffffffff'
+    extract(tiles[:8], toy, store)
+    assert toy.seen == 8
+    extract(tiles[:8], toy, store)
+    assert toy.seen == 8 and len(store.keys(name)) == 8
+
+
+def test_killed_extraction_goes_on(store):
+    tiles, toy = world().tiles[:10], Toy()
+    class Mortal(Toy):
+        def encode_image(self, x):
+            if self.seen >= 6: raise KeyboardInterrupt
+            return super().encode_image(x)
+    with pytest.raises(KeyboardInterrupt): extract(tiles, mortal := Mortal(), store, batch=2, chunk=4)
+    kept = len(store.keys(feature_table(toy)))
+    extract(tiles, toy, store, batch=2, chunk=4)
+    assert kept == 4 and toy.seen == 6
+    extract(tiles, whole := Toy(), other := Store(store.root + '2'), batch=3)
+    assert np.array_equal(*(get_vectors(s, feature_table(toy), tiles.image_id) for s in (store, other))) and whole.seen == 10
+
+
+def test_another_fingerprint_is_another_table(store):
+    toy, other, tiles = Toy(), Toy(), world().tiles[:2]
+    other.fingerprint = 'e' * 16
+    assert extract(tiles, toy, store) != extract(tiles, other, store) and other.seen == 2
+    with pytest.raises(MissingFeatures): get_vectors(store, 'sem/toy___1@00000000', tiles.image_id)
+
+
+def test_images_of_different_size_share_a_table(store):
+    tiles, toy = world().tiles[:4].copy(), Toy()
+    tiles.loc[tiles.index[:2], ['w', 'h']] = 32
+    tiles['image_id'] = [f'i{n}' for n in range(4)]
+    assert get_vectors(store, extract(tiles, toy, store), tiles.image_id)[:, 2].tolist() == [32, 32, 64, 64]
+
+
+def test_nothing_to_extract(store):
+    toy = Toy()
+    extract(world().tiles[:0], toy, store)
+    assert toy.seen == 0

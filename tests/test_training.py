@@ -1,0 +1,274 @@
+"""Training that can be killed, and networks that never label what they learned from."""
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rssqa.core import DataNotFound, Incompatible, LeakError, Problem, read_json, write_json
+from rssqa.data import folder_spec, folds, scan
+from rssqa.methods import training
+from rssqa.methods.training import Recipe, _batch, _hold_out, _loss, _Pixels, cross_fit, encoder_file, load_segmenter, model_folder, train
+from rssqa.synth import write_scenes
+from worlds import METHODS, RECIPE, world
+
+SHORT = Recipe('nano', steps=5, batch=2, crop=64, lr=5e-3)
+
+
+def weights(folder): return load_file(folder/'model.safetensors')
+def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope='module')
+def tiles(): return (t := world().tiles)[t.fold == 0]
+
+
+@pytest.fixture(scope='module')
+def whole(tiles, tmp_path_factory): return train('pspnet', tiles, world().spec, tmp_path_factory.mktemp('whole'), SHORT)
+
+
+@pytest.mark.parametrize('kills', [(1,), (4,), (2, 3), (1, 2, 3, 4)])
+def test_killed_and_resumed_gives_the_same_weights(kills, whole, tiles, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, 'CHECKPOINT_SECONDS', -1)
+    for n in kills:
+        seen = []
+        def tick(done):
+            seen.append(done)
+            if sum(seen) >= n: raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt): train('pspnet', tiles, world().spec, tmp_path, SHORT, tick=tick)
+        assert not list(tmp_path.rglob('config.json'))
+    seen = []
+    folder = train('pspnet', tiles, world().spec, tmp_path, SHORT, tick=seen.append)
+    assert seen[0] == max(kills) - 1 and sum(seen) == SHORT.steps           # it went on, and counted what was done before
+    assert folder.name == whole.name and equal(weights(folder), weights(whole))
+    assert read_json(folder/'config.json') == read_json(whole/'config.json') and not (folder/'checkpoint.pt').exists()
+
+
+def test_killed_without_a_checkpoint_starts_again(whole, tiles, tmp_path):
+    def stop(n):
+        if n: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): train('pspnet', tiles, world().spec, tmp_path, SHORT, tick=stop)
+    assert equal(weights(train('pspnet', tiles, world().spec, tmp_path, SHORT)), weights(whole))
+
+
+def test_finished_network_is_not_trained_again(whole, tiles):
+    before, seen = (whole/'model.safetensors').stat().st_mtime_ns, []
+    assert train('pspnet', tiles, world().spec, whole.parents[1], SHORT, tick=seen.append) == whole
+    assert seen == [SHORT.steps] and (whole/'model.safetensors').stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize('change', [dict(steps=6), dict(lr=1e-3), dict(seed=1), dict(crop=32), dict(holdout=0.3), dict(preset='tiny'), dict(weight_decay=0.0), dict(batch=3), dict(encoder_lr=0.1)])
+def test_another_recipe_gets_another_folder(change, tiles):
+    from dataclasses import replace
+    assert model_folder('out', 'pspnet', 'd', 0, replace(SHORT, **change), tiles) != model_folder('out', 'pspnet', 'd', 0, SHORT, tiles)
+
+
+def test_folder_depends_on_tiles_and_not_on_their_order(tiles):
+    name = model_folder('out', 'pspnet', 'd', 0, SHORT, tiles)
+    assert name == model_folder('out', 'pspnet', 'd', 0, SHORT, tiles[::-1]) != model_folder('out', 'pspnet', 'd', 0, SHORT, tiles[1:])
+    assert name != model_folder('out', 'pspnet', 'd', 1, SHORT, tiles)
+
+
+def test_weights_of_the_encoder_are_part_of_the_name(tiles, tmp_path):
+    from rssqa.segment import methods
+    name = methods['pspnet'].presets['nano'].get('encoder')
+    recipe, names = Recipe('nano', encoder_weights=str(tmp_path)), []
+    for i in range(2):
+        save_file(dict(a=torch.full((1,), float(i))), tmp_path/f'{name}.safetensors')
+        names.append(model_folder('out', 'pspnet', 'd', 0, recipe, tiles))
+    assert names[0] != names[1] and encoder_file('pspnet', recipe) == str(tmp_path/f'{name}.safetensors')
+    (tmp_path/f'{name}.safetensors').unlink()
+    assert encoder_file('pspnet', recipe) is None                              # another method's file is not taken
+
+
+def test_missing_folder_of_encoder_weights_is_a_clear_error(tiles, tmp_path):
+    with pytest.raises(DataNotFound) as e: train('pspnet', tiles, world().spec, tmp_path, Recipe('nano', encoder_weights=str(tmp_path/'nowhere')))
+    assert 'nowhere' in e.value.what and e.value.found and 'safetensors' in e.value.todo
+
+
+@pytest.mark.parametrize('method, recipe, near', [('pspnett', SHORT, 'pspnet'), ('pspnet', Recipe('nanno'), 'nano')])
+def test_typos_get_suggestions(method, recipe, near, tiles, tmp_path):
+    with pytest.raises(KeyError, match=f'mean {near}'): train(method, tiles, world().spec, tmp_path, recipe)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- model files
+
+def copy(folder, to):
+    to.mkdir()
+    for f in folder.iterdir(): (to/f.name).write_bytes(f.read_bytes())
+    return to
+
+
+def test_round_trip_keeps_numbers(whole):
+    segmenter, x = load_segmenter(whole), torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert segmenter.fingerprint == segmenter.config['fingerprint'] and segmenter.temperature > 0
+    assert segmenter.reference.shape == (2, 2 * sum(segmenter.channels)) and torch.equal(segmenter(x).logits, load_segmenter(whole)(x).logits)
+
+
+def test_tampered_weights_are_refused(whole, tmp_path):
+    state = weights(bad := copy(whole, tmp_path/'bad'))
+    key = next(k for k in state if state[k].is_floating_point())
+    state[key].view(-1)[0] += 1e-3
+    save_file(state, bad/'model.safetensors')
+    with pytest.raises(Incompatible, match='not the ones that were trained'): load_segmenter(bad)
+
+
+def test_changed_temperature_is_refused(whole, tmp_path):
+    bad = copy(whole, tmp_path/'bad')
+    write_json(bad/'config.json', read_json(bad/'config.json') | dict(temperature=3.0))
+    with pytest.raises(Incompatible): load_segmenter(bad)
+
+
+@pytest.mark.parametrize('cut', [0, 5, 0.5])
+def test_torn_weights_are_refused(cut, whole, tmp_path):
+    data = ((bad := copy(whole, tmp_path/'bad'))/'model.safetensors').read_bytes()
+    (bad/'model.safetensors').write_bytes(data[:int(cut * len(data)) if cut < 1 else cut])
+    with pytest.raises(Problem, match='bad'): load_segmenter(bad)
+
+
+def test_weights_of_another_method_are_refused(whole, tmp_path):
+    bad = copy(whole, tmp_path/'bad')
+    write_json(bad/'config.json', read_json(bad/'config.json') | dict(method='segformer'))
+    with pytest.raises(Incompatible, match='does not hold a segformer'): load_segmenter(bad)
+
+
+def test_missing_model_names_the_folder(tmp_path):
+    with pytest.raises(DataNotFound, match='nothing-here'): load_segmenter(tmp_path/'nothing-here')
+
+
+# ---------------------------------------------------------------- who learned from what
+
+def test_no_network_labels_a_scene_it_learned_from():
+    w = world()
+    assert len(w.fleet) == 2 * len(METHODS)
+    for net in w.fleet.itertuples():
+        mine = w.tiles[w.tiles.fold == net.fold]
+        assert set(net.scenes) == set(w.tiles.scene) - set(mine.scene) and len(mine)
+    assert (w.fleet.temperature > 0).all() and w.fleet.holdout_oa.between(0, 1).all() and w.fleet.fingerprint.is_unique
+
+
+def tiles_of(counts): return pd.DataFrame([dict(scene=f's{i}') for i, n in enumerate(counts) for _ in range(n)])
+
+
+@pytest.mark.parametrize('seed', range(6))
+@pytest.mark.parametrize('counts, kind', [([4] * 30, 'scenes'), ([1, 2, 3, 4, 5, 6] * 4, 'scenes'), ([200, 200], 'tiles'), ([300], 'tiles'), ([500, 500, 500], 'tiles')])
+def test_holdout(counts, kind, seed):
+    tiles = tiles_of(counts)
+    held, found = _hold_out(tiles, 0.12, seed)
+    assert found == kind and 0.05 < held.mean() < 0.25 and held.index.equals(tiles.index)
+    if kind == 'scenes': assert not set(tiles.scene[held]) & set(tiles.scene[~held])
+    assert held.equals(_hold_out(tiles, 0.12, seed)[0])
+
+
+@pytest.mark.parametrize('seed', range(20))
+@pytest.mark.parametrize('n', [1, 2, 3])
+def test_holdout_never_takes_all_tiles(n, seed): assert not _hold_out(tiles_of([n]), 0.5, seed)[0].all()
+
+
+def test_networks_train_without_the_holdout(tiles, tmp_path, monkeypatch):
+    seen, build = [], training._Pixels
+    monkeypatch.setattr(training, '_Pixels', lambda part, spec: seen.append(set(part.image_id)) or build(part, spec))
+    folder = train('pspnet', tiles, world().spec, tmp_path, Recipe('nano', steps=1, batch=2, crop=64, holdout=0.3))
+    learned, held = seen
+    assert learned and held and not learned & held and learned | held == set(tiles.image_id)
+    assert read_json(folder/'config.json')['scenes'] == sorted(set(tiles.scene))     # a held-out scene has been seen as well: it must not be labelled
+
+
+def test_few_scenes_fall_back_to_tiles_and_say_so(tiles, tmp_path):
+    two = tiles[tiles.scene.isin(tiles.scene.unique()[:2])]
+    config = read_json(train('pspnet', two, world().spec, tmp_path, Recipe('nano', steps=1, batch=2, crop=64))/'config.json')
+    assert config['holdout'] == 'tiles'
+
+
+def test_cross_fit_needs_folds():
+    w = world()
+    with pytest.raises(LeakError, match='no column fold'): cross_fit(w.tiles.drop(columns='fold'), w.specs, 'out')
+
+
+def test_one_fold_leaves_nothing_to_learn_from(tmp_path):
+    w = world()
+    with pytest.raises(LeakError, match='fold'): cross_fit(w.tiles.assign(fold=0), w.specs, tmp_path, METHODS, SHORT, workers=1)
+
+
+def test_class_tables_without_tiles_are_named(tmp_path):
+    w = world()
+    with pytest.raises(DataNotFound, match='elsewhere'): cross_fit(w.tiles, {'elsewhere': w.spec}, tmp_path, METHODS, SHORT, workers=1)
+
+
+# ---------------------------------------------------------------- batches and losses
+
+def test_batches_depend_on_the_step_alone(tiles):
+    pixels, augment = _Pixels(tiles, world().spec), training._augment(64)
+    x, y = _batch(pixels, augment, 3, SHORT)
+    torch.rand(7); np.random.rand(3)
+    again, other = _batch(pixels, augment, 3, SHORT), _batch(pixels, augment, 4, SHORT)
+    assert torch.equal(x, again[0]) and torch.equal(y, again[1]) and not torch.equal(x, other[0])
+    assert x.shape == (2, 3, 64, 64) and y.shape == (2, 64, 64) and 0 <= x.min() and x.max() <= 1 and y.dtype == torch.int64
+    assert set(y.unique().tolist()) <= {*range(len(world().spec.classes)), 255}
+
+
+def test_image_and_mask_are_moved_together():
+    mask = np.random.default_rng(0).integers(0, 2, (4, 4)).astype(np.uint8).repeat(32, 0).repeat(32, 1)
+    x, y = _batch([(np.stack([mask * 255] * 3), mask)], training._augment(64), 0, Recipe(batch=24, crop=64))
+    for image, truth in zip(x.mean(1), y):
+        if truth.float().mean().clamp(0.1, 0.9) == truth.float().mean():                # both classes are in the crop
+            assert np.corrcoef(image.ravel(), truth.ravel())[0, 1] > 0.9                # what differs is the interpolated edge
+
+
+def test_loss_without_labels_is_zero_and_differentiable():
+    logits = torch.randn(2, 4, 8, 8, requires_grad=True)
+    loss = _loss(logits, torch.full((2, 8, 8), 255))
+    loss.backward()
+    assert loss.item() == 0 and not logits.grad.any()
+
+
+def test_loss_ignores_unlabelled_pixels():
+    logits, y = torch.randn(1, 3, 8, 8), torch.randint(3, (1, 8, 8))
+    y[:, :4] = 255
+    other = logits.clone()
+    other[:, :, :4] += torch.randn(1, 3, 4, 8) * 3
+    assert torch.allclose(_loss(logits, y), _loss(other, y), atol=1e-5)
+
+
+def blank(tmp_path, which):
+    "A small dataset in which the masks of some tiles are all ignored."
+    from PIL import Image
+    root = write_scenes(tmp_path/'town', 'town', scenes=3, size=64)
+    for path in sorted((root/'masks').iterdir()):
+        if which(path.name):
+            im = Image.open(path)
+            empty = Image.fromarray(np.full((im.height, im.width), 255, np.uint8))
+            empty.putpalette(im.getpalette() + [0] * (768 - len(im.getpalette())))
+            empty.save(path)
+    return folder_spec(root), scan(root)
+
+
+@pytest.mark.parametrize('which', ['some', 'all'])
+def test_tiles_without_a_labelled_pixel_survive(which, tmp_path):
+    spec, tiles = blank(tmp_path, lambda name: which == 'all' or name.endswith('0.png'))
+    config = read_json(train('pspnet', tiles, spec, tmp_path/'out', Recipe('nano', steps=2, batch=2, crop=64, holdout=0.4))/'config.json')
+    assert config['temperature'] > 0 and (which == 'some') == np.isfinite(config['holdout_oa'])
+
+
+def test_unlabelled_tiles_are_refused_by_name(tiles, tmp_path):
+    with pytest.raises(DataNotFound, match='no mask'): train('pspnet', tiles.assign(mask_path=None), world().spec, tmp_path, SHORT)
+
+
+def test_diverging_run_says_so(tiles, tmp_path):
+    with pytest.raises(Incompatible, match='diverged'): train('pspnet', tiles, world().spec, tmp_path, Recipe('nano', steps=30, batch=2, crop=64, lr=1e30))
+    assert not list(tmp_path.rglob('config.json'))
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_networks(tmp_path):
+    w = world()
+    fleet = cross_fit(w.tiles, w.specs, tmp_path, ['pspnet'], RECIPE, workers=2)
+    alone = w.fleet[w.fleet.method == 'pspnet']
+    assert fleet.fingerprint.tolist() == alone.fingerprint.tolist() and fleet.holdout_oa.tolist() == alone.holdout_oa.tolist()
+
+
+@pytest.mark.slow
+def test_a_failed_worker_ends_the_run_with_its_own_error(tmp_path):
+    w = world()
+    with pytest.raises(DataNotFound, match='no mask'): cross_fit(w.tiles.assign(mask_path=None), w.specs, tmp_path, ['pspnet'], RECIPE, workers=2)
