@@ -25,7 +25,7 @@ from .sqed import build_sqed, save_sqed, stored_mask
 from .store import Store, extract
 from .synth import LOOKS, write_scenes
 
-# %% ../nbs/71_demo.ipynb #a77b007e
+# %% ../nbs/71_demo.ipynb #969b1be4
 @dataclass
 class Plan:
     "What a demo run does, and where its files are."
@@ -50,7 +50,14 @@ def synthetic_plan(seed: int = 0, steps: int = 120) -> Plan:
     return Plan('four synthetic looks', home, [folder], Recipe('nano', steps=steps, batch=8, crop=96, lr=5e-3, seed=seed), 'tiny-clip')
 
 
-def real_plan(data, sources: list = None, weights: str = None, encoder: str = None, seed: int = 0, steps: int = 120) -> Plan:
+def real_plan(
+    data, # folder of dataset folders
+    sources: list = None, # names of datasets; default: two that are small
+    weights: str = None, # folder of encoder weights; default: RSSQA_REAL/weights, or beside `data`
+    encoder: str = None, # for load_encoder; default: the CLIP among the weights, else tiny-clip
+    seed: int = 0,
+    steps: int = 120, # optimiser steps of each network
+) -> Plan:
     "Plan a run on folders of real tiles."
     data = Path(data)
     found = {p.parent.name: p.parent for p in sorted(data.glob('*/splits.csv'))}
@@ -119,7 +126,7 @@ def _cases(table, tiles, specs, store, n=8):
                         title=f'{row.dataset} · {row.method}', predicted=row.predicted))
     return out
 
-# %% ../nbs/71_demo.ipynb #c35cb4d8
+# %% ../nbs/71_demo.ipynb #c2718c78
 def run(
     plan: Plan,
     out='rssqa-demo', # folder for report.html, results.csv and sqed.parquet
@@ -136,12 +143,17 @@ def run(
     with _stage(plan, 'fitting the model that is kept'): _fit(plan, table, store, sem, fleet, board, seed)
     table = table.assign(predicted=predicted[OURS])
     save_sqed(table, out/'sqed.parquet')
-    command = ' '.join(['rssqa', *sys.argv[1:]]) if Path(sys.argv[0]).stem == 'rssqa' else 'rssqa.demo.run'
+    command = _command()
     save_results(board, out/'results.csv', '5-fold cross-validation by scene', plan.title, seed, command)
     with _stage(plan, 'writing the report'): _report(plan, out/'report.html', table, board, tiles, specs, store, sem, seed, command, begun)
     return board
 
-# %% ../nbs/71_demo.ipynb #c626ac4a
+# %% ../nbs/71_demo.ipynb #809f9023
+def _command(): # as typed, without the folders of this machine
+    if Path(sys.argv[0]).stem != 'rssqa': return 'rssqa.demo.run'
+    return ' '.join(['rssqa', *(f'…/{Path(a).name}' if Path(a).is_absolute() else a for a in sys.argv[1:])])
+
+
 def _report(plan, path, table, board, tiles, specs, store, sem, seed, command, begun):
     from rssqa.report import write_report
     emb, numbers = _picture(table, store, sem, seed)
@@ -164,7 +176,11 @@ def as_text(board: pd.DataFrame) -> str:
     return board.loc[order, list(VIEWS)].astype(float).rename(columns=SHORT).to_string(float_format=lambda v: f'{v:.3f}')
 
 
-def summary(board: pd.DataFrame, plan: Plan, out) -> str:
+def summary(
+    board: pd.DataFrame, # from run
+    plan: Plan,
+    out, # folder of the report
+) -> str:
     "Say in a few lines what came out and where it lies."
     row = board.loc[OURS]
     single = f'Always using the method that is best on average is right for {row.top1_single:.0%} of the images and loses {row.regret_single:.3f} OA; following {OURS} is right for {row.top1:.0%} and loses {row.regret:.3f}.'

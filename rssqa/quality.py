@@ -17,8 +17,12 @@ from .branches import Branches, Reducer, Scaler
 from .core import Incompatible, SchemaError, atomic, digest, read_json, seed_all, write_json
 from .metrics import evaluate, srocc, within
 
-# %% ../nbs/51_quality.ipynb #56fe61ea
-def plcc_loss(s, y, group): # (n,), (n,), (n,) int64 -> scalar; groups under 8 rows are skipped
+# %% ../nbs/51_quality.ipynb #6ebe45c9
+def plcc_loss(
+    s, # (n,) predicted, torch
+    y, # (n,) true
+    group, # (n,) int64; groups under 8 rows are skipped
+): # scalar
     "Average (1 - PLCC)/2 over groups."
     losses = []
     for g in group.unique():
@@ -29,7 +33,10 @@ def plcc_loss(s, y, group): # (n,), (n,), (n,) int64 -> scalar; groups under 8 r
     return sum(losses) / len(losses) if losses else s.sum() * 0
 
 
-def rank_loss(s, y): # (B,M) methods of an image in a row, y NaN where a method is missing -> scalar
+def rank_loss(
+    s, # (B,M) predicted, the methods of an image in a row, torch
+    y, # (B,M) true, NaN where a method is missing
+): # scalar
     "Penalise pairs of an image whose predicted gap is smaller than the true one, or on the wrong side."
     gap, found = y[:, :, None] - y[:, None, :], s[:, :, None] - s[:, None, :]                  # (B,M,M)
     pairs = gap > 0                                                                           # NaN compares as False
@@ -172,8 +179,12 @@ def explain(model: QualityModel, X: pd.DataFrame) -> pd.DataFrame: # one row eac
              for b in ('own', 'peers', 'prior', 'taps', 'sem') if getattr(blocks, b).shape[1]}
     return pd.DataFrame(dict(predicted=full) | parts, index=X.index)
 
-# %% ../nbs/51_quality.ipynb #2d2e3e5d
-def save_model(model: QualityModel, folder, **facts) -> Path: # facts: anything JSON-able for the record, such as metrics and data
+# %% ../nbs/51_quality.ipynb #60b9649b
+def save_model(
+    model: QualityModel, # fitted
+    folder, # made if missing
+    **facts, # anything JSON-able for the record, such as metrics and data
+) -> Path:
     "Write a fitted model."
     from safetensors.numpy import save_file
     check_is_fitted(model)
@@ -189,8 +200,11 @@ def save_model(model: QualityModel, folder, **facts) -> Path: # facts: anything 
     return folder
 
 
-def load_model(folder, store: str = '') -> QualityModel:
-    "Read a fitted model; `store` is where features of new tables are."
+def load_model(
+    folder, # written by save_model
+    store: str = '', # where the features of new tables are
+) -> QualityModel:
+    "Read a fitted model."
     from safetensors.numpy import load_file
     config, arrays = read_json(Path(folder)/'config.json'), load_file(Path(folder)/'weights.safetensors')
     model = QualityModel(**config['params'] | dict(store=store))

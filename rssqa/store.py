@@ -72,7 +72,7 @@ class Store:
 
     def __repr__(self): return f'Store {Path(self.root).name}: ' + (', '.join(f'{n} ({len(self.keys(n))})' for n in self.names()) or 'empty')
 
-# %% ../nbs/40_store.ipynb #f399580c
+# %% ../nbs/40_store.ipynb #2051a666
 def put_vectors(
     store: Store,
     name: str, # table
@@ -85,13 +85,13 @@ def put_vectors(
     store.put(name, pa.table(dict(key=pa.array([str(k) for k in keys]), vector=pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))))
 
 
-def get_vectors(store: Store, name: str, keys) -> np.ndarray: # (n,d) float32
+def get_vectors(store: Store, name: str, keys) -> np.ndarray: # keys (n,) -> (n,d) float32
     "Return the vectors of the given keys, in that order."
     column = store.take(name, keys, ['vector'])['vector'].combine_chunks()
     return column.flatten().to_numpy().reshape(len(column), -1).astype(np.float32)
 
-# %% ../nbs/40_store.ipynb #5d5cbd29
-def feature_table(encoder) -> str:
+# %% ../nbs/40_store.ipynb #1e826218
+def feature_table(encoder) -> str: # encoder: SemanticEncoder
     "Name the table of an encoder's pooled features."
     return f'sem/{re.sub(r"[^A-Za-z0-9_.-]", "_", encoder.name)}@{encoder.fingerprint[:8]}'
 

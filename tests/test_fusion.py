@@ -62,7 +62,7 @@ def planted():
 def test_planted_faults_are_found(name, planted):
     torch.manual_seed(1)
     planted(FAULTS[name][0])
-    with pytest.raises(Incompatible, match=FAULTS[name][1]): check_fusion('planted')
+    with pytest.raises(Incompatible, match=f'(?i){FAULTS[name][1]}'): check_fusion('planted')
 
 
 def test_all_faults_come_in_one_message(planted):
@@ -70,7 +70,7 @@ def test_all_faults_come_in_one_message(planted):
         def __init__(self, *w): super().__init__(*w); self.spare = nn.Linear(2, 2)
         def forward(self, sem, seg): return torch.expm1(super().forward(sem - sem.mean(0), seg))
     planted(Bad)
-    with pytest.raises(Incompatible, match='shape.*no gradient.*other rows.*not finite'): check_fusion('planted')
+    with pytest.raises(Incompatible, match='(?i)shape.*no gradient.*other rows.*not finite'): check_fusion('planted')
 
 
 def test_a_sound_block_of_ones_own_passes(planted):
@@ -110,7 +110,7 @@ def test_semantics_only_gates_in_the_guided_mode():
 
 
 def test_a_mode_with_a_typo_is_refused():
-    with pytest.raises(ValueError, match='symmetric'): CrossGating(5, 7, 6, 'symetric')
+    with pytest.raises(KeyError, match='mean symmetric'): CrossGating(5, 7, 6, 'symetric')
 
 
 # ---------------------------------------------------------------- the network

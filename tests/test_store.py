@@ -1,5 +1,5 @@
 """Tables on disk that are complete or absent, found by key, and never computed twice."""
-import multiprocessing
+import subprocess, sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from rssqa.core import MissingFeatures
-from rssqa.data import scan
+from rssqa.core import MissingFeatures, SchemaError
 from rssqa.store import Store, extract, feature_table, get_vectors, put_vectors
 from worlds import world
 
@@ -52,10 +51,11 @@ def test_store_behaves_like_a_dictionary(tmp_path_factory, puts, random):
         assert content(store).v.to_dict() == model and sorted(store.keys('t')) == sorted(model)
 
 
-def test_a_frame_with_a_repeated_key_keeps_one_row(store):
-    for _ in range(2):                                     # a new table, and one that is there
-        store.put('t', frame('aab', v=[1, 2, 3]))
-        assert content(store).v.to_dict() == dict(a=2, b=3)
+def test_a_frame_with_a_repeated_key_is_refused(store):
+    for there in [{}, dict(a=1)]:                            # a new table, and one that is there
+        store.put('t', frame(there, v=list(there.values())))
+        with pytest.raises(SchemaError, match='a key twice'): store.put('t', frame('aab', v=[1, 2, 3]))
+        assert content(store).get('v', pd.Series(dtype=int)).to_dict() == there
 
 
 def test_empty_frame_leaves_no_table(store):
@@ -112,16 +112,16 @@ def test_names_reach_into_folders(store):
     assert store.names() == ['rows', 'sem/a@1', 'taps/x@2'] and 'sem/a@1 (1)' in repr(store)
 
 
-def _write(root, who, n):
-    for i in range(n): Store(root).put('t', frame([f'{who}{i}', 'both'], v=[i, i]))
+WRITER = '''
+import sys, pandas as pd
+from rssqa.store import Store
+for i in range(6): Store(sys.argv[1]).put('t', pd.DataFrame(dict(key=[f'{sys.argv[2]}{i}', 'both'], v=[i, i])))
+'''
 
 
 def test_two_processes_lose_no_row(tmp_path):
-    context = multiprocessing.get_context('spawn')
-    writers = [context.Process(target=_write, args=(str(tmp_path/'s'), who, 6)) for who in 'xy']
-    for w in writers: w.start()
-    for w in writers: w.join(60)
-    assert [w.exitcode for w in writers] == [0, 0]
+    writers = [subprocess.Popen([sys.executable, '-c', WRITER, str(tmp_path/'s'), who], stderr=subprocess.PIPE, text=True) for who in 'xy']
+    assert [w.communicate(timeout=60)[1] for w in writers if w.wait()] == []
     assert sorted(Store(tmp_path/'s').get('t').key) == sorted([f'{w}{i}' for w in 'xy' for i in range(6)] + ['both'])
 
 

@@ -211,13 +211,14 @@ def _finish(folder, segmenter, method, spec, recipe, fold, tiles, facts):
     (folder/'checkpoint.pt').unlink(missing_ok=True)
     return folder
 
-# %% ../../nbs/21c_methods.training.ipynb #c321ce3e
+# %% ../../nbs/21c_methods.training.ipynb #9c56d108
 def load_segmenter(
     folder, # made by train
     device: str = 'auto',
 ) -> TorchSegmenter: # with .config
     "Open a trained segmenter."
-    from safetensors.torch import SafetensorError, load_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
     config = read_json(Path(folder)/'config.json')
     net = methods[config['method']].build(len(config['classes']), config['recipe']['preset'])
     try: net.load_state_dict(load_file(Path(folder)/'model.safetensors'))
