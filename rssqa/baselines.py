@@ -28,21 +28,24 @@ class MeanBaseline(RegressorMixin, BaseEstimator):
         index = pd.MultiIndex.from_frame(X[list(self.by)]) if len(self.by) > 1 else pd.Index(X[self.by[0]])
         return self.means_.reindex(index).fillna(self.overall_).to_numpy()
 
-# %% ../nbs/52_baselines.ipynb #ff3fd179
+# %% ../nbs/52_baselines.ipynb #fc1d03c0
 class ColumnBaseline(RegressorMixin, BaseEstimator):
     "Predict OA from one label-free column, raw or through a line fitted on training rows."
     def __init__(self, column: str = 'conf', fitted: bool = True): self.column, self.fitted = column, fitted
 
-    def fit(self, X: pd.DataFrame, y=None):
+    def _x(self, X):
         if self.column not in X: raise SchemaError(f'cannot use column {self.column!r}', 'it is not in the table', 'build the table with build_sqed')
-        x = X[self.column].to_numpy(float)
+        return X[self.column].to_numpy(float)
+
+    def fit(self, X: pd.DataFrame, y=None):
+        x = self._x(X)
         ok = np.isfinite(x)
         self.line_ = np.polyfit(x[ok], X.oa.to_numpy(float)[ok], 1) if self.fitted and ok.sum() > 2 and np.ptp(x[ok]) > 0 else (1.0, 0.0)
         self.mean_ = float(X.oa.mean())
         return self
 
     def predict(self, X: pd.DataFrame) -> np.ndarray: # (len(X),) 0..1
-        x = X[self.column].to_numpy(float)
+        x = self._x(X)
         return np.clip(np.where(np.isfinite(x), np.polyval(self.line_, x), self.mean_), 0, 1)
 
 # %% ../nbs/52_baselines.ipynb #a544c33c

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Gate', 'CrossGating', 'Concat', 'SemOnly', 'SegOnly', 'check_fusion', 'QualityNet']
 
-# %% ../nbs/50_fusion.ipynb #ff56a5ae
+# %% ../nbs/50_fusion.ipynb #a0e7bb30
 import torch
 from torch import nn
 
-from .core import Incompatible, fusions
+from .core import Incompatible, fusions, unknown
 
-# %% ../nbs/50_fusion.ipynb #fab3de0b
+# %% ../nbs/50_fusion.ipynb #b0fecab4
 class Gate(nn.Module):
     "Turn a vector into multiplicative weights around 1."
     def __init__(self, dim: int):
@@ -32,6 +32,7 @@ class CrossGating(nn.Module):
         dropout: float = 0.1,
     ):
         super().__init__()
+        if mode not in (modes := ('semantic_guided', 'symmetric')): raise unknown('mode of cross-gating', mode, modes)
         self.sem, self.seg = nn.Linear(d_sem, dim), nn.Linear(d_seg, dim)
         self.by_sem, self.mix_seg = Gate(dim), nn.Sequential(nn.Linear(dim, dim), nn.Dropout(dropout))
         if mode == 'symmetric': self.by_seg, self.mix_sem = Gate(dim), nn.Sequential(nn.Linear(dim, dim), nn.Dropout(dropout))
@@ -70,18 +71,19 @@ class SegOnly(nn.Module):
 for _name, _make in dict(scgb=CrossGating, concat=Concat, sem=SemOnly, seg=SegOnly).items(): fusions.register(_name, _make, replace=True)
 fusions.register('scgb-symmetric', lambda d_sem, d_seg, dim: CrossGating(d_sem, d_seg, dim, 'symmetric'), replace=True)
 
-# %% ../nbs/50_fusion.ipynb #3014e8e4
+# %% ../nbs/50_fusion.ipynb #f2ab64d9
 def check_fusion(name: str, d_sem: int = 12, d_seg: int = 20, dim: int = 16) -> nn.Module: # the block it built
     "Try a registered fusion block; raise one error that lists every broken promise."
     block = fusions[name](d_sem, d_seg, dim)
-    sem, seg = torch.randn(6, d_sem), torch.randn(6, d_seg)
+    sem, seg = torch.randn(6, d_sem, requires_grad=True), torch.randn(6, d_seg, requires_grad=True)
     out, faults = block(sem, seg), []
+    others = [g[1:] for g in torch.autograd.grad(out[0].sum(), (sem, seg), retain_graph=True, allow_unused=True) if g is not None]     # what row 0 hears of them
     if out.shape != (6, dim): faults.append(f'result has shape {tuple(out.shape)}, expected (6, {dim})')
     out.pow(2).sum().backward()
     if idle := [n for n, p in block.named_parameters() if p.grad is None or not p.grad.any()]: faults.append(f'no gradient reaches {", ".join(idle)}')
     block.eval()
     with torch.no_grad():
-        if not torch.allclose(block(sem, seg)[:2], block(sem[:2], seg[:2]), atol=1e-5): faults.append('a row depends on the other rows')
+        if any(g.any() for g in others) or not torch.allclose(block(sem, seg)[:2], block(sem[:2], seg[:2]), atol=1e-5): faults.append('a row depends on the other rows')
         if not torch.isfinite(block(sem * 100, seg * 100)).all(): faults.append('large inputs give values that are not finite')
     if faults: raise Incompatible(f'fusion block {name!r} breaks its promises', '; '.join(faults), 'mend these and run check_fusion again')
     return block

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'Pack', 'write_pack', 'default_pack', 'rank', 'score', 'recommend']
 
-# %% ../nbs/53_recommend.ipynb #36ae4431
+# %% ../nbs/53_recommend.ipynb #23d40414
 import os
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from .confidence import agreement
 from .core import BadImage, DataNotFound, Incompatible, as_image, cache_dir, progress, read_json, unknown, write_json
 from .methods.training import load_segmenter
 from .quality import load_model
+from .segment import MIN_SIDE
 from .sqed import judge
 
 # %% ../nbs/53_recommend.ipynb #1dfc13a2
@@ -83,7 +84,7 @@ def default_pack() -> Path:
     latest = cache_dir('demo')/'latest.json'
     return Path(os.environ.get('RSSQA_PACK') or (read_json(latest)['pack'] if latest.exists() else latest.parent))
 
-# %% ../nbs/53_recommend.ipynb #d492753a
+# %% ../nbs/53_recommend.ipynb #a8c0e9fd
 def rank(
     image, # anything as_image takes
     pack: Pack,
@@ -93,6 +94,8 @@ def rank(
 ) -> pd.DataFrame: # one row a method, best first: method, predicted and the label-free columns
     "Segment an image by every method and rank the maps by predicted OA."
     x, dataset = as_image(image)[None], pack._dataset(dataset)
+    if min(x.shape[2:]) < MIN_SIDE:
+        raise BadImage(f'cannot segment {image if isinstance(image, (str, Path)) else "this image"}', f'found {x.shape[3]}x{x.shape[2]} pixels, expected at least {MIN_SIDE}', 'use a larger one')
     rows, masks, taps = [], [], {}
     for method in chosen or pack.methods(dataset):
         told, mask, pooled = judge(pack.segmenter(method, dataset), x)

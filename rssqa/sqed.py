@@ -59,7 +59,7 @@ def _deviations(segmenter, features): # pooled taps, in standard deviations of t
     pooled, reference = pool_taps(features).cpu(), getattr(segmenter, 'reference', None)
     return (pooled if reference is None else ((pooled - reference[0]) / reference[1].clamp_min(1e-4)).clamp(-20, 20)).numpy()
 
-# %% ../nbs/41_sqed.ipynb #2db5381d
+# %% ../nbs/41_sqed.ipynb #d099932d
 def _jobs(tiles, fleet, batch): # [(fleet row, tiles of one chunk)], chunks fixed by the sorted ids, so a resumed run repeats the same batches
     jobs = []
     for net in fleet.itertuples():
@@ -85,7 +85,7 @@ def _run(job): # in a worker: (fleet row, tiles, spec, tta, device) -> rows, PNG
         _opened[net['fingerprint']] = load_segmenter(net['folder'], device)
     segmenter, rows, pngs, taps = _opened[net['fingerprint']], [], [], []
     for _, same in part.groupby(['w', 'h'], sort=True):
-        images, truths = np.stack([read_image(r) for r in same.itertuples()]), [read_mask(r, spec) if r.mask_path else None for r in same.itertuples()]
+        images, truths = np.stack([read_image(r) for r in same.itertuples()]), [read_mask(r, spec) if isinstance(r.mask_path, str) else None for r in same.itertuples()]
         told, masks, pooled = judge(segmenter, images, truths, tta)
         told.insert(0, 'key', [_key(i, net['fingerprint']) for i in same.image_id])
         rows.append(told.assign(image_id=same.image_id.to_numpy(), method=net['method'], method_fp=net['fingerprint'], fold=net['fold']))
@@ -157,7 +157,7 @@ def _agree_missing(rows, store, chunk=64): # rows: image_id, method, method_fp, 
     if len(ids): store.tidy('agreement')
     return keyed.key2
 
-# %% ../nbs/41_sqed.ipynb #a4f2934f
+# %% ../nbs/41_sqed.ipynb #d549e9f0
 def build_sqed(
     tiles: pd.DataFrame, # with a column fold
     fleet: pd.DataFrame, # networks, from cross_fit
@@ -170,6 +170,8 @@ def build_sqed(
     every: int = 256, # rows per commit
 ) -> pd.DataFrame: # one row for each (image_id, method)
     "Segment every tile by every method that may judge it, and describe each map."
+    if lost := sorted(set(tiles.dataset) - set(fleet.dataset)):
+        raise DataNotFound(f'no network for {", ".join(lost)}', f'the fleet knows {", ".join(sorted(set(fleet.dataset)))}', 'train some with cross_fit, or leave these tiles out')
     workers = (workers or os.cpu_count() or 1) if pick_device(device) == 'cpu' else 1
     _segment_missing(tiles, fleet, specs, store, batch, tta, workers, device, every)
     rows = store.get('rows')
@@ -179,10 +181,11 @@ def build_sqed(
     spine = tiles[[c for c in (*SPINE, 'kind', 'level') if c in tiles]].astype(dict(mask_path='str'))
     table = spine.merge(rows.drop(columns=['key', 'key2']), on='image_id').sort_values(['image_id', 'method'], ignore_index=True)
     unlabelled = table.n_valid == 0
+    if unlabelled.all(): raise SchemaError('there is nothing to judge', f'found no labelled pixel in {len(tiles)} images', 'add images with masks')
     if unlabelled.any(): say(f'{table.image_id[unlabelled].nunique()} images have no labelled pixel and are left out of the table')
     return check_sqed(table[~unlabelled].reset_index(drop=True))
 
-# %% ../nbs/41_sqed.ipynb #b66e2ec1
+# %% ../nbs/41_sqed.ipynb #79d5643d
 REQUIRED = ('image_id', 'dataset', 'scene', 'split', 'method', 'method_fp', 'fold', 'oa', 'n_valid')
 META = (*SPINE, 'kind', 'level', 'method', 'method_fp', 'fold', 'oa', 'miou', 'mf1', 'n_valid', 'confusion', 'predicted')
 
@@ -194,12 +197,12 @@ def label_free_columns(table: pd.DataFrame) -> list[str]:
 
 def check_sqed(table: pd.DataFrame) -> pd.DataFrame: # the table itself
     "Check the rules of the table; raise one error that lists all faults with counts and the first offending key."
-    faults = [f'no column {c}' for c in REQUIRED if c not in table]
+    faults, names = [f'no column {c}' for c in REQUIRED if c not in table], table.reindex(columns=['image_id', 'method', 'scene'])
     rules = dict([] if faults else [
         ('OA outside 0..1' + (' (percent?)' if table.oa.max() > 1.5 else ''), ~table.oa.between(0, 1)),
         ('a second row for one (image_id, method)', table.duplicated(['image_id', 'method'])),
         ('no labelled pixel (n_valid < 1)', table.n_valid < 1),
-        ('an empty image_id, method or scene', table[['image_id', 'method', 'scene']].isna().any(axis=1)),
+        ('an empty image_id, method or scene', (names.isna() | names.eq('')).any(axis=1)),
         ('a scene in more than one split', table.groupby(['dataset', 'scene'], observed=True).split.transform('nunique') > 1),
         ('a confusion matrix that is not n_valid pixels', table.confusion.map(np.sum) != table.n_valid if 'confusion' in table else table.oa.isna())])
     for what, bad in rules.items():
@@ -207,7 +210,7 @@ def check_sqed(table: pd.DataFrame) -> pd.DataFrame: # the table itself
     if faults: raise SchemaError('this is not a valid SQED table', '; '.join(faults), 'mend the rows, or rebuild with build_sqed')
     return table
 
-# %% ../nbs/41_sqed.ipynb #fb3f7b25
+# %% ../nbs/41_sqed.ipynb #1b056a4b
 def save_sqed(table: pd.DataFrame, path) -> Path:
     "Write the table as parquet, all or nothing; equal tables give equal bytes."
     with atomic(path) as tmp: check_sqed(table).to_parquet(tmp, index=False, compression='zstd')
@@ -229,7 +232,7 @@ def stored_mask(store: Store, image_id: str, fingerprint: str) -> np.ndarray: # 
 
 def stored_taps(store: Store, table: pd.DataFrame) -> dict[str, np.ndarray]: # method -> (rows of that method, D)
     "Return the pooled taps of every row, by method, in the table's order."
-    out = {}
+    out, table = {}, table.reset_index(drop=True)
     for method, rows in table.groupby('method', observed=True, sort=True):
         for fp, part in rows.groupby('method_fp', observed=True):
             found = get_vectors(store, taps_table(method, fp), part.image_id)

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['Store', 'put_vectors', 'get_vectors', 'feature_table', 'extract']
 
-# %% ../nbs/40_store.ipynb #397f4de8
+# %% ../nbs/40_store.ipynb #a9dab371
 import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .core import DataNotFound, MissingFeatures, progress
+from .core import MissingFeatures, SchemaError, progress
 from .data import read_image
 
-# %% ../nbs/40_store.ipynb #d63235dc
+# %% ../nbs/40_store.ipynb #fdd84e77
 class Store:
     "Lance tables below one folder or object-store prefix, each with a column `key`."
     def __init__(self, root): self.root, self._keys = str(root).rstrip('/'), {}
@@ -35,6 +35,7 @@ class Store:
         import lance, pyarrow as pa
         rows = frame if isinstance(frame, pa.Table) else pa.Table.from_pandas(frame, preserve_index=False)
         if rows.num_rows == 0: return
+        if len(rows['key'].unique()) < rows.num_rows: raise SchemaError(f'cannot put these rows into {name}', 'found a key twice', 'keep one row a key')
         if (data := self._open(name)) is None: lance.write_dataset(rows, self._uri(name))
         else: data.merge_insert('key').when_matched_update_all().when_not_matched_insert_all().execute(rows)
 
@@ -57,7 +58,9 @@ class Store:
             raise MissingFeatures(f'{name} has no rows for {int((at < 0).sum())} of {len(at)} keys', f'first missing: {list(keys)[int((at < 0).argmax())]}', 'extract them first')
         return self._open(name).take(at, columns=columns)
 
-    def missing(self, name: str, keys) -> list: return list(pd.Index(keys).difference(self.keys(name), sort=False))
+    def missing(self, name: str, keys) -> list:
+        "List the keys that a table has no row for, in the order given."
+        return list(pd.Index(keys).difference(self.keys(name), sort=False))
 
     def tidy(self, name: str) -> None:
         "Merge the many small files of a long run into few."
@@ -72,7 +75,7 @@ class Store:
 
     def __repr__(self): return f'Store {Path(self.root).name}: ' + (', '.join(f'{n} ({len(self.keys(n))})' for n in self.names()) or 'empty')
 
-# %% ../nbs/40_store.ipynb #2051a666
+# %% ../nbs/40_store.ipynb #c990d91a
 def put_vectors(
     store: Store,
     name: str, # table
@@ -81,7 +84,7 @@ def put_vectors(
 ) -> None:
     "Store one vector a key, as float16."
     import pyarrow as pa
-    flat = pa.array(np.ascontiguousarray(vectors, np.float16).ravel())
+    flat = pa.array(np.clip(vectors, -65504, 65504).astype(np.float16).ravel())              # beyond lies infinity
     store.put(name, pa.table(dict(key=pa.array([str(k) for k in keys]), vector=pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))))
 
 
