@@ -51,7 +51,7 @@ def _predict_fold(estimator, table, fold, k):
     train, test = (table[at].reset_index(drop=True) for at in (fold != k, fold == k))
     return clone(estimator).fit(train).predict(test)
 
-# %% ../nbs/70_bench.ipynb #e61c9be4
+# %% ../nbs/70_bench.ipynb #1a629623
 OURS = 'RS-SQA'
 VIEWS = ('srocc_image', 'srocc_dataset', 'plcc_dataset', 'mae', 'top1', 'regret', 'gap_closed')
 
@@ -62,6 +62,7 @@ def measure(table: pd.DataFrame, predicted: np.ndarray, fold: np.ndarray) -> dic
     row = evaluate(table, table)
     parts = [recommendation(table[fold == k], single_best(table[fold != k])) for k in np.unique(fold)]
     choice = pd.DataFrame([p for p in parts if p['images']])
+    if choice.empty: return row                                        # no image has all methods: nothing to choose from
     choice = choice.drop(columns=['images', 'gap_closed']).mul(choice.images, axis=0).sum() / choice.images.sum()
     return row | choice.to_dict() | dict(gap_closed=1 - choice.regret / choice.regret_single if choice.regret_single > 0 else np.nan)
 
@@ -82,13 +83,15 @@ def compare(
     predicted = cross_predict(tried, table, fold, workers)
     return pd.DataFrame({name: measure(table, predicted[name], fold) for name in tried}).T.rename_axis('predictor'), predicted
 
-# %% ../nbs/70_bench.ipynb #e75959d5
+# %% ../nbs/70_bench.ipynb #111e7629
 def verdict(board: pd.DataFrame) -> str:
     "Say in a sentence or two whether RS-SQA beats the strongest baseline."
     rest, said = board.drop(index=OURS).astype(float), []
     for column, words, better in (('srocc_dataset', 'within-dataset SROCC', 1), ('srocc_image', 'within-image SROCC', 1), ('mae', 'MAE', -1), ('gap_closed', 'gap closed', 1)):
+        ours = float(board[column][OURS])
+        if np.isnan(ours) or rest[column].isna().all(): continue
         best = (better * rest[column]).idxmax()
-        ours, theirs = float(board[column][OURS]), rest[column][best]
+        theirs = rest[column][best]
         word = 'level with' if abs(ours - theirs) < 0.0005 else 'ahead of' if better * (ours - theirs) > 0 else 'behind'
         said.append(f'{words} {ours:.3f}, {word} {best} ({theirs:.3f})')
     return f'{OURS}: ' + '; '.join(said) + '.'

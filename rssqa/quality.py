@@ -118,7 +118,7 @@ def _forward(net, blocks, embed=False):
     import torch
     with torch.inference_mode(): return (net.embed if embed else net)(*_tensors(blocks)).numpy()
 
-# %% ../nbs/51_quality.ipynb #4b39fbc1
+# %% ../nbs/51_quality.ipynb #65e6e6a6
 def _grid(X): # (images, methods) row numbers, -1 where missing
     return X.assign(row=np.arange(len(X))).pivot(index='image_id', columns='method', values='row').fillna(-1).to_numpy().astype(np.int64)
 
@@ -128,7 +128,7 @@ def _hold_scenes(X, seed, share=0.12): # boolean (len(X),)
     for dataset, rows in X.groupby('dataset', observed=True):
         scenes = np.sort(rows.scene.astype(str).unique())
         if len(scenes) > 4: held |= ((X.dataset == dataset) & X.scene.isin(rng.choice(scenes, max(1, round(share * len(scenes))), replace=False))).to_numpy()
-    if held.any(): return held
+    if held.any() or X.image_id.nunique() < 2: return held
     return X.image_id.isin(rng.choice(X.image_id.unique(), max(1, X.image_id.nunique() // 8), replace=False)).to_numpy()
 
 
@@ -140,7 +140,7 @@ def _loss(model, net, tensors, y, group, grid): # grid (B,M) row numbers of whol
     absolute = torch.nn.functional.smooth_l1_loss(s, y[rows], beta=0.05)
     return model.absolute * absolute + model.linear * plcc_loss(s, y[rows], group[rows]) + model.rank * rank_loss(*full)
 
-# %% ../nbs/51_quality.ipynb #5a700962
+# %% ../nbs/51_quality.ipynb #4b8986ba
 def _new_net(model, blocks):
     from rssqa.fusion import QualityNet
     return QualityNet(blocks.own.shape[1], blocks.peers.shape[1], blocks.prior.shape[1], blocks.taps.shape[1], blocks.sem.shape[1], max(len(model.branches_.methods), 1), model.fusion, model.dim, model.dim, model.dropout)
@@ -156,7 +156,8 @@ def _train_member(model, blocks, X, member, history):
     train, test = (torch.as_tensor(_grid(part) if len(part) else np.zeros((0, 1), int)) for part in (X[~held], X[held]))
     train, test = (torch.where(g >= 0, torch.as_tensor(np.flatnonzero(k))[g.clamp_min(0)], -1) for g, k in ((train, ~held), (test, held)))
     opt = torch.optim.AdamW(net.parameters(), model.lr, weight_decay=model.weight_decay)
-    best, kept, waited = float('inf'), net.state_dict(), 0
+    test = test if len(test) else train                                # a single image: nothing can be held out
+    best, kept, waited = float('inf'), {k: v.clone() for k, v in net.state_dict().items()}, 0
     for epoch in range(model.epochs):
         net.train()
         for part in torch.randperm(len(train)).split(model.images):
@@ -179,7 +180,7 @@ def explain(model: QualityModel, X: pd.DataFrame) -> pd.DataFrame: # one row eac
              for b in ('own', 'peers', 'prior', 'taps', 'sem') if getattr(blocks, b).shape[1]}
     return pd.DataFrame(dict(predicted=full) | parts, index=X.index)
 
-# %% ../nbs/51_quality.ipynb #60b9649b
+# %% ../nbs/51_quality.ipynb #80219b99
 def save_model(
     model: QualityModel, # fitted
     folder, # made if missing
@@ -195,7 +196,7 @@ def save_model(
     for i, net in enumerate(model.nets_): arrays |= {f'net{i}.{k}': v.numpy() for k, v in net.state_dict().items()}
     folder = Path(folder)
     with atomic(folder/'weights.safetensors') as tmp: save_file({k: np.ascontiguousarray(v, np.float32) for k, v in arrays.items()}, tmp)
-    write_json(folder/'config.json', dict(kind='QualityModel', params=model.get_params() | dict(store=''), columns=b.columns, agree=b.agree, methods=b.methods,
+    write_json(folder/'config.json', dict(kind='QualityModel', params=model.get_params() | dict(store=''), columns=b.columns, share=b.share.tolist(), agree=b.agree, methods=b.methods,
                prior=dict(overall=b.prior.overall, sums=[[list(by), list(map(list, g.reset_index().astype(object).to_numpy()))] for by, g in b.prior.sums.items()]), facts=facts))
     return folder
 
@@ -209,7 +210,7 @@ def load_model(
     config, arrays = read_json(Path(folder)/'config.json'), load_file(Path(folder)/'weights.safetensors')
     model = QualityModel(**config['params'] | dict(store=store))
     b = model.branches_ = Branches(store, model.sem, model.taps, model.peers, model.directions)
-    b.columns, b.agree, b.methods, b.taps = config['columns'], config['agree'], config['methods'], any(k.startswith('taps.') for k in arrays)
+    b.columns, b.share, b.agree, b.methods, b.taps = config['columns'], np.array(config['share'], bool), config['agree'], config['methods'], any(k.startswith('taps.') for k in arrays)
     b.own_scaler, b.peer_scaler, b.prior_scaler = (_scaler(arrays, n) for n in ('own', 'peers', 'prior'))
     b.prior = _prior(**config['prior'])
     b.tap_reducers = {m: _reducer(arrays, f'taps.{m}') for m in b.methods if f'taps.{m}.basis' in arrays}

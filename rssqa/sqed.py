@@ -6,7 +6,7 @@
 __all__ = ['SPINE', 'REQUIRED', 'META', 'from_png', 'judge', 'taps_table', 'build_sqed', 'label_free_columns', 'check_sqed',
            'save_sqed', 'load_sqed', 'stored_mask', 'stored_taps']
 
-# %% ../nbs/41_sqed.ipynb #681794b0
+# %% ../nbs/41_sqed.ipynb #a9ec9478
 import io, os
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .confidence import AGREEMENT, agreement, label_free, pool_taps, tap_columns
 from .core import DataNotFound, Incompatible, LeakError, SchemaError, atomic, digest, pick_device, progress, say
 from .data import DatasetSpec, read_image, read_mask
 from .metrics import accuracy, confusion
-from .methods.training import load_segmenter
+from .methods.training import ignore_interrupt, load_segmenter
 from .store import Store, get_vectors, put_vectors
 
 # %% ../nbs/41_sqed.ipynb #ea940784
@@ -92,7 +92,7 @@ def _run(job): # in a worker: (fleet row, tiles, spec, tta, device) -> rows, PNG
         pngs += map(_png, masks); taps.append(pooled)
     return pd.concat(rows, ignore_index=True), pngs, np.concatenate(taps)
 
-# %% ../nbs/41_sqed.ipynb #54468fa9
+# %% ../nbs/41_sqed.ipynb #fa995487
 def taps_table(method: str, fingerprint: str) -> str:
     "Name the table of a network's pooled taps."
     return f'taps/{method}@{fingerprint[:8]}'
@@ -100,7 +100,7 @@ def taps_table(method: str, fingerprint: str) -> str:
 
 class _Writer:
     "Collects results and commits them together."
-    def __init__(self, store, every): self.store, self.every, self.kept = store, every, []
+    def __init__(self, store, every, table): self.store, self.every, self.table, self.kept = store, every, table, []
 
     def add(self, result):
         self.kept.append(result)
@@ -112,17 +112,17 @@ class _Writer:
         self.store.put('masks', pd.DataFrame(dict(key=rows.key, png=[p for _, pngs, _ in self.kept for p in pngs])))
         for part, _, taps in self.kept:
             put_vectors(self.store, taps_table(part.method[0], part.method_fp[0]), part.image_id, taps)
-        self.store.put('rows', rows)
+        self.store.put(self.table, rows)
         self.kept = []
 
-# %% ../nbs/41_sqed.ipynb #638c2286
+# %% ../nbs/41_sqed.ipynb #ade07663
 def _results(jobs, workers, total):
     "Yield job results as they come, in this process or in several, with a bar."
     with progress(None, 'segmenting', total, 'map') as bar:
         if workers == 1: yield from _counted(map(_run, jobs), bar); return
         import multiprocessing
         from concurrent.futures import ProcessPoolExecutor, as_completed
-        with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), ignore_interrupt) as pool:
             try: yield from _counted((f.result() for f in as_completed([pool.submit(_run, job) for job in jobs])), bar)
             except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
 
@@ -131,15 +131,18 @@ def _counted(results, bar):
     for result in results: bar.update(len(result[0])); yield result
 
 
+def _rows_table(tta): return 'rows' if tta else 'rows-unmirrored'
+
+
 def _segment_missing(tiles, fleet, specs, store, batch, tta, workers, device, every):
-    done = set(store.keys('rows'))
+    done = set(store.keys(_rows_table(tta)))
     jobs = [(net._asdict(), part, specs[net.dataset], tta, device) for net, part in _jobs(tiles, fleet, batch)
             if any(_key(i, net.fingerprint) not in done for i in part.image_id)]
-    writer = _Writer(store, every)
+    writer = _Writer(store, every, _rows_table(tta))
     try:
         for result in _results(jobs, workers if len(jobs) > 2 else 1, sum(len(j[1]) for j in jobs)): writer.add(result)
     finally: writer.flush()
-    if jobs: [store.tidy(name) for name in ('rows', 'masks')]
+    if jobs: [store.tidy(name) for name in (_rows_table(tta), 'masks')]
 
 # %% ../nbs/41_sqed.ipynb #bad42cf1
 def _agree_missing(rows, store, chunk=64): # rows: image_id, method, method_fp, key
@@ -157,7 +160,7 @@ def _agree_missing(rows, store, chunk=64): # rows: image_id, method, method_fp, 
     if len(ids): store.tidy('agreement')
     return keyed.key2
 
-# %% ../nbs/41_sqed.ipynb #d549e9f0
+# %% ../nbs/41_sqed.ipynb #66e09acd
 def build_sqed(
     tiles: pd.DataFrame, # with a column fold
     fleet: pd.DataFrame, # networks, from cross_fit
@@ -174,7 +177,7 @@ def build_sqed(
         raise DataNotFound(f'no network for {", ".join(lost)}', f'the fleet knows {", ".join(sorted(set(fleet.dataset)))}', 'train some with cross_fit, or leave these tiles out')
     workers = (workers or os.cpu_count() or 1) if pick_device(device) == 'cpu' else 1
     _segment_missing(tiles, fleet, specs, store, batch, tta, workers, device, every)
-    rows = store.get('rows')
+    rows = store.get(_rows_table(tta))
     rows = rows[rows.method_fp.isin(fleet.fingerprint) & rows.image_id.isin(tiles.image_id)].reset_index(drop=True)
     rows['key2'] = _agree_missing(rows[['key', 'image_id', 'method', 'method_fp']], store)
     rows = rows.merge(store.get('agreement').rename(columns=dict(key='key2')), on='key2', how='left')

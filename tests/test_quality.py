@@ -94,7 +94,6 @@ def test_order_of_rows_does_not_matter(which, request, new):
     assert np.allclose(m.embed(mixed), m.embed(new)[new.index.get_indexer(mixed.index)], atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason='branches.spread decides from the table at hand which columns are shares; it should remember those of training')
 @pytest.mark.parametrize('which', ['plain', 'model'])
 def test_other_images_do_not_matter(which, request, new):
     "Also where a column that is no share happens to stay within 0..1 in a small table."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REFERENCE_TILES', 'CHECKPOINT_SECONDS', 'Recipe', 'encoder_file', 'model_folder', 'train', 'load_segmenter',
-           'cross_fit', 'manifest']
+           'ignore_interrupt', 'cross_fit', 'manifest']
 
 # %% ../../nbs/21c_methods.training.ipynb #f5b2e218
 import math, os, time
@@ -231,7 +231,7 @@ def load_segmenter(
     segmenter.config, segmenter.reference = config, load_file(Path(folder)/'reference.safetensors')['taps']
     return segmenter
 
-# %% ../../nbs/21c_methods.training.ipynb #b478a13e
+# %% ../../nbs/21c_methods.training.ipynb #3b0112ff
 def _check_folds(tiles, specs):
     if 'fold' not in tiles: raise LeakError('cannot cross-fit', 'found no column fold', 'add tiles["fold"] = folds(tiles, 2)')
     for name in specs:
@@ -248,9 +248,16 @@ def _jobs(tiles, specs, chosen, recipe):
 _counter = None
 
 
+def ignore_interrupt() -> None:
+    "Leave Ctrl-C to the parent process, which ends its workers itself."
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _start_worker(counter):
     global _counter
     import torch
+    ignore_interrupt()
     torch.set_num_threads(1)
     _counter = counter
 
@@ -263,7 +270,7 @@ def _work(job, out, device):
     method, tiles, spec, recipe, fold = job
     return str(train(method, tiles, spec, out, recipe, fold, device, _tick))
 
-# %% ../../nbs/21c_methods.training.ipynb #6db207cd
+# %% ../../nbs/21c_methods.training.ipynb #37be2d15
 def cross_fit(
     tiles: pd.DataFrame, # with masks and a column fold, see rssqa.data.folds
     specs: dict[str, DatasetSpec], # class table of each dataset
@@ -289,7 +296,7 @@ def _run_alone(jobs, out, device):
 def _run_pool(jobs, out, device, workers):
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, wait
-    context = multiprocessing.get_context('spawn')
+    context, others = multiprocessing.get_context('spawn'), set(multiprocessing.active_children())
     counter, total = context.Value('q', 0), sum(j[3].steps for j in jobs)
     with ProcessPoolExecutor(workers, context, _start_worker, (counter,)) as pool, progress(None, 'training', total, 'step') as bar:
         futures = [pool.submit(_work, job, out, device) for job in jobs]
@@ -301,7 +308,7 @@ def _run_pool(jobs, out, device, workers):
             return [f.result() for f in futures]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for child in multiprocessing.active_children(): child.terminate()
+            for child in set(multiprocessing.active_children()) - others: child.terminate()
             raise
 
 
