@@ -96,7 +96,7 @@ def verdict(board: pd.DataFrame) -> str:
         said.append(f'{words} {ours:.3f}, {word} {best} ({theirs:.3f})')
     return f'{OURS}: ' + '; '.join(said) + '.'
 
-# %% ../nbs/70_bench.ipynb #1e421154
+# %% ../nbs/70_bench.ipynb #335a86b4
 def save_results(board: pd.DataFrame, path, protocol: str, data: str, seed: int, command: str) -> Path:
     "Write the measures with their protocol, data, seed, version, commit and command."
     from rssqa import __version__
@@ -108,7 +108,7 @@ def save_results(board: pd.DataFrame, path, protocol: str, data: str, seed: int,
 
 def read_results(path) -> pd.DataFrame: # one row a predictor, measures and provenance
     "Read a table written by save_results."
-    return pd.read_csv(path, index_col='predictor', keep_default_na=True)
+    return pd.read_csv(path, index_col='predictor', dtype=dict(commit=str))
 
 
 def commit() -> str:

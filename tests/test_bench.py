@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from sklearn.base import BaseEstimator
 
 from rssqa.baselines import ColumnBaseline, MeanBaseline
-from rssqa.bench import OURS, VIEWS, commit, compare, cross_predict, measure, save_results, scene_folds, verdict
+from rssqa.bench import OURS, VIEWS, commit, compare, cross_predict, measure, save_results, scene_folds, verdict, read_results
 from rssqa.core import Incompatible
 from worlds import numbers
 
@@ -103,7 +103,7 @@ def test_compare_measures_all_predictors_alike():
 
 def test_results_carry_their_provenance(tmp_path):
     path = save_results(board(ours=(0.123456789, 0.5, 0.02, 0.3), a=(0.8, 0.6, 0.03, 0.1)).rename_axis('predictor'), tmp_path/'r.csv', '5 folds', 'numbers', 7, 'rssqa bench')
-    back = pd.read_csv(path)
+    back = read_results(path).reset_index()
     assert list(back) == ['predictor', 'srocc_dataset', 'srocc_image', 'mae', 'gap_closed', 'protocol', 'data', 'seed', 'rssqa', 'commit', 'command']
     assert back.srocc_dataset[0] == 0.12346 and back.seed.eq(7).all() and back.protocol[1] == '5 folds' and [p.name for p in tmp_path.iterdir()] == ['r.csv']
     assert back.commit.fillna('').iloc[0] == commit() and (not commit() or len(commit().rstrip('+')) == 12)
