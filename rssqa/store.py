@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Store', 'put_vectors', 'get_vectors', 'feature_table', 'extract']
 
-# %% ../nbs/40_store.ipynb #a9dab371
+# %% ../nbs/40_store.ipynb #59b27a97
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pandas as pd
 from .core import MissingFeatures, SchemaError, progress
 from .data import read_image
 
-# %% ../nbs/40_store.ipynb #fdd84e77
+# %% ../nbs/40_store.ipynb #a91055fe
 class Store:
     "Lance tables below one folder or object-store prefix, each with a column `key`."
     def __init__(self, root): self.root, self._keys = str(root).rstrip('/'), {}
@@ -27,6 +28,12 @@ class Store:
         try: return lance.dataset(self._uri(name))
         except (ValueError, FileNotFoundError): return None
 
+    def _creating(self, name): # a lock on disk while a table may have to be created; object stores have none
+        if '://' in self.root or self._open(name) is not None: return nullcontext()
+        from filelock import FileLock
+        Path(self.root).mkdir(parents=True, exist_ok=True)
+        return FileLock(f'{self.root}/.creating.lock')
+
     def put(self,
         name: str, # table, such as 'rows' or 'sem/tiny-clip@1f2e'
         frame, # DataFrame or pyarrow table with a column key
@@ -36,8 +43,9 @@ class Store:
         rows = frame if isinstance(frame, pa.Table) else pa.Table.from_pandas(frame, preserve_index=False)
         if rows.num_rows == 0: return
         if len(rows['key'].unique()) < rows.num_rows: raise SchemaError(f'cannot put these rows into {name}', 'found a key twice', 'keep one row a key')
-        if (data := self._open(name)) is None: lance.write_dataset(rows, self._uri(name))
-        else: data.merge_insert('key').when_matched_update_all().when_not_matched_insert_all().execute(rows)
+        with self._creating(name):                                     # two writers that both create would overwrite each other
+            if (data := self._open(name)) is None: lance.write_dataset(rows, self._uri(name)); return
+        data.merge_insert('key').when_matched_update_all().when_not_matched_insert_all().execute(rows)
 
     def get(self, name: str, columns: list[str] = None) -> pd.DataFrame:
         "Read a table; an absent one is an empty frame with a key."
