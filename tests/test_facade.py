@@ -2,6 +2,7 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ import rssqa.all
 def test_facade_names_resolve_to_the_things_they_name():
     for name, home in rssqa._HOME.items(): assert getattr(rssqa, name) is getattr(importlib.import_module(f'rssqa.{home}'), name), name
     assert set(rssqa._HOME) <= set(dir(rssqa))
+    modules = {p.stem for p in Path(rssqa.__file__).parent.iterdir()}
+    assert not modules & set(rssqa._HOME)                              # a module of that name would hide the function once it is imported
     with pytest.raises(AttributeError, match='no attribute'): rssqa.scoer
 
 
