@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['self_columns', 'relative', 'shares', 'spread', 'Prior', 'Scaler', 'Reducer', 'Blocks', 'Branches']
 
-# %% ../nbs/50b_branches.ipynb #a253a3d8
+# %% ../nbs/50b_branches.ipynb #70501526
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from .confidence import AGREEMENT
-from .core import Incompatible, MissingFeatures
+from .core import MissingFeatures
 from .sqed import label_free_columns, stored_taps
 from .store import Store, get_vectors
 

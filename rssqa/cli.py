@@ -144,14 +144,14 @@ def check(
     from rssqa.data import scan, summary
     print(summary(scan(root, name)))
 
-# %% ../nbs/80_cli.ipynb #b0ca667b
+# %% ../nbs/80_cli.ipynb #da09a1bf
 PARTS = ('torch', 'torchvision', 'timm', 'segmentation-models-pytorch', 'transformers', 'open_clip_torch', 'pylance', 'scikit-learn', 'umap-learn', 'pandas', 'rasterio', 'jupyterlab', 'ipywidgets')
 
 
 @app.command()
 def doctor():
     "Report versions, device, folders, and what is missing."
-    import importlib.metadata, platform, shutil
+    import platform, shutil
     from rssqa import __version__
     from rssqa.core import cache_dir, pick_device
     print(f'rssqa {__version__} · Python {platform.python_version()} · {platform.system()} {platform.machine()}')

@@ -8,12 +8,12 @@ __all__ = ['segmenters', 'encoders', 'fusions', 'datasets', 'Problem', 'UnknownN
            'state_digest', 'as_image', 'stretch', 'pick_device', 'seed_all', 'cache_dir', 'real_dir', 'atomic',
            'write_json', 'read_json', 'progress', 'say']
 
-# %% ../nbs/00_core.ipynb #abd5bc01
+# %% ../nbs/00_core.ipynb #d3fafc04
 import difflib, hashlib, importlib.metadata, json, os, random, sys, uuid
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any, Iterable
 
 import numpy as np
 

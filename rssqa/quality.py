@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plcc_loss', 'rank_loss', 'QualityModel', 'explain', 'save_model', 'load_model']
 
-# %% ../nbs/51_quality.ipynb #227ae55e
+# %% ../nbs/51_quality.ipynb #5be352ec
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,8 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
 from .branches import Branches, Reducer, Scaler
-from .core import Incompatible, SchemaError, atomic, digest, read_json, seed_all, write_json
-from .metrics import evaluate, srocc, within
+from .core import SchemaError, atomic, read_json, seed_all, write_json
+from .metrics import evaluate, within
 
 # %% ../nbs/51_quality.ipynb #6ebe45c9
 def plcc_loss(

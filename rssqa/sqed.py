@@ -6,15 +6,15 @@
 __all__ = ['SPINE', 'REQUIRED', 'META', 'from_png', 'judge', 'taps_table', 'build_sqed', 'label_free_columns', 'check_sqed',
            'save_sqed', 'load_sqed', 'stored_mask', 'stored_taps']
 
-# %% ../nbs/41_sqed.ipynb #a9ec9478
+# %% ../nbs/41_sqed.ipynb #ed3e3a8c
 import io, os
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .confidence import AGREEMENT, agreement, label_free, pool_taps, tap_columns
-from .core import DataNotFound, Incompatible, LeakError, SchemaError, atomic, digest, pick_device, progress, say
+from .confidence import agreement, label_free, pool_taps, tap_columns
+from .core import DataNotFound, LeakError, SchemaError, atomic, digest, pick_device, progress, say
 from .data import DatasetSpec, read_image, read_mask
 from .metrics import accuracy, confusion
 from .methods.training import ignore_interrupt, load_segmenter

@@ -6,8 +6,8 @@
 __all__ = ['CLASSES', 'PALETTE', 'GROUND', 'BUILDING', 'ROAD', 'VEGETATION', 'WATER', 'VEHICLE', 'LOOKS', 'KINDS', 'Scene',
            'caption', 'scene', 'colours', 'degrade', 'write_scenes']
 
-# %% ../nbs/01_synth.ipynb #41c20a33
-import io, json
+# %% ../nbs/01_synth.ipynb #47aafed0
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
