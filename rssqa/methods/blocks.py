@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENOUGH', 'conv_bn', 'resize', 'safe_norms', 'Pyramid', 'timm_encoder', 'dress', 'swin', 'conv_stem',
-           'load_encoder_weights', 'finish', 'smp_net', 'EncoderDecoder', 'to_windows', 'from_windows',
+           'load_encoder_weights', 'finish', 'smp_net', 'EncoderDecoder', 'ClassSlice', 'to_windows', 'from_windows',
            'WindowAttention', 'cross_mean', 'GlobalLocalBlock', 'WeightedSum', 'Refine', 'GlobalLocalDecoder',
            'outline']
 
@@ -180,6 +180,22 @@ class EncoderDecoder(nn.Module):
         finish(self)
 
     def forward(self, x): return resize(self.head(self.decoder(self.encoder(x))), x.shape[-2:]) # (N,K,H,W)
+
+# %% ../../nbs/21a_methods.blocks.ipynb #6426377b
+class ClassSlice(nn.Module):
+    "The logits start..stop of a network, as a network of its own."
+    def __init__(self,
+        net: nn.Module, # made by `finish`
+        start: int, # first logit kept
+        stop: int, # one after the last
+    ):
+        super().__init__()
+        self.net, self.kept = net, (start, stop)
+        self.taps, self.stride = tuple(f'net.{t}' for t in net.taps), net.stride
+
+    def forward(self, x): return self.net(x)[:, slice(*self.kept)] # (N,stop-start,h,w)
+
+    def extra_repr(self): return f'kept={self.kept}'
 
 # %% ../../nbs/21a_methods.blocks.ipynb #ba30738c
 def to_windows(
