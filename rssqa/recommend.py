@@ -84,7 +84,7 @@ def default_pack() -> Path:
     latest = cache_dir('demo')/'latest.json'
     return Path(os.environ.get('RSSQA_PACK') or (read_json(latest)['pack'] if latest.exists() else latest.parent))
 
-# %% ../nbs/53_recommend.ipynb #a8c0e9fd
+# %% ../nbs/53_recommend.ipynb #f041b3e5
 def rank(
     image, # anything as_image takes
     pack: Pack,
@@ -98,7 +98,7 @@ def rank(
         raise BadImage(f'cannot segment {image if isinstance(image, (str, Path)) else "this image"}', f'found {x.shape[3]}x{x.shape[2]} pixels, expected at least {MIN_SIDE}', 'use a larger one')
     rows, masks, taps = [], [], {}
     for method in chosen or pack.methods(dataset):
-        told, mask, pooled = judge(pack.segmenter(method, dataset), x)
+        told, mask, pooled, _ = judge(pack.segmenter(method, dataset), x)
         rows.append(told.assign(method=method)); masks.append(mask[0]); taps[method] = pooled
     table = pd.concat(rows, ignore_index=True).assign(image_id='image', dataset=dataset)
     if len(masks) > 1: table = table.assign(**agreement(np.stack(masks)).to_dict('list'))

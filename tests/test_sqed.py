@@ -132,7 +132,7 @@ def test_without_labels_the_label_free_columns_stay_the_same(some, whole, store)
     w, net = world(), load_segmenter(world().fleet.folder[0])
     part = some[some.fold == world().fleet.fold[0]][:2]
     images, truths = np.stack([read_image(r) for r in part.itertuples()]), [read_mask(r, w.spec) for r in part.itertuples()]
-    (a, masks, taps), (b, same_masks, same_taps) = judge(net, images, truths), judge(net, images)
+    (a, masks, taps, _), (b, same_masks, same_taps, _) = judge(net, images, truths), judge(net, images)
     free = label_free_columns(a)
     assert a[free].equals(b[free]) and np.array_equal(masks, same_masks) and np.array_equal(taps, same_taps)
     assert b.n_valid.eq(0).all() and b.oa.isna().all() and a.oa.notna().all()

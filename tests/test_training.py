@@ -199,10 +199,10 @@ def test_class_tables_without_tiles_are_named(tmp_path):
 # ---------------------------------------------------------------- batches and losses
 
 def test_batches_depend_on_the_step_alone(tiles):
-    pixels, augment = _Pixels(tiles, world().spec), training._augment(64)
-    x, y = _batch(pixels, augment, 3, SHORT)
+    pixels, recipe = [_Pixels(tiles, world().spec)], replace(SHORT, batch=2, crop=64)
+    x, y, _ = _batch(pixels, 3, recipe)
     torch.rand(7); np.random.rand(3)
-    again, other = _batch(pixels, augment, 3, SHORT), _batch(pixels, augment, 4, SHORT)
+    again, other = _batch(pixels, 3, recipe), _batch(pixels, 4, recipe)
     assert torch.equal(x, again[0]) and torch.equal(y, again[1]) and not torch.equal(x, other[0])
     assert x.shape == (2, 3, 64, 64) and y.shape == (2, 64, 64) and 0 <= x.min() and x.max() <= 1 and y.dtype == torch.int64
     assert set(y.unique().tolist()) <= {*range(len(world().spec.classes)), 255}
@@ -210,10 +210,61 @@ def test_batches_depend_on_the_step_alone(tiles):
 
 def test_image_and_mask_are_moved_together():
     mask = np.random.default_rng(0).integers(0, 2, (4, 4)).astype(np.uint8).repeat(32, 0).repeat(32, 1)
-    x, y = _batch([(np.stack([mask * 255] * 3), mask)], training._augment(64), 0, Recipe(batch=24, crop=64))
+    x, y, _ = _batch([[(np.stack([mask * 255] * 3), mask)]], 0, Recipe(batch=24, crop=64))
     for image, truth in zip(x.mean(1), y):
         if truth.float().mean().clamp(0.1, 0.9) == truth.float().mean():                # both classes are in the crop
             assert np.corrcoef(image.ravel(), truth.ravel())[0, 1] > 0.9                # what differs is the interpolated edge
+
+
+@pytest.mark.parametrize('zoom', [0., 1.25, 1.5, 3.])
+def test_zoom_bounds_the_size_of_what_is_seen(zoom):
+    ramp = np.tile(np.arange(256, dtype=np.uint8), (256, 1))             # brightness says where a column was
+    recipe = Recipe(batch=1, crop=64, zoom=zoom)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x, y = training._crop((np.stack([ramp] * 3), ramp), recipe)
+        assert x.shape == (3, 64, 64) and y.shape == (64, 64)
+        if zoom: assert 64 / zoom * 0.7 < int(y.max()) - int(y.min()) + 1 < 64 * zoom * 1.3        # columns or rows shown, aspect up to 1.25
+    scale = training._augment(64, zoom, 256.).transforms[0].scale
+    assert scale == ((0.35, 1.0) if not zoom else ((64 / zoom / 256)**2, min(1, (64 * zoom / 256)**2)))
+
+
+def test_joint_batches_draw_from_all_datasets():
+    flat = lambda v: [(np.full((3, 64, 64), v, np.uint8), np.full((64, 64), v, np.uint8))]
+    x, y, which = _batch([flat(0), flat(1) * 9], 5, Recipe(batch=64, crop=32))
+    assert set(which.tolist()) == {0, 1} and all((y[i] == d).all() for i, d in enumerate(which.tolist()))
+    assert 0.5 < which.float().mean() < 0.95                              # by the root of the sizes: 3/4
+
+
+def test_joint_loss_judges_each_crop_on_its_own_logits():
+    slices, logits = [slice(0, 2), slice(2, 5)], torch.randn(4, 5, 8, 8, requires_grad=True)
+    y, which = torch.randint(2, (4, 8, 8)), torch.tensor([0, 1, 0, 1])
+    training._joint_loss(logits, y, which, slices).backward()
+    used = logits.grad.abs().sum((2, 3)) > 0
+    assert used.tolist() == [[d == 0] * 2 + [d == 1] * 3 for d in which.tolist()]
+    alone = training._joint_loss(logits[:1], y[:1], which[:1], slices)
+    assert torch.allclose(alone, _loss(logits[:1, :2], y[:1]))
+
+
+def two_sets():
+    "Two datasets with different class tables."
+    w = world()
+    other = replace(w.spec, name='second', classes=(*w.spec.classes, 'extra'), palette=(*w.spec.palette, (1, 2, 3)))
+    tiles = pd.concat([w.tiles.assign(dataset=w.spec.name), w.tiles.assign(dataset='second')], ignore_index=True)
+    return tiles, {w.spec.name: w.spec, 'second': other}
+
+
+def test_joint_networks_stand_alone_and_are_cross_fitted(tmp_path):
+    tiles, specs = two_sets()
+    fleet = cross_fit(tiles, specs, tmp_path, ['unet', 'logcan'], replace(SHORT, steps=2), workers=1, joint=True)
+    assert len(fleet) == 8 and fleet.fingerprint.is_unique and set(fleet.dataset) == set(specs)
+    for net in fleet.itertuples():
+        seg, mine = load_segmenter(net.folder), tiles[tiles.dataset == net.dataset]
+        assert seg.classes == tuple(specs[net.dataset].classes) and seg(torch.zeros(1, 3, 64, 64)).logits.shape[1] == len(seg.classes)
+        assert seg.reference.shape == (2, 2 * sum(seg.channels)) and seg.config['learned_from'] == list(specs)
+        assert not set(net.scenes) & set(mine[mine.fold == net.fold].scene.astype(str))
+    again = cross_fit(tiles, specs, tmp_path, ['unet', 'logcan'], replace(SHORT, steps=2), workers=1, joint=True)
+    assert again.equals(fleet)
 
 
 def test_loss_without_labels_is_zero_and_differentiable():
