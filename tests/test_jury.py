@@ -7,7 +7,7 @@ from sklearn.base import clone
 
 from rssqa import jury as rooms
 from rssqa.core import MissingFeatures
-from rssqa.jury import JURY, JuryModel, JuryNet, Verdicts, clues, inner_folds, posterior, train_jury, verdicts
+from rssqa.jury import JURY, JuryModel, JuryNet, Verdicts, clues, inner_folds, posterior, sample, train_jury, verdicts
 from rssqa.metrics import srocc
 from rssqa.sqed import Lattice, coarse, pack_points
 from rssqa.store import Store
@@ -35,33 +35,39 @@ def stored(folder, seen, scenes=6):
                               oa=float((s.pred[i] == s.truth).mean()), conf=0.7 + 0.01 * (n % 3), edge=float(n % 2)) for n, s in enumerate(seen) for i, m in enumerate(s.methods)])
 
 
-def given(seen): return [torch.as_tensor(np.stack([getattr(s, f) for s in seen])) for f in ('p', 'flip', 'pred')]
+def learn(seen, **kw): return train_jury(sample(seen, NAMES, 60), 3, **dict(epochs=4, width=8) | kw)
 
 
 @pytest.fixture(scope='module')
-def trained(): return train_jury(lattices(30), NAMES, epochs=8, width=8)
+def trained(): return learn(lattices(40), epochs=20)
 
 
 # ---------------------------------------------------------------- the network
 
-def test_an_absent_method_leaves_no_trace():
-    seen = lattices(2)
-    p, flip, pred = given(seen)
-    keep = torch.tensor([[1., 0, 1]] * 2)
-    other = [v.clone() for v in (p, flip, pred)]
-    for v in other: v[:, 1] = 0
-    for one, two in zip(clues(p, flip, pred, keep), clues(*other, keep)):
-        if one.ndim == 4: assert torch.allclose(one, two)
-    a, b = clues(p, flip, pred, keep)[0], clues(*other, keep)[0]
-    assert torch.allclose(a, b)
+def test_an_absent_method_is_the_mean_of_the_others():
+    s = lattices(1)[0]
+    less = Lattice(s.image_id, s.dataset, ['a', 'c'], s.p[[0, 2]], s.flip[[0, 2]], s.pred[[0, 2]], s.truth)
+    x = clues(less, NAMES)
+    assert x.shape == (15, 3, 10, 10) and torch.allclose(x[1], (x[0] + x[2]) / 2) and torch.allclose(x[4], (x[3] + x[5]) / 2)
+    assert torch.allclose(x[0], clues(s, NAMES)[0]) and torch.allclose(x[6], torch.as_tensor(s.p[[0, 2]]).float().mean(0) / 255)
+
+
+def test_no_known_witness():
+    with pytest.raises(MissingFeatures, match='expected some of zebra'): clues(lattices(1)[0], ['zebra'])
+
+
+def test_the_order_of_methods_does_not_matter():
+    s = lattices(1)[0]
+    turned = Lattice(s.image_id, s.dataset, ['c', 'a', 'b'], s.p[[2, 0, 1]], s.flip[[2, 0, 1]], s.pred[[2, 0, 1]], s.truth)
+    assert torch.allclose(clues(s, NAMES), clues(turned, NAMES), atol=1e-6)
 
 
 def test_classes_may_be_renamed(trained):
     s, order = lattices(1, seed=3)[0], [2, 0, 1]
-    q = posterior([trained], Lattice(**{**vars(s), 'dataset': 'new'}), NAMES)
     back = np.argsort(order)
-    t = Lattice(s.image_id, 'new', s.methods, s.p[:, order], s.flip[:, order], back[s.pred].astype(np.uint8), s.truth)
-    assert torch.allclose(posterior([trained], t, NAMES), q[order], atol=1e-5)
+    new = Lattice(s.image_id, 'new', s.methods, s.p, s.flip, s.pred, s.truth)
+    renamed = Lattice(s.image_id, 'new', s.methods, s.p[:, order], s.flip[:, order], back[s.pred].astype(np.uint8), s.truth)
+    assert torch.allclose(posterior([trained], renamed, NAMES), posterior([trained], new, NAMES)[order], atol=1e-5)
 
 
 @pytest.mark.parametrize('classes', [1, 2, 3, 7])
@@ -71,41 +77,39 @@ def test_any_class_table_and_any_size(trained, classes, shape):
     pred = rng.integers(classes, size=(3, *shape)).astype(np.uint8)
     p = rng.integers(256, size=(3, classes, *shape)).astype(np.uint8)
     s = Lattice('x', 'elsewhere', NAMES, p, p, pred, np.full(shape, 255, np.uint8))
-    q = posterior([trained], s, NAMES)
-    told = verdicts([trained], [s], NAMES)
+    q, told = posterior([trained], s, NAMES), verdicts([trained], [s], NAMES)
     assert q.shape == (classes, *shape) and torch.allclose(q.sum(0), torch.ones(shape), atol=1e-5)
     assert list(told.method) == NAMES and told[list(JURY)].notna().all(axis=None) and told.jury_oa.between(0, 1 + 1e-6).all()
 
 
 def test_untrained_jury_is_the_mean():
-    p, flip, pred = given(lattices(4))
-    x, mean = clues(p, flip, pred, torch.ones(4, 3))
-    assert torch.equal(JuryNet(3, {})(x, mean, 'any').argmax(1), mean.argmax(1))
+    s = lattices(1)[0]
+    x = clues(s, NAMES).flatten(2).permute(2, 1, 0)
+    assert torch.equal(JuryNet(3, {})(x, 'any').argmax(1), x[..., 6].argmax(1))
 
 
 # ---------------------------------------------------------------- learning
 
 def test_same_seed_same_jury():
-    one, two, three = (train_jury(lattices(6), NAMES, epochs=1, width=8, seed=s) for s in (0, 0, 1))
+    one, two, three = (learn(lattices(6), seed=s) for s in (0, 0, 1))
     pairs = [[torch.equal(a, b) for a, b in zip(one.state_dict().values(), net.state_dict().values())] for net in (two, three)]
     assert all(pairs[0]) and not all(pairs[1])
 
 
-def test_unlabelled_images_teach_nothing_and_break_nothing():
+def test_points_are_labelled_ones():
     seen = lattices(4)
-    for s in seen: s.truth[:] = 255
-    net = train_jury(seen, NAMES, epochs=1, width=8)
-    assert all(torch.isfinite(v).all() for v in net.state_dict().values())
-    x, mean = clues(*given(seen), torch.ones(4, 3))
-    assert torch.equal(net(x, mean, 'town').argmax(1), mean.argmax(1))
+    for s in seen: s.truth[:5] = 255
+    x, y = sample(seen, NAMES, 1000)['town']
+    assert len(y) == 4 * 50 and x.shape == (200, 3, 15) and y.max() < 3
+    seen[0].truth[:] = 255
+    assert len(sample(seen, NAMES, 7)['town'][1]) == 21
 
 
 def test_two_class_tables_and_missing_methods_in_one_training():
     some = [Lattice(s.image_id, s.dataset, ['a', 'c'], s.p[[0, 2]], s.flip[[0, 2]], s.pred[[0, 2]], s.truth) for s in lattices(5, seed=1)]
-    net = train_jury([*lattices(5), *lattices(5, classes=2, dataset='field'), *some], NAMES, epochs=1, width=8)
+    net = learn([*lattices(5), *lattices(5, classes=2, dataset='field'), *some])
     assert set(net.habit) == {'town', 'field'} and len(net.habit['field']) == 2
-    told = verdicts([net], [*some, *lattices(2, classes=5, dataset='sea')], NAMES)
-    assert len(told) == 2 * 5 + 3 * 2
+    assert len(verdicts([net], [*some, *lattices(2, classes=5, dataset='sea')], NAMES)) == 2 * 5 + 3 * 2
 
 
 def test_a_method_without_a_place_is_judged_by_the_others(trained):
@@ -147,13 +151,13 @@ def test_no_training_image_is_judged_by_a_jury_that_saw_its_scene(tmp_path, monk
     table, asked = stored(tmp_path, lattices(12)), []
     call = Verdicts.__call__
     monkeypatch.setattr(Verdicts, '__call__', lambda self, train, rows: (asked.append((set(train.scene) if 'scene' in train else set(), set(rows.scene))), call(self, train, rows))[1])
-    JuryModel(str(tmp_path), taps=False, inner=3, epochs=1, width=8, gated=0).fit(table)
+    JuryModel(str(tmp_path), correct=0.5, inner=3, epochs=1, width=8).fit(table)
     assert len(asked) == 3 and all(seen and not seen & judged for seen, judged in asked) and set.union(*(j for _, j in asked)) == set(table.scene)
 
 
 def test_model_is_an_estimator_and_never_reads_the_labels_of_new_rows(tmp_path):
     table = stored(tmp_path, lattices(18))
-    model = clone(JuryModel(str(tmp_path), taps=False, inner=2, epochs=2, width=8, gated=0)).fit(table[:36])
+    model = clone(JuryModel(str(tmp_path), correct=0.5, inner=2, epochs=2, width=8)).fit(table[:36])
     guess = model.predict(table[36:].drop(columns=['oa', 'n_valid']))
     assert np.array_equal(guess, model.predict(table[36:].assign(oa=0.0))) and np.isfinite(guess).all() and guess.min() >= 0 and guess.max() <= 1
     assert np.array_equal(model.predict(table[36:][::-1]), guess[::-1])
@@ -164,7 +168,7 @@ def test_truth_of_test_images_does_not_matter(tmp_path):
     a = stored(tmp_path/'a', seen)
     for s in seen[12:]: s.truth[:] = 255
     b = stored(tmp_path/'b', seen).assign(oa=a.oa)
-    one, two = (JuryModel(str(tmp_path/x), taps=False, inner=2, epochs=1, width=8, gated=0).fit(t[:36]).predict(t[36:]) for x, t in (('a', a), ('b', b)))
+    one, two = (JuryModel(str(tmp_path/x), correct=0.5, inner=2, epochs=1, width=8).fit(t[:36]).predict(t[36:]) for x, t in (('a', a), ('b', b)))
     assert np.array_equal(one, two)
 
 
