@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['JURY', 'clues', 'JuryNet', 'sample', 'train_jury', 'posterior', 'verdicts', 'Verdicts', 'inner_folds', 'JuryModel']
 
-# %% ../nbs/51b_jury.ipynb #07d25de4
+# %% ../nbs/51b_jury.ipynb #b9db01bf
 import numpy as np
 import pandas as pd
+import torch
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
+from torch import nn
 
 from .branches import Branches
 from .core import MissingFeatures, digest, seed_all
@@ -17,11 +19,7 @@ from .core import MissingFeatures, digest, seed_all
 from .sqed import Lattice, coarse, lattices
 from .store import Store
 
-# %% ../nbs/51b_jury.ipynb #40a83352
-import torch
-from torch import nn
-
-
+# %% ../nbs/51b_jury.ipynb #933616f8
 def _around(x, side): # (...,h,w) -> the same, mean over a window of side x side points inside the image
     flat = x.reshape(-1, 1, *x.shape[-2:])
     return nn.functional.avg_pool2d(flat, side, 1, side // 2, count_include_pad=False).reshape(x.shape)

@@ -1,5 +1,5 @@
 """Measures against scikit-learn, SciPy and plain loops, and what they do where there is nothing to measure."""
-import itertools, warnings
+import itertools, time, warnings
 
 import numpy as np
 import pandas as pd
@@ -9,8 +9,8 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from rssqa.core import SchemaError
-from rssqa.metrics import (IGNORE, accuracy, aurc, class_f1, class_iou, confusion, evaluate, failure_auroc, krocc, mae, plcc, plcc_fitted, recommendation,
-                           rmse, single_best, srocc, wide, within)
+from rssqa.metrics import (FAILURE, IGNORE, Ranks, accuracy, aurc, choices, class_f1, class_iou, confusion, evaluate, failure_auroc, gains, grouped_srocc, krocc, logistic, mae,
+                           moment_plcc, moments, pair_balance, plcc, plcc_fitted, recommendation, rmse, single_best, srocc, views, weighted_auroc, weighted_aurc, weighted_srocc, wide, within)
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -127,6 +127,7 @@ def test_fit_repairs_a_bent_scale_and_never_crashes():
         warnings.simplefilter('ignore')
         for n in (3, 4, 5, 9): assert -1 <= plcc_fitted(y[:n], bent[:n]) <= 1.0000001   # four parameters, three rows
         for _ in range(10): assert np.isfinite(plcc_fitted(rng.random(6), rng.random(6)))
+    assert mae(y, logistic(y, bent)) < .01 and np.array_equal(logistic([.5, .5, .5], [1, 2, 3]), [1, 2, 3]) and FAILURE == .7
 
 
 # ---- groups
@@ -160,6 +161,108 @@ def test_pooling_hides_what_within_shows():
     assert srocc(t.oa, t.predicted) > .95 and abs(within(t, 'image_id')[0]) < .2
 
 
+def test_all_groups_at_once_equal_the_loop():
+    t = random_table(60, 5, levels=6)
+    t.loc[t.image_id == 'i3', 'predicted'] = .5                                       # no order
+    t.loc[t.image_id.isin(['i4', 'i5']) & (t.method == 'm0'), ['oa', 'predicted']] = [[np.nan, .1], [.1, np.inf]]
+    t = t[(t.image_id != 'i6') | t.method.isin(['m0', 'm1'])].sample(frac=1, random_state=3)
+    loop = {i: srocc(g.oa, g.predicted) if len(g) >= 3 else np.nan for i, g in t.groupby('image_id')}
+    got = grouped_srocc(t.oa, t.predicted, t.groupby('image_id').ngroup())
+    assert np.allclose(got, list(loop.values()), equal_nan=True) and np.isnan(got).sum() >= 4
+    assert within(t, 'image_id') == pytest.approx((np.nanmean(got), np.isfinite(got).sum(), np.isnan(got).sum()))
+    code = t.groupby('image_id').ngroup().where(t.image_id != 'i1', -1)
+    assert len(grouped_srocc(t.oa, t.predicted, code)) == 59 and len(grouped_srocc([], [], [])) == 0
+    assert within(t[:0], 'image_id')[1:] == (0, 0)
+
+
+def test_images_are_ranked_much_faster_than_one_by_one():
+    t = random_table(800, 8)
+    begun = time.process_time(); within(t, 'image_id'); ours = time.process_time() - begun
+    begun = time.process_time(); within(t, 'image_id', lambda y, s: srocc(y, s)); loop = time.process_time() - begun
+    assert ours < loop / 4
+
+
+# ---- weights
+
+@st.composite
+def weightings(draw): # two columns with ties, group codes, multiplicities of several resamples
+    n, levels, groups, rng = draw(st.integers(3, 40)), draw(st.sampled_from([1, 2, 4, 1000])), draw(st.integers(1, 4)), np.random.default_rng(draw(st.integers(0, 10**6)))
+    group = pd.factorize(np.sort(rng.integers(0, groups, n)))[0]
+    return rng.integers(0, 1000, n) / 1000, rng.integers(0, levels, n) / levels, group, rng.integers(0, draw(st.sampled_from([2, 4])), (n, 5))
+
+
+def repeated(group, w, *columns): # the rows that a weighting stands for, group by group
+    for g in np.unique(group):
+        at = np.repeat(np.flatnonzero(group == g), w[group == g])
+        yield g, [c[at] for c in columns]
+
+
+@quick
+@given(weightings())
+def test_weighted_ranks_are_ranks_of_repeated_rows(case):
+    y, s, group, w = case
+    got = Ranks(s, group)(w)
+    for b in range(w.shape[1]):
+        for g, (rows,) in repeated(group, w[:, b], np.arange(len(s))):
+            if len(rows): assert np.allclose(got[rows, b], stats.rankdata(s[rows]) - (len(rows) + 1) / 2)
+            assert np.isclose(Ranks(s, group).scatter(Ranks(s, group).totals(w))[g, b], np.var(stats.rankdata(s[rows])) * len(rows) if len(rows) else 0)
+
+
+@quick
+@given(weightings())
+def test_weighted_correlations_against_scipy_on_repeated_rows(case):
+    y, s, group, w = case
+    ry, rs = Ranks(y, group), Ranks(s, group)
+    got, total = weighted_srocc(ry, rs, w), np.add.reduceat(w[:, None, :] * moments(y - y.mean(), s - s.mean())[:, :, None], ry.first, axis=0)
+    for b in range(w.shape[1]):
+        for g, (a, c) in repeated(group, w[:, b], y, s):
+            varied = len(a) > 2 and np.ptp(a) > 0 and np.ptp(c) > 0
+            want = (stats.spearmanr(a, c)[0], stats.pearsonr(a, c)[0]) if varied else (np.nan, np.nan)
+            assert np.allclose((got[g, b], moment_plcc(total[g, :, b])), want, atol=1e-9, equal_nan=True)
+
+
+@quick
+@given(weightings())
+def test_pair_balance_against_kendall_on_repeated_rows(case):
+    y, s, unit, w = case
+    ry, rs, units = Ranks(y), Ranks(s), unit.max() + 1
+    c, t1, t2 = pair_balance(ry, rs, unit), pair_balance(ry, ry, unit), pair_balance(rs, rs, unit)
+    assert np.array_equal(c, c.T) and c.shape == (units, units) and t1.sum() == len(y)**2 - sum(n**2 for n in np.unique(y, return_counts=True)[1])
+    for v in np.random.default_rng(0).integers(0, 3, (4, units)):
+        at = np.repeat(np.arange(len(y)), v[unit])
+        want = stats.kendalltau(y[at], s[at])[0] if len(at) > 1 else np.nan
+        below = (v @ t1 @ v) * (v @ t2 @ v)
+        if below: assert np.isclose(v @ c @ v / below**.5, want)
+        else: assert np.isnan(want)
+
+
+def test_pair_balance_takes_long_units():
+    rng = np.random.default_rng(0)
+    y, s, unit = rng.integers(0, 50, 300) / 50, rng.random(300), np.repeat([0, 1, 2], [1, 230, 69])
+    assert pair_balance(Ranks(y), Ranks(s), unit).sum() == sum(np.sign(y - a) @ np.sign(s - b) for a, b in zip(y, s))
+
+
+@quick
+@given(weightings(), st.floats(.05, .95))
+def test_weighted_refusal_against_repeated_rows(case, threshold):
+    y, s, _, w = case
+    w[0] = 1
+    ranks = Ranks(s)
+    upto = ranks.totals(w)
+    areas, rocs = weighted_aurc((1 - y)[:, None] * w, ranks, upto), weighted_auroc((y < threshold)[:, None] * w, ranks, upto)
+    for b in range(w.shape[1]):
+        (_, (a, c)), = repeated(np.zeros(len(y), int), w[:, b], y, s)
+        order = np.random.default_rng(0).permutation(len(a))
+        assert np.isclose(areas[b], aurc(a[order], c[order])) and np.isclose(rocs[b], failure_auroc(a, c, threshold), equal_nan=True)
+
+
+def test_roc_against_sample_weights_of_sklearn():
+    rng = np.random.default_rng(0)
+    y, s, w = rng.random(200), rng.integers(0, 30, 200) / 30, rng.integers(0, 4, (200, 3))
+    got = weighted_auroc((y < .4)[:, None] * w, Ranks(s), Ranks(s).totals(w))
+    assert np.allclose(got, [sk.roc_auc_score(y < .4, -s, sample_weight=v) for v in w.T])
+
+
 # ---- choices
 
 def by_hand(t, best, tie):
@@ -168,13 +271,12 @@ def by_hand(t, best, tie):
     for _, g in t.groupby('image_id'):
         g = g.dropna(subset=['oa', 'predicted']).sort_values('method').reset_index()
         if len(g) < full: continue
-        pick = max(range(full), key=lambda i: (g.predicted[i], -i))
-        single = g.oa[list(g.method).index(best.get(g.dataset[0], best['']))]
-        out.append((g.oa.max(), g.oa[pick], single))
+        top, single = g.oa.max(), g.oa[list(g.method).index(best.get(g.dataset[0], best['']))]
+        picks = [g.oa[i] for i in range(full) if g.predicted[i] == g.predicted.max()]             # each as likely as the others
+        out.append((np.mean([p == top for p in picks]), np.mean([p >= top - tie for p in picks]), float(single == top), np.mean([top - p for p in picks]), top - single))
     if not out: return None
-    top, pick, single = np.array(out).T
-    return dict(top1=(pick == top).mean(), top1_tie=(pick >= top - tie).mean(), top1_single=(single == top).mean(), regret=(top - pick).mean(),
-                regret_single=(top - single).mean(), gap_closed=1 - (top - pick).mean() / (top - single).mean() if (top > single).any() else np.nan, images=len(out))
+    mean = dict(zip(('top1', 'top1_tie', 'top1_single', 'regret', 'regret_single'), np.mean(out, 0)))
+    return mean | dict(gap_closed=1 - mean['regret'] / mean['regret_single'] if mean['regret_single'] > 0 else np.nan, images=len(out))
 
 
 @quick
@@ -203,9 +305,36 @@ def test_single_image_ties_and_nothing():
     one = table([('i', 'd', 'a', .8, .5), ('i', 'd', 'b', .8, .4), ('i', 'd', 'c', .797, .9)])
     got = recommendation(one, {'': 'b'})
     assert got['images'] == 1 and got['top1'] == 0 and got['top1_tie'] == 1 and got['top1_single'] == 1 and np.isclose(got['regret'], .003) and np.isnan(got['gap_closed'])
-    assert recommendation(one.assign(predicted=.5), {'': 'a'})['top1'] == 1            # equal scores: the first by name
+    assert recommendation(one.assign(predicted=.5), {'': 'a'})['top1'] == pytest.approx(2 / 3)     # equal scores: two of three are best
     nothing = recommendation(one.assign(predicted=np.nan), {'': 'a'})
     assert nothing['images'] == 0 and all(np.isnan(v) for k, v in nothing.items() if k != 'images') and nothing.keys() == got.keys()
+
+
+def test_a_constant_predictor_is_neither_lucky_nor_unlucky():
+    t = random_table(40, 5)
+    names = dict(zip(sorted(t.method.unique()), 'edcba'))                              # the alphabet turned round
+    mute, turned = (recommendation(v.assign(predicted=.7), single_best(v)) for v in (t, t.assign(method=t.method.map(names))))
+    assert mute == pytest.approx(turned) and mute['regret'] == pytest.approx((t.groupby('image_id').oa.max() - t.groupby('image_id').oa.mean()).mean())
+    level = t.groupby('image_id').oa.transform('mean')
+    jitter = t.assign(predicted=level * (1 + 1e-15 * np.random.default_rng(0).random(len(t))))
+    assert views(jitter) == pytest.approx(views(t.assign(predicted=level)), abs=1e-6, nan_ok=True)
+    noise = t.assign(predicted=.7 + np.random.default_rng(0).choice([-1, 1], len(t)) * 1e-16)      # the order of additions is no opinion
+    assert recommendation(noise, single_best(t)) == pytest.approx(mute) and np.isnan(within(noise, 'image_id')[0])
+
+
+def test_ties_equal_the_mean_over_random_choices():
+    t, rng = random_table(30, 5, levels=4), np.random.default_rng(1)
+    best = single_best(t)
+    drawn = [recommendation(t.assign(predicted=t.predicted + 1e-6 * rng.random(len(t))), best) for _ in range(60)]
+    got = recommendation(t, best)
+    for k in ('top1', 'top1_tie', 'regret', 'gap_closed'): assert got[k] == pytest.approx(np.mean([d[k] for d in drawn]), abs=4 * np.std([d[k] for d in drawn]) / 60**.5 + 1e-6)
+
+
+def test_choices_are_the_images_behind_the_recommendation():
+    t = random_table(12, 5)
+    chosen = choices(t[1:], single_best(t), .1)                                        # one image lacks a method
+    assert len(chosen) == 11 and t.image_id[0] not in chosen.index and gains(chosen) == recommendation(t[1:], single_best(t), .1)
+    assert chosen.loc['i3', 'regret'] == pytest.approx(t[t.image_id == 'i3'].oa.max() - t[t.image_id == 'i3'].set_index('predicted').oa.sort_index().iloc[-1])
 
 
 def test_a_rival_without_rows_gives_nan_not_another_method():
@@ -235,14 +364,31 @@ def test_wide():
 
 # ---- refusal
 
+def area(y, s): # of one order, by the definition
+    order = sorted(range(len(y)), key=lambda i: -s[i])
+    return np.mean([np.mean([1 - y[i] for i in order[:n]]) for n in range(1, len(y) + 1)])
+
+
 @quick
 @given(columns())
 def test_aurc_against_a_loop(ys):
     y, s = ys
-    order = sorted(range(len(y)), key=lambda i: -s[i])
-    risks = [np.mean([1 - y[i] for i in order[:n]]) for n in range(1, len(y) + 1)]
-    assert np.isclose(aurc(y, s), np.mean(risks)) and aurc(y, y) <= aurc(y, s) + 1e-12 <= aurc(y, -y) + 2e-12
+    s = s + 1e-6 * np.arange(len(s))                                                  # no ties
+    assert np.isclose(aurc(y, s), area(y, s)) and aurc(y, y) <= aurc(y, s) + 1e-12 <= aurc(y, -y) + 2e-12
     assert np.isclose(aurc(np.ones(7), np.arange(7)), 0) and np.isclose(aurc(y[:1], s[:1]), 1 - y[0])
+
+
+@quick
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), min_size=1, max_size=6))
+def test_aurc_is_the_mean_over_all_orders_of_ties(rows):
+    y, s = np.array(rows).T / 5
+    orders = [p for p in itertools.permutations(range(len(y))) if all(s[a] >= s[b] for a, b in zip(p, p[1:]))]
+    assert np.isclose(aurc(y, s), np.mean([np.mean(np.cumsum(1 - y[list(p)]) / np.arange(1, len(y) + 1)) for p in orders]))
+
+
+def test_row_order_does_not_move_a_measure():
+    t = random_table(40, 5, levels=4)
+    for seed in range(3): assert views(t.sample(frac=1, random_state=seed)) == pytest.approx(views(t), abs=1e-6)
 
 
 @quick
@@ -252,7 +398,7 @@ def test_failure_auroc_by_pairs(ys, threshold):
     bad, good = s[y < threshold], s[y >= threshold]
     if not len(bad) or not len(good): assert np.isnan(failure_auroc(y, s, threshold)); return
     want = np.mean([(b < g) + .5 * (b == g) for b, g in itertools.product(bad, good)])
-    assert np.isclose(failure_auroc(y, s, threshold), want)
+    assert np.isclose(failure_auroc(y, s, threshold), want) and np.isclose(want, sk.roc_auc_score(y < threshold, -s))
 
 
 # ---- all in one row
@@ -261,8 +407,10 @@ def test_evaluate_is_the_sum_of_its_parts_and_drops_rows_without_numbers():
     t = random_table()
     holed = pd.concat([t, table([('i99', 'd0', 'm0', np.nan, .5), ('i98', 'd0', 'm0', .5, np.nan), ('i97', 'd0', 'm0', .5, np.inf)])])
     got = evaluate(holed, t)
-    want = dict(srocc_image=within(t, 'image_id')[0], srocc_dataset=within(t, 'dataset')[0], plcc_dataset=within(t, 'dataset', plcc)[0], srocc=srocc(t.oa, t.predicted),
-                krocc_dataset=within(t, 'dataset', krocc)[0], mae=mae(t.oa, t.predicted), rmse=rmse(t.oa, t.predicted), aurc=aurc(t.oa, t.predicted),
+    y, s = t.oa, t.predicted
+    want = dict(srocc_image=within(t, 'image_id')[0], srocc_dataset=within(t, 'dataset')[0], srocc_method=within(t, ['dataset', 'method'])[0], plcc_dataset=within(t, 'dataset', plcc)[0],
+                plcc_fitted_dataset=within(t, 'dataset', plcc_fitted)[0], krocc_dataset=within(t, 'dataset', krocc)[0], srocc=srocc(y, s), plcc=plcc(y, s), plcc_fitted=plcc_fitted(y, s),
+                krocc=krocc(y, s), mae=mae(y, s), rmse=rmse(y, s), aurc=aurc(y, s), failure_auroc=failure_auroc(y, s, .7), failure_below=.7,
                 **recommendation(t, single_best(t)), n_rows=60, n_images=12)
     assert got == pytest.approx(want, nan_ok=True)
 
