@@ -1,4 +1,6 @@
 """Training that can be killed, and networks that never label what they learned from."""
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
