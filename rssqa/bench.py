@@ -92,7 +92,7 @@ def holdout_folds(
     whole = table.groupby(['dataset', 'scene'], observed=True)[by].nunique().max() == 1
     return code if whole else np.stack([scene_folds(table, k, seed), code], 1)
 
-# %% ../nbs/70_bench.ipynb #b5fce027
+# %% ../nbs/70_bench.ipynb #68154798
 OURS = 'RS-SQA'
 VIEWS = ('srocc_image', 'srocc_dataset', 'plcc_dataset', 'mae', 'top1', 'regret', 'gap_closed')
 
@@ -113,16 +113,17 @@ def measure(
     predicted: np.ndarray, # (len(table),) out of fold
     fold: np.ndarray, # (len(table),) or (len(table),2)
     train: pd.DataFrame = None, # rows the rival is chosen on; default: the other folds
+    threshold: float = FAILURE, # OA below it is a failure
 ) -> dict:
     "Measure out-of-fold predictions in all views."
     ok = np.isfinite(table.oa.to_numpy(float)) & np.isfinite(np.asarray(predicted, float))
     if not ok.any(): raise SchemaError('cannot measure', 'found no row with both oa and predicted', 'predict first')
     told = table.assign(predicted=np.asarray(predicted, float))[ok]
     fold = _columns(fold)[ok, 0]
-    return _facts(told, _chosen(told, fold, _rivals(told, fold, train)))
+    return _facts(told, _chosen(told, fold, _rivals(told, fold, train)), threshold)
 
 
-def _facts(told, chosen): return views(told) | gains(chosen) | dict(n_rows=len(told), n_images=told.image_id.nunique())
+def _facts(told, chosen, threshold): return views(told, threshold) | gains(chosen) | dict(n_rows=len(told), n_images=told.image_id.nunique())
 
 
 def _rivals(table, fold, train=None): # fold -> single best of its training rows
@@ -248,14 +249,15 @@ def _checked(predictions, name):
     if predictions.duplicated(KEYS[:3]).any(): raise SchemaError(f'{name} are no predictions', 'found a second row for one (image_id, method, seed)', 'keep one')
     return predictions
 
-# %% ../nbs/70_bench.ipynb #b6a1652a
+# %% ../nbs/70_bench.ipynb #e3252cac
 def leaderboard(
     table: pd.DataFrame, # an SQED table
     predictions: pd.DataFrame, # from run
     train: pd.DataFrame = None, # rows the rival is chosen on; default: the other folds
+    threshold: float = FAILURE, # OA below it is a failure
 ) -> pd.DataFrame: # one row a predictor
     "Measure predictions in all views, averaged over seeds."
-    return by_group(table, predictions, [], train)
+    return by_group(table, predictions, [], train, threshold)
 
 
 def by_group(
@@ -263,19 +265,20 @@ def by_group(
     predictions: pd.DataFrame, # from run
     by: str | list[str] = 'dataset', # columns of the table
     train: pd.DataFrame = None, # rows the rival is chosen on; default: the other folds
+    threshold: float = FAILURE, # OA below it is a failure
 ) -> pd.DataFrame: # one row a group and predictor
     "Measure predictions in all views within each group, averaged over seeds."
     by = [by] if isinstance(by, str) else list(by)
     table, parts = _aligned(table, predictions)
     rows = [key | dict(predictor=name) | row for fold, told in parts for rivals in [_rivals(table, fold, train)] for name in told
-            for key, row in _group_facts(table.assign(predicted=told[name]), fold, rivals, by)]
+            for key, row in _group_facts(table.assign(predicted=told[name]), fold, rivals, by, threshold)]
     return pd.DataFrame(rows).groupby([*by, 'predictor'], sort=False).mean().dropna(axis=1, how='all')
 
 
-def _group_facts(told, fold, rivals, by): # yields ({column: value}, measures)
+def _group_facts(told, fold, rivals, by, threshold): # yields ({column: value}, measures)
     chosen, whole = _chosen(told, fold, rivals), not by or told.groupby('image_id')[by].nunique().max(axis=None) == 1
     for key, part in told.groupby(by, observed=True) if by else [((), told)]:
-        yield dict(zip(by, key)), _facts(part, chosen[chosen.index.isin(part.image_id) & whole])
+        yield dict(zip(by, key)), _facts(part, chosen[chosen.index.isin(part.image_id) & whole], threshold)
 
 
 def _aligned(table, predictions): # the table's labelled rows, and for each seed (fold, predictions) of the same rows
@@ -290,7 +293,7 @@ def _aligned(table, predictions): # the table's labelled rows, and for each seed
         parts.append((part.fold.to_numpy()[at], told))
     return table, parts
 
-# %% ../nbs/70_bench.ipynb #9e34d1f9
+# %% ../nbs/70_bench.ipynb #00411dca
 BETTER = dict(srocc_image=1, srocc_dataset=1, srocc_method=1, plcc_dataset=1, plcc_fitted_dataset=1, krocc_dataset=1, srocc=1, plcc=1, plcc_fitted=1, krocc=1, mae=-1, rmse=-1, aurc=-1,
               failure_auroc=1, top1=1, top1_tie=1, regret=-1, gap_closed=1) # +1: higher is better
 
@@ -305,7 +308,7 @@ def bootstrap(
     unit: str = 'scene', # what is drawn, within each dataset: 'scene' or 'image'
     train: pd.DataFrame = None, # rows the single best is chosen on; default: the other folds
     threshold: float = FAILURE, # OA below it is a failure
-) -> pd.DataFrame: # index (predictor, measure): value, low, high, delta, delta_low, delta_high (ours less predictor), better (share of draws in which ours is), unit, units, fewest, draws
+) -> pd.DataFrame: # index (predictor, measure): value, low, high, delta, delta_low, delta_high (ours less predictor), better (share of draws in which ours is), unit, units, fewest (units of a dataset), draws, failure_below
     "Measure predictors, and ours against each, with intervals from paired draws of scenes."
     if unit not in ('scene', 'image'): raise unknown('unit', unit, ['scene', 'image'])
     table = table.assign(unit=table.scene if unit == 'scene' else table.image_id).astype(dict(dataset=str, unit=str)).sort_values(['dataset', 'unit', 'image_id', 'method'])
@@ -317,7 +320,7 @@ def bootstrap(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)                # a mean over no group is NaN
         draws = np.nanmean(np.reshape(sheet.measure(told), (len(parts), len(names), len(BETTER), n + 1)), 0)
-        return _intervals(draws, names).assign(unit=unit, units=len(sheet.strata), fewest=np.bincount(sheet.strata).min(), draws=n)
+        return _intervals(draws, names).assign(unit=unit, units=len(sheet.strata), fewest=np.bincount(sheet.strata).min(), draws=n, failure_below=threshold)
 
 
 def _intervals(draws, names): # (P,M,1+n), the first column measured on all rows, the first predictor ours
