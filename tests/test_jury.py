@@ -5,9 +5,8 @@ import pytest
 import torch
 from sklearn.base import clone
 
-from rssqa import jury as rooms
-from rssqa.core import MissingFeatures
-from rssqa.jury import JURY, JuryModel, JuryNet, Verdicts, clues, inner_folds, posterior, sample, train_jury, verdicts
+from rssqa.core import DataNotFound, MissingFeatures
+from rssqa.jury import JURY, Jury, JuryModel, JuryNet, Panel, clues, convene, levelled, load_jury, posterior, sample, save_jury, train_jury, verdicts
 from rssqa.metrics import srocc
 from rssqa.sqed import Lattice, coarse, pack_points
 from rssqa.store import Store
@@ -38,8 +37,11 @@ def stored(folder, seen, scenes=6):
 def learn(seen, **kw): return train_jury(sample(seen, NAMES, 60), 3, **dict(epochs=4, width=8) | kw)
 
 
+def alone(net): return Jury(NAMES, {'': [net]})
+
+
 @pytest.fixture(scope='module')
-def trained(): return learn(lattices(40), epochs=20)
+def trained(): return alone(learn(lattices(40), epochs=20))
 
 
 # ---------------------------------------------------------------- the network
@@ -67,7 +69,7 @@ def test_classes_may_be_renamed(trained):
     back = np.argsort(order)
     new = Lattice(s.image_id, 'new', s.methods, s.p, s.flip, s.pred, s.truth)
     renamed = Lattice(s.image_id, 'new', s.methods, s.p[:, order], s.flip[:, order], back[s.pred].astype(np.uint8), s.truth)
-    assert torch.allclose(posterior([trained], renamed, NAMES), posterior([trained], new, NAMES)[order], atol=1e-5)
+    assert torch.allclose(posterior(trained, renamed), posterior(trained, new)[order], atol=1e-5)
 
 
 @pytest.mark.parametrize('classes', [1, 2, 3, 7])
@@ -77,7 +79,7 @@ def test_any_class_table_and_any_size(trained, classes, shape):
     pred = rng.integers(classes, size=(3, *shape)).astype(np.uint8)
     p = rng.integers(256, size=(3, classes, *shape)).astype(np.uint8)
     s = Lattice('x', 'elsewhere', NAMES, p, p, pred, np.full(shape, 255, np.uint8))
-    q, told = posterior([trained], s, NAMES), verdicts([trained], [s], NAMES)
+    q, told = posterior(trained, s), verdicts(trained, [s])
     assert q.shape == (classes, *shape) and torch.allclose(q.sum(0), torch.ones(shape), atol=1e-5)
     assert list(told.method) == NAMES and told[list(JURY)].notna().all(axis=None) and told.jury_oa.between(0, 1 + 1e-6).all()
 
@@ -109,55 +111,66 @@ def test_two_class_tables_and_missing_methods_in_one_training():
     some = [Lattice(s.image_id, s.dataset, ['a', 'c'], s.p[[0, 2]], s.flip[[0, 2]], s.pred[[0, 2]], s.truth) for s in lattices(5, seed=1)]
     net = learn([*lattices(5), *lattices(5, classes=2, dataset='field'), *some])
     assert set(net.habit) == {'town', 'field'} and len(net.habit['field']) == 2
-    assert len(verdicts([net], [*some, *lattices(2, classes=5, dataset='sea')], NAMES)) == 2 * 5 + 3 * 2
+    assert len(verdicts(alone(net), [*some, *lattices(2, classes=5, dataset='sea')])) == 2 * 5 + 3 * 2
 
 
 def test_a_method_without_a_place_is_judged_by_the_others(trained):
     s = lattices(1, seed=5)[0]
     more = Lattice(s.image_id, s.dataset, [*NAMES, 'zzz'], np.concatenate([s.p, s.p[:1]]), np.concatenate([s.flip, s.flip[:1]]), np.concatenate([s.pred, s.pred[:1]]), s.truth)
-    told = verdicts([trained], [more], NAMES).set_index('method')
-    assert told.jury_oa['zzz'] == pytest.approx(told.jury_oa['a']) and verdicts([trained], [s], NAMES).jury_oa[0] == pytest.approx(told.jury_oa['a'])
+    told = verdicts(trained, [more]).set_index('method')
+    assert told.jury_oa['zzz'] == pytest.approx(told.jury_oa['a']) and verdicts(trained, [s]).jury_oa[0] == pytest.approx(told.jury_oa['a'])
 
 
 def test_verdicts_follow_the_truth(trained):
     fresh = lattices(20, seed=9)
-    told = verdicts([trained], fresh, NAMES)
+    told = verdicts(trained, fresh)
     assert srocc([(y == s.truth).mean() for s in fresh for y in s.pred], told.jury_oa) > 0.8
 
 
-# ---------------------------------------------------------------- folds and the store
-
-@pytest.mark.parametrize('k', [2, 3, 5])
-def test_inner_folds_keep_scenes_whole(k, tmp_path):
-    table = stored(tmp_path, [*lattices(24), *lattices(24, dataset='field')])
-    fold = inner_folds(table, k)
-    assert table.assign(fold=fold).groupby(['dataset', 'scene']).fold.nunique().max() == 1 and set(fold) == set(range(k))
-    one = table[table.scene == 's0']
-    assert table.loc[one.index].assign(fold=inner_folds(one, k)).groupby('image_id').fold.nunique().max() == 1 and len(set(inner_folds(one, k))) == min(k, 4)
+def test_without_habits_no_class_table_is_known():
+    net = learn([*lattices(5), *lattices(5, classes=2, dataset='field')], habits=False)
+    x = clues(lattices(1)[0], NAMES).flatten(2).permute(2, 1, 0)
+    assert not net.habit and torch.equal(net(x, 'town'), net(x, 'anything'))
 
 
-def test_verdicts_are_kept_and_named_after_their_training_rows(tmp_path, monkeypatch):
-    table = stored(tmp_path, lattices(12))
-    ask, (train, test) = Verdicts(str(tmp_path), epochs=1, width=8), (table[:18], table[18:])
-    first = ask(train, test)
-    monkeypatch.setattr(rooms, 'train_jury', lambda *a, **k: pytest.fail('trained again'))
-    assert ask(train.sample(frac=1, random_state=0), test).equals(first)                       # the order of rows does not matter
-    assert ask(train, test[::-1]).equals(first[::-1])
-    names = {v.name(t) for v in (ask, Verdicts('elsewhere', 1, 8)) for t in (train,)}
-    assert len(names) == 1 and len({ask.name(train), ask.name(train[:-1]), Verdicts('', 2, 8).name(train), Verdicts('', 1, 8, seed=1).name(train), Verdicts('', 1, 8, nets=2).name(train)}) == 5
+def test_silence_replaces_a_witness_by_the_mean_of_all_and_only_while_learning():
+    torch.manual_seed(0)
+    net, x = JuryNet(3, {}, silence=0.5), clues(lattices(1)[0], NAMES).flatten(2).permute(2, 1, 0)
+    quiet = net._silenced(x)
+    own, told = x[..., :6].unflatten(-1, (2, 3)), quiet[..., :6].unflatten(-1, (2, 3))
+    mean = own.mean(-1, keepdim=True).expand_as(own)
+    silent = (told != own).any(1).any(1)                                                      # (n,3): at all classes, in both kinds of clue
+    at = silent[:, None, None].expand_as(own)
+    assert torch.equal(told[at], mean[at]) and torch.equal(quiet[..., 6:], x[..., 6:]) and 0.2 < silent.float().mean() < 0.6
+    assert torch.equal(net.eval()(x, 'town'), JuryNet(3, {}).eval()(x, 'town'))
 
 
-def test_no_training_image_is_judged_by_a_jury_that_saw_its_scene(tmp_path, monkeypatch):
-    table, asked = stored(tmp_path, lattices(12)), []
-    call = Verdicts.__call__
-    monkeypatch.setattr(Verdicts, '__call__', lambda self, train, rows: (asked.append((set(train.scene) if 'scene' in train else set(), set(rows.scene))), call(self, train, rows))[1])
-    JuryModel(str(tmp_path), correct=0.5, inner=3, epochs=1, width=8).fit(table)
-    assert len(asked) == 3 and all(seen and not seen & judged for seen, judged in asked) and set.union(*(j for _, j in asked)) == set(table.scene)
+# ---------------------------------------------------------------- jurors
 
+def test_jurors_of_a_dataset_and_of_none():
+    both = sample([*lattices(6), *lattices(6, classes=2, dataset='field')], NAMES, 30)
+    jury = convene(both, NAMES, epochs=1, width=8)
+    assert {d: len(n) for d, n in jury.jurors.items()} == {'': 2, 'town': 4, 'field': 4} and jury.of('sea') == jury.of('')
+    assert jury.of('town')[:2] == jury.of('field')[:2] and not set(jury.of('town')[2:]) & set(jury.of('field')[2:])
+    assert set(convene({'town': both['town']}, NAMES, epochs=1, width=8).jurors) == {''}      # two would be the same
+    s = lattices(1)[0]
+    assert torch.allclose(posterior(jury, s), sum(posterior(alone(n), s) for n in jury.of('town')) / 4, atol=1e-6)
+
+
+def test_a_jury_survives_its_folder(tmp_path):
+    seen = [*lattices(4), *lattices(4, classes=2, dataset='field')]
+    jury = convene(sample(seen, NAMES, 30), NAMES, epochs=1, width=8)
+    again = load_jury(save_jury(jury, tmp_path/'jury'))
+    assert all(torch.equal(posterior(jury, s), posterior(again, s)) for s in [*seen, *lattices(1, classes=4, dataset='sea')])
+    assert again.of('town')[0] is again.of('field')[0]                                        # shared jurors stay shared
+    with pytest.raises(DataNotFound, match='no jury.json'): load_jury(tmp_path)
+
+
+# ---------------------------------------------------------------- the model and the panel
 
 def test_model_is_an_estimator_and_never_reads_the_labels_of_new_rows(tmp_path):
     table = stored(tmp_path, lattices(18))
-    model = clone(JuryModel(str(tmp_path), correct=0.5, inner=2, epochs=2, width=8)).fit(table[:36])
+    model = clone(JuryModel(str(tmp_path), epochs=2, width=8)).fit(table[:36])
     guess = model.predict(table[36:].drop(columns=['oa', 'n_valid']))
     assert np.array_equal(guess, model.predict(table[36:].assign(oa=0.0))) and np.isfinite(guess).all() and guess.min() >= 0 and guess.max() <= 1
     assert np.array_equal(model.predict(table[36:][::-1]), guess[::-1])
@@ -168,8 +181,32 @@ def test_truth_of_test_images_does_not_matter(tmp_path):
     a = stored(tmp_path/'a', seen)
     for s in seen[12:]: s.truth[:] = 255
     b = stored(tmp_path/'b', seen).assign(oa=a.oa)
-    one, two = (JuryModel(str(tmp_path/x), correct=0.5, inner=2, epochs=1, width=8).fit(t[:36]).predict(t[36:]) for x, t in (('a', a), ('b', b)))
+    one, two = (JuryModel(str(tmp_path/x), epochs=1, width=8).fit(t[:36]).predict(t[36:]) for x, t in (('a', a), ('b', b)))
     assert np.array_equal(one, two)
+
+
+def test_fresh_lattices_need_no_store(tmp_path):
+    seen = lattices(12)
+    table = stored(tmp_path, seen)
+    model = JuryModel(str(tmp_path), epochs=1, width=8).fit(table[:24])
+    assert np.array_equal(model.predict(table[24:], seen[8:]), model.predict(table[24:]))
+
+
+@pytest.mark.parametrize('others', [0, 1, 3])
+def test_levels_are_shared_and_differences_stay(others):
+    rng = np.random.default_rng(others)
+    jury, rest, image = rng.uniform(0.4, 0.6, 24), list(rng.uniform(0.4, 0.6, (others, 24))), np.arange(24) % 5
+    told = pd.DataFrame(dict(image=image, jury=jury, told=levelled(jury, rest, image), all=np.mean([jury, *rest], 0)))
+    mean = told.groupby('image').transform('mean')
+    assert np.allclose(mean.told, mean['all']) and np.allclose(told.told - mean.told, told.jury - mean.jury)
+
+
+def test_a_panel_is_its_jury_levelled_by_its_members(tmp_path):
+    from rssqa.baselines import ColumnBaseline, MeanBaseline
+    table = stored(tmp_path, lattices(18))
+    jury, members, new = JuryModel(str(tmp_path), epochs=1, width=8), (MeanBaseline(), ColumnBaseline('conf')), table[36:].drop(columns='oa')
+    panel = clone(Panel(jury, members)).fit(table[:36])
+    assert np.allclose(panel.predict(new), levelled(clone(jury).fit(table[:36]).predict(new), [m.fit(table[:36]).predict(new) for m in members], new.image_id))
 
 
 def test_without_a_store_it_says_so():
