@@ -130,7 +130,7 @@ def method_table(table: pd.DataFrame) -> pd.DataFrame: # one row a dataset and m
         rows.append(dict(dataset=dataset, method=method, tiles=len(part), oa=total['oa'], miou=total['miou'], oa_tile=part.oa.mean(), oa_tile_std=part.oa.std()))
     return pd.DataFrame(rows)
 
-# %% ../nbs/72_openset.ipynb #ac2ec68b
+# %% ../nbs/72_openset.ipynb #acb8cd4a
 TAP_STEP = 1 / 16
 
 
@@ -139,7 +139,8 @@ def publish(
     store: Store, # of its taps and vectors
     sems: list[str], # feature tables of encoders
     out, # folder
-    name: str, # stem of the three files
+    name: str, # stem of the files
+    quality: pd.DataFrame = None, # from image_quality, one row an image
 ) -> list[Path]:
     "Write a table and its features as parquet, without anything of the imagery."
     import pyarrow as pa, pyarrow.parquet as pq
@@ -153,12 +154,14 @@ def publish(
     columns = {sem: [v.astype(np.float16).tobytes() for v in get_vectors(store, sem, vectors)] for sem in sems}
     with atomic(folder/f'{name}_taps.parquet') as tmp: pq.write_table(pa.table(dict(image_id=table.image_id, method=table.method, method_fp=table.method_fp, taps=packed)), tmp, compression='zstd', compression_level=12)
     with atomic(folder/f'{name}_semantics.parquet') as tmp: pq.write_table(pa.table(dict(image_id=vectors, **columns)), tmp, compression='zstd', compression_level=12)
+    if quality is not None:
+        with atomic(folder/f'{name}_iqa.parquet') as tmp: quality.loc[vectors].to_parquet(tmp, compression='zstd')
     return sorted(folder.glob(f'{name}*.parquet'))
 
 
 def unpack(
     folder, # written by publish
-    name: str, # stem of the three files
+    name: str, # stem of the files
     store: Store, # receives taps and vectors
 ) -> tuple[pd.DataFrame, list[str]]: # the table, feature tables of encoders
     "Read a published table and put its features into a store."
@@ -166,6 +169,7 @@ def unpack(
     for (method, fp), part in taps.groupby(['method', 'method_fp'], sort=True):
         put_vectors(store, taps_table(method, fp), part.image_id, np.stack([np.frombuffer(v, np.int8) for v in part.taps]).astype(np.float32) * TAP_STEP)
     for sem in sems.columns[1:]: put_vectors(store, sem, sems.image_id, np.stack([np.frombuffer(v, np.float16) for v in sems[sem]]))
+    if (iqa := Path(folder)/f'{name}_iqa.parquet').exists(): table = table.merge(pd.read_parquet(iqa), left_on='image_id', right_index=True, how='left', validate='many_to_one')
     return table, list(sems.columns[1:])
 
 # %% ../nbs/72_openset.ipynb #89e6de46
