@@ -114,7 +114,7 @@ def train_jury(
             optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step()
     return net.eval()
 
-# %% ../nbs/51b_jury.ipynb #2908f978
+# %% ../nbs/51b_jury.ipynb #a3f0f19e
 class Jury:
     "Jurors by dataset."
     def __init__(self,
@@ -131,14 +131,16 @@ def convene(
     drawn: dict, # from sample
     places: list[str],
     silence: float = 0.3, # of the jurors without habits
+    kinds: tuple = (True, False), # jurors with habits, jurors without
+    own: bool = True, # also jurors who know one dataset alone
     seed: int = 0,
     **options, # of train_jury
 ) -> Jury:
     "Train the jurors."
-    kinds = (dict(habits=True), dict(habits=False, silence=silence))
+    kinds = [dict(habits=h, silence=0.0 if h else silence) for h in kinds]
     pair = lambda part, first: [train_jury(part, len(places), seed=10 * seed + first + i, **kind, **options) for i, kind in enumerate(kinds)]
     every = pair(drawn, 0)
-    return Jury(places, {'': every} | ({d: every + pair({d: drawn[d]}, 2) for d in drawn} if len(drawn) > 1 else {}))
+    return Jury(places, {'': every} | ({d: every + pair({d: drawn[d]}, 2) for d in drawn} if own and len(drawn) > 1 else {}))
 
 # %% ../nbs/51b_jury.ipynb #c68bfd2e
 JURY = ('jury_oa', 'jury_hit', 'jury_low', 'jury_best', 'jury_entropy')
@@ -165,7 +167,7 @@ def verdicts(jury: Jury, seen: list[Lattice]) -> pd.DataFrame: # image_id, metho
                  for m, b, y in zip(s.methods, belief, pred)]
     return pd.DataFrame(rows, columns=['image_id', 'method', *JURY]).astype(dict.fromkeys(JURY, 'float32'))
 
-# %% ../nbs/51b_jury.ipynb #bad145a4
+# %% ../nbs/51b_jury.ipynb #f14f2a42
 def _judged(jury, X, seen): # verdicts in the order of the rows
     told = verdicts(jury, seen).set_index(['image_id', 'method'])
     return told.loc[pd.MultiIndex.from_frame(X[['image_id', 'method']].astype(str))].reset_index(drop=True)
@@ -179,8 +181,10 @@ class JuryModel(RegressorMixin, BaseEstimator):
         epochs: int = 10,
         width: int = 32,
         silence: float = 0.3, # of the jurors without habits
+        kinds: tuple = (True, False), # jurors with habits, jurors without
+        own: bool = True, # also jurors who know one dataset alone
         seed: int = 0,
-    ): self.store, self.points, self.epochs, self.width, self.silence, self.seed = store, points, epochs, width, silence, seed
+    ): self.store, self.points, self.epochs, self.width, self.silence, self.kinds, self.own, self.seed = store, points, epochs, width, silence, kinds, own, seed
 
     def _lattices(self, X): return map(coarse, lattices(Store(self.store), X))
 
@@ -188,7 +192,7 @@ class JuryModel(RegressorMixin, BaseEstimator):
         "Train on rows of an SQED table whose lattices and truths are in the store."
         if not self.store: raise MissingFeatures('a jury needs lattices', 'found no store', 'pass store=, see build_sqed')
         places = sorted(X.method.astype(str).unique())
-        self.jury_ = convene(sample(self._lattices(X), places, self.points, self.seed), places, self.silence, self.seed, epochs=self.epochs, width=self.width)
+        self.jury_ = convene(sample(self._lattices(X), places, self.points, self.seed), places, self.silence, self.kinds, self.own, self.seed, epochs=self.epochs, width=self.width)
         return self
 
     def judge(self, X: pd.DataFrame, seen: list[Lattice] = None) -> pd.DataFrame: # the columns JURY, rows of X

@@ -218,3 +218,10 @@ def test_coarse_keeps_small_lattices_and_bounds_large_ones():
         s = lattices(1, side=10)[0]
         big = Lattice('x', 'd', NAMES, *(np.zeros((3, *k, side, side), np.uint8) for k in ((2,), (2,), ())), np.zeros((side, side), np.uint8))
         assert coarse(big).truth.shape == (want, want) and coarse(big).p.shape == (3, 2, want, want) and coarse(s) is s
+
+
+def test_seats_may_stay_empty():
+    both = sample([*lattices(4), *lattices(4, classes=2, dataset='field')], NAMES, 20)
+    count = lambda **kw: {d: len(n) for d, n in convene(both, NAMES, epochs=1, width=4, **kw).jurors.items()}
+    assert count(own=False) == {'': 2} and count(kinds=(True,)) == {'': 1, 'town': 2, 'field': 2}
+    assert not convene(both, NAMES, epochs=1, width=4, kinds=(False,), own=False).of('town')[0].habit
