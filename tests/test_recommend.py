@@ -7,7 +7,8 @@ from PIL import Image
 
 from rssqa.core import BadImage, DataNotFound, Incompatible, read_json, write_json
 from rssqa.data import read_image
-from rssqa.recommend import SUFFIXES, Pack, default_pack, rank, recommend, score, write_pack
+from rssqa.jury import Jury, JuryNet, save_jury
+from rssqa.recommend import SUFFIXES, Pack, default_pack, rank, recommend, score, shipped_pack, write_pack
 from worlds import METHODS, world
 
 
@@ -54,11 +55,39 @@ def test_no_pack(tmp_path, monkeypatch, image):
 def test_default_pack(monkeypatch, tmp_path, image):
     monkeypatch.delenv('RSSQA_PACK', raising=False)
     monkeypatch.setenv('RSSQA_CACHE', str(tmp_path))
-    with pytest.raises(DataNotFound, match='no pack'): score(image, 'pspnet')
-    write_json(default_pack()/'latest.json', dict(pack=str(world().home)))
-    assert 0 < score(image, 'pspnet') < 1
+    assert default_pack() == shipped_pack()
+    (tmp_path/'demo').mkdir(exist_ok=True)
+    write_json(tmp_path/'demo'/'latest.json', dict(pack=str(world().home)))
+    assert default_pack() == world().home and 0 < score(image, 'pspnet') < 1
     monkeypatch.setenv('RSSQA_PACK', 'elsewhere')
     assert str(default_pack()) == 'elsewhere'
+
+
+# ---------------------------------------------------------------- the pack that ships
+
+def test_the_shipped_pack_scores_any_photo(image):
+    pack = Pack(shipped_pack())
+    assert 'czech_ortho' not in pack.datasets and 'dronedeploy' not in pack.datasets
+    for dataset in pack.datasets:
+        told = rank(image, pack, dataset)
+        assert sorted(told.method) == pack.methods(dataset) and told.predicted.between(0, 1).all() and told.predicted.nunique() > 1
+    assert np.array_equal(rank(image, pack).predicted, rank(image, pack, pack.config['default']).predicted)
+    assert sum(f.stat().st_size for f in pack.folder.rglob('*') if f.is_file()) < 25e6
+    card = read_json(pack.folder/'card.json')
+    assert {'data', 'licence', 'metrics', 'made_by'} <= set(card) and set(card['data']) == set(pack.datasets)
+
+
+def test_a_jury_sits_only_among_its_witnesses(tmp_path, image):
+    rng, w = np.random.default_rng(0), world()
+    places = [*METHODS, 'unet']
+    jury = Jury(places, {'': [JuryNet(3, {})]})
+    save_jury(jury, tmp_path/'jury')
+    seated = with_config(tmp_path, jury=str(tmp_path/'jury'))
+    alone, both = rank(image, seated, chosen=['pspnet']), rank(image, seated)
+    plain = rank(image, Pack(w.home))
+    assert alone.predicted[0] == rank(image, Pack(w.home), chosen=['pspnet']).predicted[0]            # one of three witnesses: no jury
+    assert not np.allclose(both.predicted, plain.predicted)
+    assert sorted(both.method) == sorted(plain.method)
 
 
 @pytest.mark.parametrize('method, dataset, said', [('pspnett', None, 'mean pspnet'), ('unet', None, 'no method for synth_town'), ('pspnet', 'synth_twon', 'mean synth_town')])

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REFERENCE_TILES', 'CHECKPOINT_SECONDS', 'Recipe', 'encoder_file', 'model_folder', 'train', 'train_joint',
-           'load_segmenter', 'ignore_interrupt', 'cross_fit', 'manifest']
+           'small_weights', 'full_weights', 'small_copies', 'load_segmenter', 'ignore_interrupt', 'cross_fit',
+           'manifest']
 
 # %% ../../nbs/21c_methods.training.ipynb #0f08b941
 import math, os, time
@@ -257,7 +258,50 @@ def _finish(folder, segmenter, net, method, spec, recipe, fold, tiles, facts):
                encoder_start=Path(weights).name if weights else 'random', temperature=segmenter.temperature, scenes=sorted(set(tiles.scene.astype(str))),
                fingerprint=segmenter.fingerprint, parameters=sum(v.numel() for v in segmenter.net.parameters()), **facts))
 
-# %% ../../nbs/21c_methods.training.ipynb #f1a2242a
+# %% ../../nbs/21c_methods.training.ipynb #2daf4f1c
+def small_weights(state: dict) -> dict: # name -> tensor; names ending in ' scale' belong to the bytes before them
+    "Round large tensors to bytes, channel by channel."
+    import torch
+    out = {}
+    for name, w in state.items():
+        if w.ndim < 2 or w.numel() < 1024 or not w.is_floating_point(): out[name] = w.contiguous(); continue
+        scale = w.abs().flatten(1).amax(1).clamp_min(1e-12) / 127
+        out[name] = (w / scale.view(-1, *[1] * (w.ndim - 1))).round().to(torch.int8).contiguous()
+        out[f'{name} scale'] = scale
+    return out
+
+
+def full_weights(stored: dict) -> dict:
+    "Undo small_weights, up to rounding."
+    scaled = lambda n, w: w.float() * stored[f'{n} scale'].view(-1, *[1] * (w.ndim - 1)) if f'{n} scale' in stored else w
+    return {n: scaled(n, w) for n, w in stored.items() if not n.endswith(' scale')}
+
+
+def small_copies(
+    folders: list, # made by train_joint: one network, several datasets
+    out, # folder of a pack
+) -> list[Path]: # one folder a dataset, below out/networks
+    "Copy a trained network with small weights, kept once."
+    from safetensors.torch import load_file, save_file
+    first, out = read_json(Path(folders[0])/'config.json'), Path(out)
+    stored = small_weights(load_file(Path(folders[0])/'model.safetensors'))
+    with atomic(out/'weights'/f'{first["method"]}.safetensors') as tmp: save_file(stored, tmp)
+    return [_small_copy(Path(f), out, stored) for f in folders]
+
+
+def _small_copy(folder, out, stored):
+    import shutil
+    config = read_json(folder/'config.json')
+    method, dataset, total = config['method'], config['dataset'], config.get('logits_in_all', len(config['classes']))
+    net, copy = methods[method].build(total, config['recipe']['preset']), out/'networks'/dataset/method
+    net.load_state_dict(full_weights(stored))
+    segmenter = _segmenter(net, f'{method}.{dataset}', config['classes'], config.get('logits'), total, temperature=config['temperature'], device='cpu')
+    copy.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder/'reference.safetensors', copy/'reference.safetensors')
+    write_json(copy/'config.json', config | dict(weights=f'../../../weights/{method}.safetensors', trained_as=config['fingerprint'], fingerprint=segmenter.fingerprint))
+    return copy
+
+# %% ../../nbs/21c_methods.training.ipynb #79a7f075
 def load_segmenter(
     folder, # made by train
     device: str = 'auto',
@@ -268,7 +312,7 @@ def load_segmenter(
     config = read_json(Path(folder)/'config.json')
     total = config.get('logits_in_all', len(config['classes']))
     net = methods[config['method']].build(total, config['recipe']['preset'])
-    try: net.load_state_dict(load_file(Path(folder)/'model.safetensors'))
+    try: net.load_state_dict(full_weights(load_file(Path(folder)/config.get('weights', 'model.safetensors'))))
     except SafetensorError as e: raise Incompatible(f'cannot read the weights in {folder}', str(e), 'copy them again, or train it again') from e
     except RuntimeError as e: raise Incompatible(f'{folder} does not hold a {config["method"]}', str(e).splitlines()[1].strip(), 'train it again') from e
     segmenter = _segmenter(net, f'{config["method"]}.{config["dataset"]}', config['classes'], config.get('logits'), total,
