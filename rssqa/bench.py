@@ -293,7 +293,7 @@ def _aligned(table, predictions): # the table's labelled rows, and for each seed
         parts.append((part.fold.to_numpy()[at], told))
     return table, parts
 
-# %% ../nbs/70_bench.ipynb #00411dca
+# %% ../nbs/70_bench.ipynb #917ef35b
 BETTER = dict(srocc_image=1, srocc_dataset=1, srocc_method=1, plcc_dataset=1, plcc_fitted_dataset=1, krocc_dataset=1, srocc=1, plcc=1, plcc_fitted=1, krocc=1, mae=-1, rmse=-1, aurc=-1,
               failure_auroc=1, top1=1, top1_tie=1, regret=-1, gap_closed=1) # +1: higher is better
 
@@ -301,40 +301,47 @@ BETTER = dict(srocc_image=1, srocc_dataset=1, srocc_method=1, plcc_dataset=1, pl
 def bootstrap(
     table: pd.DataFrame, # an SQED table
     predictions: pd.DataFrame, # from run
-    ours: str = OURS, # predictor compared with each rival
+    ours: str | list = OURS, # predictor compared with each rival; of several, each is, and a column ours says which
     rivals: list = None, # default: all others
     n: int = 1000, # draws
     seed: int = 0, # of the draws
     unit: str = 'scene', # what is drawn, within each dataset: 'scene' or 'image'
     train: pd.DataFrame = None, # rows the single best is chosen on; default: the other folds
     threshold: float = FAILURE, # OA below it is a failure
+    measures: tuple = tuple(BETTER), # fewer are faster
 ) -> pd.DataFrame: # index (predictor, measure): value, low, high, delta, delta_low, delta_high (ours less predictor), better (share of draws in which ours is), unit, units, fewest (units of a dataset), draws, failure_below
     "Measure predictors, and ours against each, with intervals from paired draws of scenes."
     if unit not in ('scene', 'image'): raise unknown('unit', unit, ['scene', 'image'])
     table = table.assign(unit=table.scene if unit == 'scene' else table.image_id).astype(dict(dataset=str, unit=str)).sort_values(['dataset', 'unit', 'image_id', 'method'])
     table, parts = _aligned(table, predictions)
-    names = [ours, *([c for c in parts[0][1] if c != ours] if rivals is None else rivals)]
+    if lost := [m for m in measures if m not in BETTER]: raise unknown('measure', lost[0], list(BETTER))
+    mine, measures = [ours] if isinstance(ours, str) else list(ours), [m for m in BETTER if m in measures]
+    names = list(dict.fromkeys([*mine, *(parts[0][1] if rivals is None else rivals)]))
     if lost := [name for name in names if name not in parts[0][1]]: raise unknown('predictor', lost[0], list(parts[0][1]))
     sheet = _Sheet(table, n, seed, threshold)
     told = [(t[name].to_numpy(float), _chosen(table.assign(predicted=t[name]), fold, rivals)) for fold, t in parts for rivals in [_rivals(table, fold, train)] for name in names]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)                # a mean over no group is NaN
-        draws = np.nanmean(np.reshape(sheet.measure(told), (len(parts), len(names), len(BETTER), n + 1)), 0)
-        return _intervals(draws, names).assign(unit=unit, units=len(sheet.strata), fewest=np.bincount(sheet.strata).min(), draws=n, failure_below=threshold)
+        draws = np.nanmean(np.reshape(sheet.measure(told, measures), (len(parts), len(names), len(measures), n + 1)), 0)
+        found = pd.concat([_intervals(draws, names, names.index(o), measures).assign(**({} if isinstance(ours, str) else dict(ours=o))) for o in mine])
+        return found.assign(unit=unit, units=len(sheet.strata), fewest=np.bincount(sheet.strata).min(), draws=n, failure_below=threshold)
 
 
-def _intervals(draws, names): # (P,M,1+n), the first column measured on all rows, the first predictor ours
-    ends, gap, sign = (2.5, 97.5), draws[:1] - draws, np.array(list(BETTER.values()))[:, None]
-    gap[0] = np.nan
+def _intervals(draws, names, ours, measures): # (P,M,1+n), the first column measured on all rows
+    ends, gap, sign = (2.5, 97.5), draws[ours] - draws, np.array([BETTER[m] for m in measures])[:, None]
+    gap[ours] = np.nan
     ahead = (np.sign(gap) * sign + 1) / 2
     columns = dict(value=draws[..., 0], low=0, high=0, delta=gap[..., 0], delta_low=0, delta_high=0, better=np.nanmean(ahead[..., 1:], -1))
     columns['low'], columns['high'] = np.nanpercentile(draws[..., 1:], ends, axis=-1)
     columns['delta_low'], columns['delta_high'] = np.nanpercentile(gap[..., 1:], ends, axis=-1)
-    index = pd.MultiIndex.from_product([names, list(BETTER)], names=['predictor', 'measure'])
+    index = pd.MultiIndex.from_product([names, measures], names=['predictor', 'measure'])
     return pd.DataFrame({k: v.ravel() for k, v in columns.items()}, index)
 
-# %% ../nbs/70_bench.ipynb #72296af6
+# %% ../nbs/70_bench.ipynb #4ee761ad
 def _first(codes): return np.flatnonzero(np.diff(codes, prepend=-1) > 0) # where each value of an ascending column begins
+
+
+RANKED = dict(srocc_dataset=0, srocc_method=1, srocc=2, failure_auroc=2, aurc=2) # which grouping each needs: dataset, dataset and method, none
 
 
 class _Sheet:
@@ -349,21 +356,26 @@ class _Sheet:
         self.groups = [self.dataset, method[self.order], np.zeros(len(table), int)]
         self.times = _times(self.strata, n, np.random.default_rng(seed))               # (1+n,U)
 
-    def measure(self, told, chunk=32): # [(predicted, choices)] -> (len(told),M,1+n)
-        out = [self.sums(s, chosen) | self.kendall(s) for s, chosen in told]
-        names, truth, ready = ('srocc_dataset', 'srocc_method', 'srocc', 'failure_auroc', 'aurc'), self.ranks(self.y), [self.ranks(s) for s, _ in told]
-        ranked = [self.ranked(truth, ready, self.times[i:i+chunk].T[self.unit]) for i in progress(range(0, len(self.times), chunk), 'resampling', unit='chunk', leave=False)]
-        return [[(o | dict(zip(names, r)))[m] for m in BETTER] for o, r in zip(out, np.concatenate(ranked, -1))]
+    def measure(self, told, measures, chunk=32): # [(predicted, choices)] -> (len(told),M,1+n)
+        out, wanted = [self.sums(s, chosen) for s, chosen in told], [m for m in RANKED if m in measures]
+        if {'krocc', 'krocc_dataset'} & set(measures): out = [o | self.kendall(s) for o, (s, _) in zip(out, told)]
+        if wanted:
+            views = sorted({RANKED[m] for m in wanted})
+            truth, ready = self.ranks(self.y, views), [self.ranks(s, views) for s, _ in told]
+            ranked = [self.ranked(truth, ready, self.times[i:i+chunk].T[self.unit], wanted) for i in progress(range(0, len(self.times), chunk), 'resampling', unit='chunk', leave=False)]
+            out = [o | dict(zip(wanted, r)) for o, r in zip(out, np.concatenate(ranked, -1))]
+        return [[o[m] for m in measures] for o in out]
 
-    def ranks(self, s): return [Ranks(v, g) for v, g in zip((s, s[self.order], s), self.groups)]
+    def ranks(self, s, views): return {v: Ranks((s, s[self.order], s)[v], self.groups[v]) for v in views}
 
-    def ranked(self, truth, ready, w): # (n,B) -> (len(ready),5,B)
-        weights, bad, risk, out = [w, w[self.order], w], w * self.bad[:, None], w * (1 - self.y)[:, None], []
-        known = [known_truth(r, v) for r, v in zip(truth, weights)]
+    def ranked(self, truth, ready, w, wanted): # (n,B) -> (len(ready),len(wanted),B)
+        weights, bad, risk, out = (w, w[self.order], w), w * self.bad[:, None], w * (1 - self.y)[:, None], []
+        known = {v: known_truth(r, weights[v]) for v, r in truth.items()}
         for mine in ready:
-            upto = [s.totals(v) for s, v in zip(mine, weights)]
-            corr = [np.nanmean(weighted_srocc(*job), 0) for job in zip(truth, mine, weights, upto, known)]
-            out.append([*corr, weighted_auroc(bad, mine[2], upto[2]), weighted_aurc(risk, mine[2], upto[2])])
+            upto = {v: r.totals(weights[v]) for v, r in mine.items()}
+            corr = lambda v: np.nanmean(weighted_srocc(truth[v], mine[v], weights[v], upto[v], known[v]), 0)
+            found = dict(failure_auroc=lambda v: weighted_auroc(bad, mine[v], upto[v]), aurc=lambda v: weighted_aurc(risk, mine[v], upto[v]))
+            out.append([found.get(m, corr)(RANKED[m]) for m in wanted])
         return np.array(out)
 
     def mean(self, v, home): # weighted mean of values that lie in units; NaN does not count

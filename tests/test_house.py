@@ -35,6 +35,7 @@ def copy_project(target: Path) -> Path:
     "Copy what building and exporting need."
     shutil.copytree(ROOT/'nbs', target/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
     shutil.copytree(ROOT/'rssqa', target/'rssqa', ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copytree(ROOT/'data'/'models', target/'data'/'models')
     for name in 'settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE': shutil.copy(ROOT/name, target)
     return target
 
@@ -147,7 +148,8 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_every_module(wheel):
     shipped = {p.relative_to(wheel[0]).as_posix() for p in (wheel[0]/'rssqa').rglob('*') if p.is_file()}
     wanted = {p.relative_to(ROOT).as_posix() for p in (ROOT/'rssqa').rglob('*.py')} | {'rssqa/py.typed'}
-    assert wanted <= shipped
+    pack = {f'rssqa/models/{p.relative_to(ROOT/"data"/"models").as_posix()}' for p in (ROOT/'data'/'models').rglob('*') if p.suffix in ('.json', '.safetensors')}
+    assert wanted <= shipped and pack and pack <= shipped
     assert not [p for p in wheel[0].iterdir() if p.name != 'rssqa' and p.suffix != '.dist-info'], 'only rssqa belongs in the wheel'
 
 
