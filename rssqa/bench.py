@@ -356,7 +356,7 @@ class _Sheet:
         self.groups = [self.dataset, method[self.order], np.zeros(len(table), int)]
         self.times = _times(self.strata, n, np.random.default_rng(seed))               # (1+n,U)
 
-    def measure(self, told, measures, chunk=32): # [(predicted, choices)] -> (len(told),M,1+n)
+    def measure(self, told, measures=tuple(BETTER), chunk=32): # [(predicted, choices)] -> (len(told),M,1+n)
         out, wanted = [self.sums(s, chosen) for s, chosen in told], [m for m in RANKED if m in measures]
         if {'krocc', 'krocc_dataset'} & set(measures): out = [o | self.kendall(s) for o, (s, _) in zip(out, told)]
         if wanted:
