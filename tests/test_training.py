@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from rssqa.core import DataNotFound, Incompatible, LeakError, Problem, read_json, write_json
 from rssqa.data import folder_spec, folds, scan
 from rssqa.methods import training
-from rssqa.methods.training import Recipe, _batch, _hold_out, _loss, _Pixels, cross_fit, encoder_file, load_segmenter, model_folder, train
+from rssqa.methods.training import Recipe, _batch, _hold_out, _loss, _Pixels, cross_fit, encoder_file, full_weights, load_segmenter, model_folder, small_copies, small_weights, train, train_joint
 from rssqa.synth import write_scenes
 from worlds import METHODS, RECIPE, world
 
@@ -267,6 +267,44 @@ def test_joint_networks_stand_alone_and_are_cross_fitted(tmp_path):
         assert not set(net.scenes) & set(mine[mine.fold == net.fold].scene.astype(str))
     again = cross_fit(tiles, specs, tmp_path, ['unet', 'logcan'], replace(SHORT, steps=2), workers=1, joint=True)
     assert again.equals(fleet)
+
+
+# ---------------------------------------------------------------- small copies
+
+@pytest.mark.parametrize('shape', [(64, 32), (16, 8, 3, 3), (2048, 1)])
+@pytest.mark.parametrize('size', [1e-8, 1.0, 1e4])
+def test_rounding_costs_half_a_step_of_each_channel(shape, size):
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * size
+    w[0] = 0                                                                                  # a dead channel
+    stored = small_weights(dict(w=w))
+    again = full_weights(stored)['w']
+    step = w.abs().flatten(1).amax(1).view(-1, *[1] * (w.ndim - 1)) / 127
+    assert stored['w'].dtype == torch.int8 and ((again - w).abs() <= step / 2 + 1e-5 * size).all() and not again[0].any()
+
+
+def test_small_tensors_and_counters_stay_as_they_are(whole):
+    state = load_file(whole/'model.safetensors')
+    stored = small_weights(state)
+    again = full_weights(stored)
+    assert again.keys() == state.keys() and any(k.endswith(' scale') for k in stored)
+    assert all(torch.equal(again[k], v) for k, v in state.items() if v.ndim < 2 or v.numel() < 1024 or not v.is_floating_point())
+    assert sum(v.nbytes for v in stored.values()) < 0.4 * sum(v.nbytes for v in state.values())
+
+
+def test_copies_of_a_joint_network_share_their_weights_and_refuse_others(tmp_path):
+    tiles, specs = two_sets()
+    folders = train_joint('unet', tiles, specs, tmp_path/'nets', replace(SHORT, steps=2))
+    copies = small_copies(folders, tmp_path/'pack')
+    assert [p.name for p in (tmp_path/'pack'/'weights').iterdir()] == ['unet.safetensors'] and len(copies) == 2
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for folder, copied in zip(folders, copies):
+        one, two = load_segmenter(folder), load_segmenter(copied)
+        assert two.classes == one.classes and torch.allclose(one(x).logits, two(x).logits, atol=0.2) and torch.equal(one.reference, two.reference)
+    stored = load_file(tmp_path/'pack'/'weights'/'unet.safetensors')
+    name = next(k for k, v in stored.items() if v.dtype == torch.int8)
+    stored[name].view(-1)[0] += 1
+    save_file(stored, tmp_path/'pack'/'weights'/'unet.safetensors')
+    with pytest.raises(Incompatible, match='not the ones'): load_segmenter(copies[0])
 
 
 def test_loss_without_labels_is_zero_and_differentiable():
