@@ -1,7 +1,7 @@
 """How accurate is a segmentation of an image from above, without labels, and which method should be used?"""
 __version__ = "0.1.0"
 
-_HOME = dict(score='recommend', rank='recommend', Pack='recommend', QualityModel='quality', load_model='quality', build_sqed='sqed',
+_HOME = dict(score='recommend', rank='recommend', Pack='recommend', QualityModel='quality', JuryModel='jury', Panel='jury', Intervals='conformal', load_model='quality', build_sqed='sqed',
              load_sqed='sqed', check_sqed='sqed', scan='data', folder_spec='data', load_encoder='encoders', Segmenter='segment', Store='store')
 
 

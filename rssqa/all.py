@@ -1,10 +1,12 @@
 """The names a notebook wants: `from rssqa.all import *`. Hand-written; loads torch, but neither open_clip, umap nor matplotlib."""
 from .baselines import BlockBaseline, ColumnBaseline, MeanBaseline, baselines
-from .bench import compare, verdict
+from .bench import bootstrap, by_group, compare, leaderboard, verdict
+from .conformal import Intervals, coverage, cross_intervals
 from .core import as_image, datasets, encoders, fusions, segmenters
 from .data import DatasetSpec, folder_spec, folds, make_spec, read_image, read_mask, scan, split_by_scene, tile
 from .encoders import EncoderSpec, check_encoder, load_encoder
 from .fusion import CrossGating, check_fusion
+from .jury import JuryModel, Panel
 from .metrics import accuracy, confusion, evaluate, recommendation, single_best
 from .methods.training import Recipe, cross_fit, load_segmenter, train
 from .quality import QualityModel, explain, load_model, save_model

@@ -337,7 +337,7 @@ def _intervals(draws, names, ours, measures): # (P,M,1+n), the first column meas
     index = pd.MultiIndex.from_product([names, measures], names=['predictor', 'measure'])
     return pd.DataFrame({k: v.ravel() for k, v in columns.items()}, index)
 
-# %% ../nbs/70_bench.ipynb #4ee761ad
+# %% ../nbs/70_bench.ipynb #d6365555
 def _first(codes): return np.flatnonzero(np.diff(codes, prepend=-1) > 0) # where each value of an ascending column begins
 
 

@@ -49,7 +49,7 @@ def open_evidence(
     table, sems = unpack(folder, name, store)
     lattice, wanted = Path(folder)/f'{name}_lattices.parquet', 'truth' if data else 'lattice'
     if lattice.exists() and wanted not in store.names():
-        tiles = _tiles(name, data, store.root.parent) if data else (None, None)
+        tiles = _tiles(name, data, Path(store.root).parent) if data else (None, None)
         unpack_lattices(lattice, table, store, *tiles)
     return Evidence(table, str(store.root), sems[0] if sems else '', 'truth' in store.names())
 
