@@ -203,21 +203,23 @@ class JuryModel(RegressorMixin, BaseEstimator):
     def predict(self, X: pd.DataFrame, seen: list[Lattice] = None) -> np.ndarray: # (len(X),) 0..1
         return self.judge(X, seen).jury_oa.to_numpy(float)
 
-# %% ../nbs/51b_jury.ipynb #fb47f188
+# %% ../nbs/51b_jury.ipynb #a7f74174
 def levelled(
     jury: np.ndarray, # (n,) predicted OA, for the differences within an image
     others: list[np.ndarray], # each (n,) predicted OA, for the level of an image together with jury
     image_id, # (n,)
 ) -> np.ndarray: # (n,) 0..1
-    "Move the jury's estimates of each image so that their mean is the mean of all models."
+    "Move the jury's estimates of each image to a level that all models agree on: the mean of their log-odds (the logarithmic opinion pool, Genest and Zidek 1986)."
+    from scipy.special import expit, logit
     code = pd.factorize(np.asarray(image_id))[0]
     level = lambda v: np.bincount(code, v) / np.bincount(code)
     levels = [level(np.asarray(v, float)) for v in (jury, *others)]
-    return np.clip(jury + (np.mean(levels, 0) - levels[0])[code], 0, 1)
+    shared = expit(np.mean([logit(np.clip(v, 0.01, 0.99)) for v in levels], 0)) if others else levels[0]
+    return np.clip(jury + (shared - levels[0])[code], 0, 1)
 
 
 class Panel(RegressorMixin, BaseEstimator):
-    "A jury for the differences within an image, and the mean of jury and members for its level."
+    "A jury for the differences within an image, and jury and members with equal voices for its level."
     def __init__(self,
         jury=None, # JuryModel
         members: tuple = (), # other estimators with fit(table) and predict(table)

@@ -24,7 +24,7 @@ from .openset import SOURCES, UNSEEN, open_tiles, unpack, unpack_lattices
 from .quality import QualityModel
 from .store import Store
 
-# %% ../nbs/73_paper.ipynb #05385bcc
+# %% ../nbs/73_paper.ipynb #74ba170c
 TABLES = 'data/tables'
 
 

@@ -196,9 +196,10 @@ def test_fresh_lattices_need_no_store(tmp_path):
 def test_levels_are_shared_and_differences_stay(others):
     rng = np.random.default_rng(others)
     jury, rest, image = rng.uniform(0.4, 0.6, 24), list(rng.uniform(0.4, 0.6, (others, 24))), np.arange(24) % 5
-    told = pd.DataFrame(dict(image=image, jury=jury, told=levelled(jury, rest, image), all=np.mean([jury, *rest], 0)))
+    told = pd.DataFrame(dict(image=image, told=levelled(jury, rest, image), jury=jury) | {f'other {i}': v for i, v in enumerate(rest)})
     mean = told.groupby('image').transform('mean')
-    assert np.allclose(mean.told, mean['all']) and np.allclose(told.told - mean.told, told.jury - mean.jury)
+    odds = np.log(mean / (1 - mean))
+    assert np.allclose(odds.told, odds.drop(columns='told').mean(axis=1)) and np.allclose(told.told - mean.told, told.jury - mean.jury)
 
 
 def test_a_panel_is_its_jury_levelled_by_its_members(tmp_path):
