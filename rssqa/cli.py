@@ -75,6 +75,7 @@ def score(
     opened = Pack(pack or default_pack())
     if method: opened.segmenter(method, dataset)
     ranked = rank(image, opened, dataset).set_index('method').predicted
+    if dataset is None and len(opened.datasets) > 1: print(f'class table {opened._dataset(None)}; with --dataset also {", ".join(d for d in opened.datasets if d != opened._dataset(None))}')
     for name, value in ranked.items():
         if method in (None, name): print(f'{name:<16}{value:.3f}' + ('   recommended' if name == ranked.index[0] else ''))
 

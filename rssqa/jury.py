@@ -214,7 +214,7 @@ def levelled(
     code = pd.factorize(np.asarray(image_id))[0]
     level = lambda v: np.bincount(code, v) / np.bincount(code)
     levels = [level(np.asarray(v, float)) for v in (jury, *others)]
-    shared = expit(np.mean([logit(np.clip(v, 0.01, 0.99)) for v in levels], 0)) if others else levels[0]
+    shared = expit(np.mean([logit(np.clip(v, 0.001, 0.999)) for v in levels], 0)) if others else levels[0]
     return np.clip(jury + (shared - levels[0])[code], 0, 1)
 
 
