@@ -62,7 +62,7 @@ def demo(
     board = run(plan, out, workers, seed)
     print(summary(board, plan, out))
 
-# %% ../nbs/80_cli.ipynb #c8808cd0
+# %% ../nbs/80_cli.ipynb #09631f2a
 @app.command()
 def score(
     image: Annotated[Path, typer.Argument(help='Image from above.')],

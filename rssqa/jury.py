@@ -203,7 +203,7 @@ class JuryModel(RegressorMixin, BaseEstimator):
     def predict(self, X: pd.DataFrame, seen: list[Lattice] = None) -> np.ndarray: # (len(X),) 0..1
         return self.judge(X, seen).jury_oa.to_numpy(float)
 
-# %% ../nbs/51b_jury.ipynb #a7f74174
+# %% ../nbs/51b_jury.ipynb #773771a7
 def levelled(
     jury: np.ndarray, # (n,) predicted OA, for the differences within an image
     others: list[np.ndarray], # each (n,) predicted OA, for the level of an image together with jury

@@ -41,6 +41,7 @@ def open_evidence(
     name: str = 'open', # stem of the files: 'open', 'damaged', 'unseen'
     folder=TABLES,
     data=None, # folder of dataset folders with masks; None does without the jury
+    lattices: bool = True, # ATC, MetaSeg-style segments and the jury need them; they take a minute to unpack
 ) -> Evidence:
     "Read a committed table and put its features into a store."
     files = [f for f in sorted(Path(folder).glob(f'{name}*.parquet'))]
@@ -48,7 +49,7 @@ def open_evidence(
     store = Store(cache_dir('tables')/digest([file_id(f) for f in files])[:12])
     table, sems = unpack(folder, name, store)
     lattice, wanted = Path(folder)/f'{name}_lattices.parquet', 'truth' if data else 'lattice'
-    if lattice.exists() and wanted not in store.names():
+    if lattices and lattice.exists() and wanted not in store.names():
         tiles = _tiles(name, data, Path(store.root).parent) if data else (None, None)
         unpack_lattices(lattice, table, store, *tiles)
     return Evidence(table, str(store.root), sems[0] if sems else '', 'truth' in store.names())
@@ -199,7 +200,7 @@ def compute(
 ) -> pd.DataFrame: # predictions, see rssqa.bench.run
     "Fit and predict one experiment."
     if experiment not in PROTOCOL: raise unknown('experiment', experiment, PROTOCOL)
-    e = open_evidence('open', folder, data)
+    e = open_evidence('open', folder, data, bool(data) or not only or any(n.startswith(('ATC', 'MetaSeg')) for n in only))
     if experiment == 'unseen': return _elsewhere(e, folder, only or FEW, workers)
     if experiment == 'damaged': e = _with_damaged(e, folder)
     make = dict(main=lambda s: everyone(e, s, only), ablation=lambda s: ablated(e, s), scenes=lambda s: fewer(e, s)).get(experiment, lambda s: everyone(e, s, only or FEW))

@@ -61,7 +61,7 @@ def test_fitting_again_gives_the_committed_predictions(tmp_path):
 
 
 def test_without_masks_no_jury_sits():
-    e = open_evidence('open', TABLES)
+    e = open_evidence('open', TABLES, lattices=False)
     assert JURY not in everyone(e) and OURS in everyone(e) and not e.truth
     with pytest.raises(KeyError, match='no predictor'): everyone(e, only=('nobody',))
 
