@@ -233,8 +233,8 @@ class Panel(RegressorMixin, BaseEstimator):
         check_is_fitted(self, 'jury_')
         return levelled(self.jury_.predict(X), [m.predict(X) for m in self.members_], X.image_id)
 
-# %% ../nbs/51b_jury.ipynb #6fc9f8d6
-def save_jury(jury: Jury, folder) -> Path:
+# %% ../nbs/51b_jury.ipynb #a2317da1
+def save_jury(jury: Jury, folder: str | Path) -> Path:
     "Write a jury."
     from safetensors.torch import save_file
     nets, folder = list(dict.fromkeys(n for several in jury.jurors.values() for n in several)), Path(folder)
@@ -244,7 +244,7 @@ def save_jury(jury: Jury, folder) -> Path:
     return folder
 
 
-def load_jury(folder) -> Jury:
+def load_jury(folder: str | Path) -> Jury:
     "Read a jury written by save_jury."
     from safetensors.torch import load_file
     if not (Path(folder)/'jury.json').exists(): raise DataNotFound(f'no jury in {folder}', 'found no jury.json', 'write one with save_jury')

@@ -24,7 +24,7 @@ from .openset import SOURCES, UNSEEN, open_tiles, unpack, unpack_lattices
 from .quality import QualityModel
 from .store import Store
 
-# %% ../nbs/73_paper.ipynb #74ba170c
+# %% ../nbs/73_paper.ipynb #f502d5fa
 TABLES = 'data/tables'
 
 
@@ -39,7 +39,7 @@ class Evidence:
 
 def open_evidence(
     name: str = 'open', # stem of the files: 'open', 'damaged', 'unseen'
-    folder=TABLES,
+    folder: str = TABLES,
     data=None, # folder of dataset folders with masks; None does without the jury
     lattices: bool = True, # ATC, MetaSeg-style segments and the jury need them; they take a minute to unpack
 ) -> Evidence:
@@ -145,24 +145,25 @@ def held(
             parts.append(coverage(rows.join(cross_intervals(rows, fold, vectors, confidence=confidence)[['low', 'high']]), confidence=confidence).assign(predictor=name, seed=seed))
     return pd.concat(parts).set_index('predictor')
 
-# %% ../nbs/73_paper.ipynb #245a0103
+# %% ../nbs/73_paper.ipynb #8e1429a9
 class FewScenes:
     "An estimator that learns from a share of the scenes of each dataset."
-    def __init__(self, model=None, share: float = 1.0, seed: int = 0): self.model, self.share, self.seed = model, share, seed
-    def get_params(self, deep=True): return self.model.get_params() | dict(model=type(self.model).__name__, share=self.share, scenes_seed=self.seed)
+    def __init__(self, model: object = None, share: float = 1.0, seed: int = 0): self.model, self.share, self.seed = model, share, seed
+    def get_params(self, deep: bool = True) -> dict: return self.model.get_params() | dict(model=type(self.model).__name__, share=self.share, scenes_seed=self.seed)
 
     def __sklearn_clone__(self):
         from sklearn.base import clone
         return FewScenes(clone(self.model), self.share, self.seed)
 
-    def fit(self, X):
+    def fit(self, X: pd.DataFrame) -> 'FewScenes':
+        "Fit the model on the rows of those scenes."
         keys = X[['dataset', 'scene']].astype(str).drop_duplicates().sample(frac=1, random_state=self.seed)
         rank = keys.groupby('dataset').cumcount() / keys.groupby('dataset').scene.transform('size')
         kept = pd.MultiIndex.from_frame(keys[rank < self.share])
         self.model.fit(X[pd.MultiIndex.from_frame(X[['dataset', 'scene']].astype(str)).isin(kept)].reset_index(drop=True))
         return self
 
-    def predict(self, X): return self.model.predict(X)
+    def predict(self, X: pd.DataFrame) -> np.ndarray: return self.model.predict(X)
 
 
 def ablated(evidence: Evidence, seed: int = 0) -> dict: # name -> unfitted estimator
@@ -182,7 +183,7 @@ def fewer(evidence: Evidence, seed: int = 0) -> dict: # name -> unfitted estimat
     some = everyone(evidence, seed, tuple(n for n in FEW if n in ('mean of dataset and method', 'trees: everything', OURS, JURY)))
     return {f'{name} @ {share:g}': FewScenes(model, share, seed) for name, model in some.items() for share in (0.125, 0.25, 0.5)}
 
-# %% ../nbs/73_paper.ipynb #b2554915
+# %% ../nbs/73_paper.ipynb #d048bb6e
 PROTOCOL = dict(main='5-fold cross-validation by scene', dataset='leave one dataset out', method='leave one method out, two folds by scene', ablation='5-fold cross-validation by scene',
                 scenes='5-fold cross-validation by scene, learning from a share of the training scenes', damaged='5-fold cross-validation by scene, with damaged copies',
                 unseen='learned from RS-SQED-open, measured on dronedeploy')
@@ -191,9 +192,9 @@ COMMAND = 'rssqa bench paper'
 
 def compute(
     experiment: str, # key of PROTOCOL
-    folder=TABLES,
+    folder: str = TABLES,
     data=None, # folder of dataset folders with masks
-    seeds=(0, 1, 2, 3, 4),
+    seeds: tuple = (0, 1, 2, 3, 4),
     workers: int = 1,
     cells=None, # folder of finished fits; default below the cache
     only: tuple = (), # predictors; empty for those of the experiment
@@ -221,12 +222,14 @@ def _elsewhere(e, folder, only, workers):
     return with_panel(transfer(everyone(e, 0, only), e.table, new.table, workers)[1])
 
 
-def prediction_file(experiment: str, folder=TABLES) -> Path: return Path(folder)/f'predictions_{experiment}.parquet'
+def prediction_file(experiment: str, folder: str = TABLES) -> Path:
+    "Name the file of committed predictions."
+    return Path(folder)/f'predictions_{experiment}.parquet'
 
 
 def measured(
     experiment: str, # key of PROTOCOL
-    folder=TABLES,
+    folder: str = TABLES,
     draws: int = 1000, # of scenes
 ) -> dict: # name of a CSV -> rows
     "Measure the committed predictions of an experiment."
@@ -242,7 +245,7 @@ def measured(
     return boards
 
 
-def unpack_table(experiment: str, folder=TABLES) -> pd.DataFrame:
+def unpack_table(experiment: str, folder: str = TABLES) -> pd.DataFrame:
     "Read the table that an experiment is measured on."
     table = pd.read_parquet(Path(folder)/('unseen.parquet' if experiment == 'unseen' else 'open.parquet')).drop(columns='confusion')
     return pd.concat([table.assign(kind='none', level=0.0), pd.read_parquet(Path(folder)/'damaged.parquet')], ignore_index=True) if experiment == 'damaged' else table
@@ -286,19 +289,19 @@ def _changes(table, told): # how OA and its prediction change from a tile to its
 
 def write(
     experiment: str,
-    folder=TABLES,
-    out='data/results',
+    folder: str = TABLES,
+    out: str = 'data/results',
     draws: int = 1000,
 ) -> list[Path]:
     "Write the CSV files of an experiment."
     seeds = sorted(load_predictions(prediction_file(experiment, folder)).seed.unique())
     return [save_results(rows, Path(out)/f'paper_{name}.csv', PROTOCOL[experiment], 'RS-SQED-open', seeds, COMMAND) for name, rows in measured(experiment, folder, draws).items()]
 
-# %% ../nbs/73_paper.ipynb #1afd02c4
+# %% ../nbs/73_paper.ipynb #e4ab1a22
 def recheck(
     experiment: str,
-    folder=TABLES,
-    results='data/results',
+    folder: str = TABLES,
+    results: str = 'data/results',
     draws: int = 1000,
 ) -> pd.DataFrame: # one row a CSV: rows, numbers, largest difference
     "Measure again and compare with the committed rows."
@@ -314,7 +317,7 @@ def recheck(
 
 
 def refit(
-    folder=TABLES,
+    folder: str = TABLES,
     data=None, # folder of dataset folders with masks: the jury sits too
     only: tuple = QUICK, # predictors
     workers: int = 1,
@@ -333,8 +336,8 @@ MEASURED, REFITTED = 5e-4, 5e-3 # tolerances: of a measure computed again, of th
 
 def recheck_all(
     experiments: list[str],
-    folder=TABLES,
-    results='data/results',
+    folder: str = TABLES,
+    results: str = 'data/results',
     data=None, # folder of dataset folders with masks
     workers: int = 1,
 ) -> tuple[str, bool]: # what to print, whether a number is wrong

