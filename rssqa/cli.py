@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'KINDS', 'bench_app', 'PARTS', 'main', 'demo', 'score', 'recommend', 'ls', 'get', 'check', 'paper',
-           'doctor']
+           'speed', 'doctor']
 
 # %% ../nbs/80_cli.ipynb #37ca93ee
 import os, sys
@@ -174,6 +174,19 @@ def paper(
     for x in chosen:
         save_predictions(compute(x, tables, data, tuple(map(int, seeds.split(','))), workers), prediction_file(x, tables))
         for path in write(x, tables, out): print(path)
+
+# %% ../nbs/80_cli.ipynb #bd374e24
+@bench_app.command()
+def speed(
+    quick: Annotated[bool, typer.Option('--quick', help='Tiny sizes, to see that it runs; the numbers mean nothing.')] = False,
+    tables: Annotated[Path, typer.Option(help='Folder of the committed tables; without it, fits run on synthetic scenes.')] = Path('data/tables'),
+    out: Annotated[Optional[Path], typer.Option(help='CSV file to write.')] = None,
+):
+    "Time building, scoring and fitting; print ratios and peak memory."
+    from rssqa.speed import as_text, run, save
+    board = run(quick, tables)
+    print(as_text(board))
+    if out: save(board, out, 'rssqa bench speed' + ' --quick' * quick)
 
 # %% ../nbs/80_cli.ipynb #da09a1bf
 PARTS = ('torch', 'torchvision', 'timm', 'segmentation-models-pytorch', 'transformers', 'open_clip_torch', 'pylance', 'scikit-learn', 'umap-learn', 'pandas', 'rasterio', 'jupyterlab', 'ipywidgets')
