@@ -105,7 +105,7 @@ def histograms(
     counts = [[np.bincount(grid.ravel(), minlength=256) for grid in level] for level in levels]
     return np.concatenate(counts, 1).astype(np.float32) / levels[0][0].size
 
-# %% ../nbs/52_baselines.ipynb #44a08e1b
+# %% ../nbs/52_baselines.ipynb #f6225041
 KEPT = 48
 _WHAT = [f'{q}{part}' for q in ('entropy', 'gap', 'variation') for part in ('', '_std', '_in', '_edge')]
 SEGMENT = ('area', 'inner', *_WHAT, 'p1', 'p2', 'p3', 'p4', 'class', 'right', 'known')
@@ -136,7 +136,8 @@ def segment_table(
     sums = (parts == np.arange(parts.max() + 1)[:, None]).astype(np.float32) @ points.T
     (n, n_in), mean = sums[:, :2].T, sums / sums[:, :1]
     with np.errstate(divide='ignore', invalid='ignore'):
-        told = np.stack([mean[:, 4:7], np.sqrt(np.maximum(mean[:, 7:10] - mean[:, 4:7]**2, 0)), sums[:, 10:13] / n_in[:, None], (sums[:, 4:7] - sums[:, 10:13]) / (n - n_in)[:, None]], 2)
+        edge = np.where(n > n_in, n - n_in, np.nan)[:, None]                # a segment without an edge: rounding must not make one
+        told = np.stack([mean[:, 4:7], np.sqrt(np.maximum(mean[:, 7:10] - mean[:, 4:7]**2, 0)), sums[:, 10:13] / n_in[:, None], (sums[:, 4:7] - sums[:, 10:13]) / edge], 2)
     top = np.pad(-np.sort(-mean[:, 13:], 1), ((0, 0), (0, 4)))[:, :4]
     kind = np.where(np.arange(len(n)) < KEPT, pred.ravel()[np.unique(parts, return_index=True)[1]].astype(int), -1)
     return np.column_stack([n / len(inner), n_in / n, told.reshape(len(n), 12), top, kind, sums[:, 2:4] / len(inner)]).astype(np.float16)

@@ -6,14 +6,14 @@
 __all__ = ['app', 'data_app', 'KINDS', 'bench_app', 'PARTS', 'main', 'demo', 'score', 'recommend', 'ls', 'get', 'check', 'paper',
            'speed', 'doctor']
 
-# %% ../nbs/80_cli.ipynb #37ca93ee
+# %% ../nbs/80_cli.ipynb #29153eb2
 import os, sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from .core import Problem, datasets, encoders, fusions, real_dir, unknown
+from .core import MissingFeatures, Problem, datasets, encoders, fusions, real_dir, unknown
 
 # %% ../nbs/80_cli.ipynb #283c3d74
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -146,7 +146,7 @@ def check(
     from rssqa.data import scan, summary
     print(summary(scan(root, name)))
 
-# %% ../nbs/80_cli.ipynb #a17d6d7d
+# %% ../nbs/80_cli.ipynb #49d6d5da
 bench_app = typer.Typer(no_args_is_help=True, help='Reproduce the published numbers.')
 app.add_typer(bench_app, name='bench')
 
@@ -170,6 +170,7 @@ def paper(
         print(told)
         if wrong: raise typer.Exit(1)
         return
+    if not data: raise MissingFeatures('cannot compare without the jury', 'it learns from masks, and committed predictions would be overwritten by fewer', 'pass --data FOLDER, or check what is committed with --fast')
     from rssqa.bench import save_predictions
     for x in chosen:
         save_predictions(compute(x, tables, data, tuple(map(int, seeds.split(','))), workers), prediction_file(x, tables))

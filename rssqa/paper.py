@@ -8,7 +8,7 @@ __all__ = ['TABLES', 'JURY', 'PANEL', 'MEMBERS', 'MODELS', 'FEW', 'QUICK', 'MEAS
            'claimed', 'held', 'FewScenes', 'ablated', 'fewer', 'compute', 'prediction_file', 'measured', 'unpack_table',
            'write', 'recheck', 'refit', 'recheck_all']
 
-# %% ../nbs/73_paper.ipynb #52085594
+# %% ../nbs/73_paper.ipynb #e427c192
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,11 +20,11 @@ from .bench import BETTER, KEYS, OURS, bootstrap, by_group, contenders, leaderbo
 from .conformal import Intervals, coverage, cross_intervals
 from .core import DataNotFound, MissingFeatures, cache_dir, digest, file_id, unknown
 from .jury import JuryModel, levelled
-from .openset import SOURCES, UNSEEN, open_tiles, unpack, unpack_lattices
+from .openset import open_tiles, unpack, unpack_lattices
 from .quality import QualityModel
 from .store import Store
 
-# %% ../nbs/73_paper.ipynb #f502d5fa
+# %% ../nbs/73_paper.ipynb #a8a56609
 TABLES = 'data/tables'
 
 
@@ -38,26 +38,18 @@ class Evidence:
 
 
 def open_evidence(
-    name: str = 'open', # stem of the files: 'open', 'damaged', 'unseen'
     folder: str = TABLES,
     data=None, # folder of dataset folders with masks; None does without the jury
     lattices: bool = True, # ATC, MetaSeg-style segments and the jury need them; they take a minute to unpack
 ) -> Evidence:
     "Read a committed table and put its features into a store."
-    files = [f for f in sorted(Path(folder).glob(f'{name}*.parquet'))]
-    if not files: raise DataNotFound(f'no tables {name}*.parquet in {folder}', 'they are committed with the source', 'run this in a checkout, or pass the folder')
+    files = sorted(Path(folder).glob('open*.parquet'))
+    if not files: raise DataNotFound(f'no tables open*.parquet in {folder}', 'they are committed with the source', 'run this in a checkout, or pass the folder')
     store = Store(cache_dir('tables')/digest([file_id(f) for f in files])[:12])
-    table, sems = unpack(folder, name, store)
-    lattice, wanted = Path(folder)/f'{name}_lattices.parquet', 'truth' if data else 'lattice'
-    if lattices and lattice.exists() and wanted not in store.names():
-        tiles = _tiles(name, data, Path(store.root).parent) if data else (None, None)
-        unpack_lattices(lattice, table, store, *tiles)
+    table, sems = unpack(folder, 'open', store)
+    lattice, wanted = Path(folder)/'open_lattices.parquet', 'truth' if data else 'lattice'
+    if lattices and lattice.exists() and wanted not in store.names(): unpack_lattices(lattice, table, store, *(open_tiles(data, Path(store.root).parent) if data else ()))
     return Evidence(table, str(store.root), sems[0] if sems else '', 'truth' in store.names())
-
-
-def _tiles(name, data, home): # with masks, and class tables; a damaged copy has the mask of its tile
-    tiles, specs = open_tiles(data, home, (UNSEEN,) if name == 'unseen' else SOURCES)
-    return tiles, specs
 
 # %% ../nbs/73_paper.ipynb #c8a9f23c
 JURY, PANEL = 'Jury', 'Panel'
@@ -145,7 +137,7 @@ def held(
             parts.append(coverage(rows.join(cross_intervals(rows, fold, vectors, confidence=confidence)[['low', 'high']]), confidence=confidence).assign(predictor=name, seed=seed))
     return pd.concat(parts).set_index('predictor')
 
-# %% ../nbs/73_paper.ipynb #8e1429a9
+# %% ../nbs/73_paper.ipynb #c9d30184
 class FewScenes:
     "An estimator that learns from a share of the scenes of each dataset."
     def __init__(self, model: object = None, share: float = 1.0, seed: int = 0): self.model, self.share, self.seed = model, share, seed
@@ -168,13 +160,13 @@ class FewScenes:
 
 def ablated(evidence: Evidence, seed: int = 0) -> dict: # name -> unfitted estimator
     "List RS-SQA and Jury with one thing changed at a time."
-    e, full = evidence, dict(store=evidence.store, sem=evidence.sem, seed=seed)
-    changes = {'no semantics': dict(sem=''), 'no taps': dict(taps=False), 'no peers': dict(peers=False), 'concatenated': dict(fusion='concat'), 'semantics alone': dict(fusion='sem'), 'segmenter alone': dict(fusion='seg'),
+    e, full = evidence, dict(store=evidence.store, sem=evidence.sem, members=1, seed=seed)        # one network each: a quarter of the time
+    changes = {'one network': {}, 'no semantics': dict(sem=''), 'no taps': dict(taps=False), 'no peers': dict(peers=False), 'concatenated': dict(fusion='concat'), 'semantics alone': dict(fusion='sem'), 'segmenter alone': dict(fusion='seg'),
                'gated both ways': dict(fusion='scgb-symmetric'),
-               'no rank loss': dict(rank=0.0), 'no PLCC loss': dict(linear=0.0), 'one network': dict(members=1)}
+               'no rank loss': dict(rank=0.0), 'no PLCC loss': dict(linear=0.0)}
     found = {f'{OURS}, {name}': QualityModel(**full | change) for name, change in changes.items()}
     seats = {'one juror for all': dict(kinds=(True,), own=False), 'no juror of one dataset': dict(own=False), 'no juror without habits': dict(kinds=(True,)), 'no juror with habits': dict(kinds=(False,)),
-             'nobody falls silent': dict(silence=0.0), '20 points': dict(points=20), '400 points, 20 epochs': dict(points=400, epochs=20)}
+             'nobody falls silent': dict(silence=0.0), '20 points of an image': dict(points=20)}
     return found | ({f'{JURY}, {name}': JuryModel(e.store, seed=seed, **change) for name, change in seats.items()} if e.truth else {})
 
 
@@ -183,7 +175,7 @@ def fewer(evidence: Evidence, seed: int = 0) -> dict: # name -> unfitted estimat
     some = everyone(evidence, seed, tuple(n for n in FEW if n in ('mean of dataset and method', 'trees: everything', OURS, JURY)))
     return {f'{name} @ {share:g}': FewScenes(model, share, seed) for name, model in some.items() for share in (0.125, 0.25, 0.5)}
 
-# %% ../nbs/73_paper.ipynb #d048bb6e
+# %% ../nbs/73_paper.ipynb #6d0fee56
 PROTOCOL = dict(main='5-fold cross-validation by scene', dataset='leave one dataset out', method='leave one method out, two folds by scene', ablation='5-fold cross-validation by scene',
                 scenes='5-fold cross-validation by scene, learning from a share of the training scenes', damaged='5-fold cross-validation by scene, with damaged copies',
                 unseen='learned from RS-SQED-open, measured on dronedeploy')
@@ -201,7 +193,7 @@ def compute(
 ) -> pd.DataFrame: # predictions, see rssqa.bench.run
     "Fit and predict one experiment."
     if experiment not in PROTOCOL: raise unknown('experiment', experiment, PROTOCOL)
-    e = open_evidence('open', folder, data, bool(data) or not only or any(n.startswith(('ATC', 'MetaSeg')) for n in only))
+    e = open_evidence(folder, data, bool(data) or not only or any(n.startswith(('ATC', 'MetaSeg')) for n in only))
     if experiment == 'unseen': return _elsewhere(e, folder, only or FEW, workers)
     if experiment == 'damaged': e = _with_damaged(e, folder)
     make = dict(main=lambda s: everyone(e, s, only), ablation=lambda s: ablated(e, s), scenes=lambda s: fewer(e, s)).get(experiment, lambda s: everyone(e, s, only or FEW))
@@ -209,17 +201,18 @@ def compute(
 
 
 def _with_damaged(e, folder): # the table and its damaged copies in one
-    bad = open_evidence('damaged', folder)
-    unpack(folder, 'damaged', Store(e.store))
-    unpack_lattices(Path(folder)/'damaged_lattices.parquet', bad.table, Store(e.store))        # without truth: a jury learns from whole tiles and judges damaged ones
-    return Evidence(pd.concat([e.table.assign(kind='none', level=0.0), bad.table], ignore_index=True), e.store, e.sem, e.truth)
+    return Evidence(pd.concat([e.table.assign(kind='none', level=0.0), _joined(e, 'damaged', folder)], ignore_index=True), e.store, e.sem, e.truth)
 
 
-def _elsewhere(e, folder, only, workers):
-    new = open_evidence('unseen', folder)
-    unpack(folder, 'unseen', Store(e.store))
-    unpack_lattices(Path(folder)/'unseen_lattices.parquet', new.table, Store(e.store))
-    return with_panel(transfer(everyone(e, 0, only), e.table, new.table, workers)[1])
+def _elsewhere(e, folder, only, workers): return with_panel(transfer(everyone(e, 0, only), e.table, _joined(e, 'unseen', folder), workers)[1])
+
+
+def _joined(e, name, folder): # another table; its features join those of e, without truth: a jury judges it and does not learn from it
+    if not (Path(folder)/f'{name}.parquet').exists(): raise DataNotFound(f'no table {name}.parquet in {folder}', 'it is not committed yet', 'make it with rssqa.openset.build_open and publish')
+    table, sems = unpack(folder, name, Store(e.store))
+    if e.sem and e.sem not in sems: raise MissingFeatures(f'{name} lacks features', f'found no {e.sem} in {name}_semantics.parquet', 'publish it with the encoder of the open table')
+    unpack_lattices(Path(folder)/f'{name}_lattices.parquet', table, Store(e.store))
+    return table
 
 
 def prediction_file(experiment: str, folder: str = TABLES) -> Path:
@@ -297,7 +290,7 @@ def write(
     seeds = sorted(load_predictions(prediction_file(experiment, folder)).seed.unique())
     return [save_results(rows, Path(out)/f'paper_{name}.csv', PROTOCOL[experiment], 'RS-SQED-open', seeds, COMMAND) for name, rows in measured(experiment, folder, draws).items()]
 
-# %% ../nbs/73_paper.ipynb #e4ab1a22
+# %% ../nbs/73_paper.ipynb #96d78439
 def recheck(
     experiment: str,
     folder: str = TABLES,
@@ -342,8 +335,10 @@ def recheck_all(
     workers: int = 1,
 ) -> tuple[str, bool]: # what to print, whether a number is wrong
     "Recheck the experiments that are committed, and refit a few predictors of the main one."
-    found = pd.concat([recheck(x, folder, results) for x in experiments if prediction_file(x, folder).exists()])
+    there = [x for x in experiments if prediction_file(x, folder).exists()]
+    if not there: raise DataNotFound(f'nothing to check in {folder}', f'found no predictions of {", ".join(experiments)}', 'choose among those that are committed')
+    found, missing = pd.concat([recheck(x, folder, results) for x in there]), [x for x in experiments if x not in there]
     fitted = refit(folder, data, workers=workers) if 'main' in experiments else pd.DataFrame(columns=['mean_difference'])
     wrong = (found.largest_difference > MEASURED).any() or (fitted.mean_difference > REFITTED).any()
     words = f'{int(found.numbers.sum())} committed numbers of {len(found)} files: ' + ('all follow from the committed predictions' if (found.largest_difference <= MEASURED).all() else 'some do not follow from the committed predictions')
-    return '\n\n'.join([found.to_string(), *([fitted.round(6).to_string()] if len(fitted) else []), words]), bool(wrong)
+    return '\n\n'.join([found.to_string(), *([fitted.round(6).to_string()] if len(fitted) else []), words + (f'\nnot committed yet: {", ".join(missing)}' if missing else '')]), bool(wrong)

@@ -408,3 +408,13 @@ def test_published_names_stay():
     listed = pd.read_csv(Path(__file__).parents[1]/'data/results/demo_synthetic.csv').predictor
     names = set(baselines(numbers().assign(tta=0.5), 'nowhere', 'sem/x')) | {'RS-SQA'}
     assert not set(listed) - names
+
+
+def test_a_segment_without_an_edge_has_no_edge_numbers():
+    "Rounding must not divide by zero: found in 219 of 261,574 segments of real maps."
+    from rssqa.baselines import SEGMENT, segment_table
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        p = rng.dirichlet(np.ones(3), (37, 41)).transpose(2, 0, 1)
+        told = segment_table((255 * p).astype(np.uint8), np.zeros((37, 41), np.uint8), np.zeros((37, 41), np.uint8)).astype(float)
+        assert not np.isinf(told).any() and np.isnan(told[:, [i for i, n in enumerate(SEGMENT) if n.endswith('_edge')]]).all()

@@ -61,20 +61,19 @@ def test_fitting_again_gives_the_committed_predictions(tmp_path):
 
 
 def test_without_masks_no_jury_sits():
-    e = open_evidence('open', TABLES, lattices=False)
+    e = open_evidence(TABLES, lattices=False)
     assert JURY not in everyone(e) and OURS in everyone(e) and not e.truth
     with pytest.raises(KeyError, match='no predictor'): everyone(e, only=('nobody',))
 
 
 def test_no_tables_and_no_experiment(tmp_path):
-    with pytest.raises(DataNotFound, match='no tables open'): open_evidence('open', tmp_path)
+    with pytest.raises(DataNotFound, match='no tables open'): open_evidence(tmp_path)
     with pytest.raises(KeyError, match='main'): compute('mian', TABLES)
     with pytest.raises(DataNotFound, match='predictions'): measured('main', tmp_path)
 
 
 def test_an_edited_result_is_noticed(tmp_path):
-    name = next((x for x in COMMITTED if x != 'main'), None)
-    if not name: pytest.skip('only the main experiment is committed, and that takes minutes to measure')
+    name = 'dataset'
     for path in RESULTS.glob('paper_*.csv'): (tmp_path/path.name).write_bytes(path.read_bytes())
     path = next(tmp_path/f'paper_{n}.csv' for n in measured(name, TABLES, 10))
     rows = pd.read_csv(path)
@@ -92,3 +91,11 @@ def test_few_scenes_learn_from_that_share(share, scenes):
     model.fit(table)
     assert seen[0].groupby('dataset').scene.nunique().tolist() == [scenes, scenes] and len(seen[0]) == 6 * scenes
     assert model.get_params() != FewScenes(MeanBaseline(), 0.77).get_params()
+
+
+def test_a_comparison_without_masks_overwrites_nothing(tmp_path, capsys):
+    from rssqa.cli import main
+    with pytest.raises(SystemExit) as e: main(['bench', 'paper', '--only', 'main', '--tables', str(tmp_path)])
+    assert e.value.code == 2 and '--fast' in capsys.readouterr().err and not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as e: main(['bench', 'paper', '--fast', '--only', 'method', '--tables', str(tmp_path)])
+    assert e.value.code == 2 and 'nothing to check' in capsys.readouterr().err
