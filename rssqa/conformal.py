@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['scene_quantile', 'scenes_needed', 'ShiftCheck', 'Intervals', 'coverage', 'row_intervals', 'cross_intervals',
-           'save_intervals', 'load_intervals']
+           'expect_errors', 'save_intervals', 'load_intervals']
 
 # %% ../nbs/54_conformal.ipynb #d21f7a06
 import math, warnings
@@ -221,21 +221,52 @@ def _crepes(known, table, sigma, confidence, by=''): # (len(table),2)
         fitted = ConformalRegressor().fit((known.oa - known.predicted).to_numpy(float), sigma(known), bins(known))
         return fitted.predict_int(table.predicted.to_numpy(float), sigma(table), bins(table), confidence - 1e-9, 0, 1)
 
-# %% ../nbs/54_conformal.ipynb #afe02f21
+# %% ../nbs/54_conformal.ipynb #7da84a26
 def cross_intervals(
     table: pd.DataFrame, # oa, out-of-fold predicted, dataset, scene
     fold, # (len(table),) the fold of each row
     features: np.ndarray = None, # (len(table),d)
+    columns: tuple = (), # label-free columns from which expect_errors learns a width for each row; () for none
     **options, # of Intervals
 ) -> pd.DataFrame: # as from Intervals.predict, index of table
     "Give each fold intervals that were calibrated on the other folds."
-    fold, features = np.asarray(fold), _matrix(features, len(table))
+    fold, features, parts = np.asarray(fold), _matrix(features, len(table)), []
     shared = pd.Series(fold).groupby(_scenes(table)).nunique().gt(1).sum()
     if shared: raise LeakError('cannot calibrate by fold', f'found {shared} scenes in more than one fold', 'make folds with rssqa.bench.scene_folds')
+    if columns: options = dict(difficulty='expected_error', floor=0.1) | options
     pick = lambda at: None if features is None else features[at]
-    parts = [Intervals(**options).fit(table[fold != k], pick(fold != k)).predict(table[fold == k], pick(fold == k)) for k in np.unique(fold)]
+    for k in np.unique(fold):
+        known, new = table[fold != k], table[fold == k]
+        if columns: known, new = expect_errors(known, fold[fold != k], new, columns)
+        parts.append(Intervals(**options).fit(known, pick(fold != k)).predict(new, pick(fold == k)))
     order = np.argsort(np.concatenate([np.flatnonzero(fold == k) for k in np.unique(fold)]))
     return pd.concat(parts).iloc[order].set_axis(table.index)
+
+# %% ../nbs/54_conformal.ipynb #1aa593cf
+def expect_errors(
+    known: pd.DataFrame, # rows with oa and out-of-fold predicted
+    fold, # (len(known),) the fold of each, two or more
+    new: pd.DataFrame, # rows with predicted
+    columns: tuple, # label-free columns of both; predicted joins them
+    trees: int = 30,
+    seed: int = 0,
+) -> tuple[pd.DataFrame, pd.DataFrame]: # known and new, with a column expected_error, 0..1
+    "Learn how large the error of a prediction tends to be."
+    columns, fold = [*dict.fromkeys((*columns, 'predicted'))], np.asarray(fold)
+    _need(known, 'oa', *columns); _need(new, *columns)
+    if len(np.unique(fold)) < 2: raise SchemaError('cannot learn expected errors', 'found one fold, expected two or more', 'number the folds of the rows, see rssqa.bench.scene_folds')
+    usable, told = _usable(known, '')[1], np.zeros(len(known))
+    for k in np.unique(fold): told[fold == k] = _error_trees(known[usable & (fold != k)], columns, trees, seed).predict(_numbers(known[fold == k], columns))
+    return known.assign(expected_error=told), new.assign(expected_error=_error_trees(known[usable], columns, trees, seed).predict(_numbers(new, columns)))
+
+
+def _numbers(table, columns): return table[columns].astype(np.float32).to_numpy()
+
+
+def _error_trees(rows, columns, trees, seed): # each scene weighs the same
+    from sklearn.ensemble import ExtraTreesRegressor
+    weight = 1 / pd.Series(_scenes(rows)).pipe(lambda s: s.groupby(s).transform('size')).to_numpy()
+    return ExtraTreesRegressor(trees, min_samples_leaf=20, max_features=0.3, random_state=seed).fit(_numbers(rows, columns), (rows.oa - rows.predicted).abs(), weight)
 
 # %% ../nbs/54_conformal.ipynb #8b002752
 def save_intervals(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'HALF', 'SPECS', 'SemOutput', 'SemanticEncoder', 'EncoderSpec', 'resize', 'read_weights',
            'strip_checkpoint', 'fast_bf16', 'OpenClipEncoder', 'spec_from_folder', 'spec_from_tag', 'load_encoder',
-           'encode', 'check_encoder', 'benchmark_encoder']
+           'encode', 'BackboneEncoder', 'check_encoder', 'benchmark_encoder']
 
 # %% ../nbs/30_encoders.ipynb #248128b3
 import copy, json, os, re, shutil, tempfile
@@ -524,6 +524,45 @@ def encode(
         parts.append((out.pooled.cpu(), dense.cpu()))
     if not parts: raise BadImage('nothing to encode', 'found no images', 'pass at least one')
     return SemOutput(*(torch.cat(p) for p in zip(*parts)))
+
+# %% ../nbs/30_encoders.ipynb #10a949fe
+class BackboneEncoder:
+    "A timm backbone behind rssqa's interface; it sees and does not read."
+    def __init__(self,
+        architecture: str = 'mobilenetv2_100', # timm model name
+        weights: str = 'timm', # path of a safetensors file; 'timm' downloads them
+        image_size: int = 224,
+    ):
+        import timm
+        from safetensors.torch import load_file
+        self.name, self.image_size, self._config = architecture, image_size, None
+        self.net = timm.create_model(architecture, pretrained=weights == 'timm', num_classes=0).eval().requires_grad_(False)
+        if weights != 'timm': _fit_backbone(self.net, load_file(weights), weights)
+        self.dim = self.dense_dim = self.net.num_features
+
+    def encode_image(self, x) -> SemOutput: # x (N,3,H,W) RGB 0..1, any size
+        "Encode images."
+        import torch
+        from torch.nn.functional import normalize
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.net.pretrained_cfg['mean'], self.net.pretrained_cfg['std']))
+        with torch.no_grad():
+            dense = self.net.forward_features((resize(_checked(x), self.image_size) - mean) / std)
+            return SemOutput(normalize(self.net.forward_head(dense, pre_logits=True), dim=-1), dense)
+
+    def encode_text(self, texts: list[str]):
+        "Refuse: a backbone has no text tower."
+        raise Incompatible(f'{self.name} cannot encode sentences', 'it has no text tower', 'use a CLIP, see rssqa.core.encoders')
+
+    @cached_property
+    def fingerprint(self) -> str:
+        "Digest of architecture, weights and preprocessing."
+        return digest(self.name, self.image_size, state_digest(self.net.state_dict()), 'pooled unit, dense last map')
+
+
+def _fit_backbone(net, state, path): # the classifier is left out, and counters may be missing
+    wanted = net.state_dict()
+    if missing := [k for k in wanted if k not in state and not k.endswith('num_batches_tracked')]: raise Incompatible(f'{path} does not fit the backbone', f'found no {missing[0]}', 'use weights of the same architecture')
+    net.load_state_dict({k: state.get(k, v) for k, v in wanted.items()})
 
 # %% ../nbs/30_encoders.ipynb #9d3b2134
 def _modules(encoder): # the nets an encoder holds

@@ -11,7 +11,7 @@ from scipy.stats import norm
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
-from rssqa.conformal import Intervals, ShiftCheck, coverage, cross_intervals, load_intervals, row_intervals, save_intervals, scene_quantile, scenes_needed
+from rssqa.conformal import Intervals, ShiftCheck, coverage, cross_intervals, expect_errors, load_intervals, row_intervals, save_intervals, scene_quantile, scenes_needed
 from rssqa.core import DataNotFound, Incompatible, LeakError, SchemaError
 
 F = list('abcd')
@@ -372,6 +372,39 @@ def test_folds_need_no_unique_index_and_no_features(known):
     fold = by_scene(known)
     twice = known.set_axis(np.zeros(len(known), int))
     assert np.array_equal(cross_intervals(twice, pd.Series(fold)).low, cross_intervals(known, fold).low) and cross_intervals(twice, fold).index.equals(twice.index)
+
+
+def test_expected_errors_are_honest(known, new):
+    "No row's expected error hears its own label, and no new row's label is looked at."
+    fold, columns = by_scene(known), ['hard', *F]
+    a, b = expect_errors(known, fold, new.drop(columns='oa'), columns)
+    assert a.drop(columns='expected_error').equals(known) and a.expected_error.between(0, 1).all() and np.isfinite(b.expected_error).all()
+    changed, other = expect_errors(known.assign(oa=known.oa.where(fold != 2, 0.0)), fold, new, columns)
+    assert np.array_equal(changed.expected_error[fold == 2], a.expected_error[fold == 2]) and not np.array_equal(changed.expected_error[fold == 1], a.expected_error[fold == 1])
+    assert not np.array_equal(other.expected_error, b.expected_error)
+    again = expect_errors(known, fold, new, columns)
+    assert again[0].equals(a) and np.array_equal(again[1].expected_error, b.expected_error)
+
+
+def test_expected_errors_find_what_is_hard_and_bear_gaps(known, new):
+    gaps = known.assign(a=known.a.where(np.arange(len(known)) % 3 > 0), oa=known.oa.where(np.arange(len(known)) % 7 > 0))
+    from sklearn.metrics import roc_auc_score
+    for rows in (known, gaps):
+        told = expect_errors(rows, by_scene(known), new, ['hard', *F])[1]
+        assert roc_auc_score(new.hard > 0.02, told.expected_error) > 0.9
+
+
+def test_expected_errors_need_folds_and_columns(known, new):
+    with pytest.raises(ValueError, match='one fold'): expect_errors(known, np.zeros(len(known)), new, ['hard'])
+    with pytest.raises(ValueError, match='lacks nothing_such'): expect_errors(known, by_scene(known), new, ['nothing_such'])
+
+
+def test_learned_widths_hear_no_label_of_their_fold(known):
+    fold = by_scene(known)
+    told = cross_intervals(known, fold, known[F], columns=('hard',))
+    changed = cross_intervals(known.assign(oa=known.oa.where(fold != 2, 0.0)), fold, known[F], columns=('hard',))
+    assert told.index.equals(known.index) and changed[fold == 2].equals(told[fold == 2]) and not changed[fold == 1].equals(told[fold == 1])
+    assert (told.high - told.low).nunique() > 50 and abs(coverage(known.join(told), ()).coverage[0] - 0.9) < 0.06
 
 
 def test_folds_that_share_a_scene_are_refused(known):
