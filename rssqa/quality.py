@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['plcc_loss', 'rank_loss', 'QualityModel', 'explain', 'save_model', 'load_model']
 
-# %% ../nbs/51_quality.ipynb #5be352ec
+# %% ../nbs/51_quality.ipynb #384205aa
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from joblib import Parallel, delayed
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
@@ -42,7 +43,7 @@ def rank_loss(
     pairs = gap > 0                                                                           # NaN compares as False
     return (gap - found)[pairs].clamp_min(0).mean() if pairs.any() else s.sum() * 0
 
-# %% ../nbs/51_quality.ipynb #655c8514
+# %% ../nbs/51_quality.ipynb #15d837bc
 class QualityModel(RegressorMixin, BaseEstimator):
     "Predict the overall accuracy of segmentations from label-free columns, segmenter taps and scene semantics."
     def __init__(self,
@@ -75,9 +76,9 @@ class QualityModel(RegressorMixin, BaseEstimator):
         "Train on rows of an SQED table; y defaults to the target column."
         X = X.assign(oa=np.asarray(y, float) if y is not None else _target(X, self.target))
         self.branches_ = Branches(self.store, self.sem, self.taps, self.peers, self.directions).fit(X)
-        blocks, history = self.branches_.transform(X, training=True), []
-        self.nets_ = [_train_member(self, blocks, X, m, history) for m in range(self.members)]
-        self.history_, self.n_features_in_ = pd.DataFrame(history), X.shape[1]
+        blocks, rows = self.branches_.transform(X, training=True), X[['image_id', 'method', 'dataset', 'scene', 'oa']]
+        found = Parallel()(delayed(_train_member)(self, blocks, rows, m) for m in range(self.members))
+        self.nets_, self.history_, self.n_features_in_ = [net for net, _ in found], pd.DataFrame(sum((h for _, h in found), [])), X.shape[1]
         return self
 
     def predict(self, X: pd.DataFrame, sem: np.ndarray = None, taps: dict = None) -> np.ndarray: # (len(X),) 0..1, in the order of X
@@ -140,13 +141,13 @@ def _loss(model, net, tensors, y, group, grid): # grid (B,M) row numbers of whol
     absolute = torch.nn.functional.smooth_l1_loss(s, y[rows], beta=0.05)
     return model.absolute * absolute + model.linear * plcc_loss(s, y[rows], group[rows]) + model.rank * rank_loss(*full)
 
-# %% ../nbs/51_quality.ipynb #4b8986ba
+# %% ../nbs/51_quality.ipynb #d3518c62
 def _new_net(model, blocks):
     from rssqa.fusion import QualityNet
     return QualityNet(blocks.own.shape[1], blocks.peers.shape[1], blocks.prior.shape[1], blocks.taps.shape[1], blocks.sem.shape[1], max(len(model.branches_.methods), 1), model.fusion, model.dim, model.dim, model.dropout)
 
 
-def _train_member(model, blocks, X, member, history):
+def _train_member(model, blocks, X, member): # network, one line an epoch
     import torch
     seed_all(model.seed * 1000 + member)
     net, tensors = _new_net(model, blocks), _tensors(blocks)
@@ -157,7 +158,7 @@ def _train_member(model, blocks, X, member, history):
     train, test = (torch.where(g >= 0, torch.as_tensor(np.flatnonzero(k))[g.clamp_min(0)], -1) for g, k in ((train, ~held), (test, held)))
     opt = torch.optim.AdamW(net.parameters(), model.lr, weight_decay=model.weight_decay)
     test = test if len(test) else train                                # a single image: nothing can be held out
-    best, kept, waited = float('inf'), {k: v.clone() for k, v in net.state_dict().items()}, 0
+    best, kept, waited, history = float('inf'), {k: v.clone() for k, v in net.state_dict().items()}, 0, []
     for epoch in range(model.epochs):
         net.train()
         for part in torch.randperm(len(train)).split(model.images):
@@ -167,7 +168,7 @@ def _train_member(model, blocks, X, member, history):
         if loss < best: best, kept, waited = loss, {k: v.clone() for k, v in net.state_dict().items()}, 0
         elif (waited := waited + 1) > model.patience: break
     net.load_state_dict(kept)
-    return net.eval()
+    return net.eval(), history
 
 # %% ../nbs/51_quality.ipynb #9d218b96
 def explain(model: QualityModel, X: pd.DataFrame) -> pd.DataFrame: # one row each: predicted, and the part due to own, peers, prior, taps, sem

@@ -7,7 +7,7 @@ __all__ = ['QUICK', 'STEPS', 'TABLES', 'in_turns', 'line', 'Size', 'workplace', 
            'eightfold', 'model_speed', 'score_speed', 'known_rows', 'enlarged', 'fit_speed', 'peak_mb', 'fit_peak',
            'fit_memory', 'run', 'as_text', 'save']
 
-# %% ../nbs/74_speed.ipynb #a7e68bdd
+# %% ../nbs/74_speed.ipynb #1bedca18
 import os, re, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+from joblib import parallel_config
 
 from .bench import OURS, contenders, save_results
 from .confidence import agreement, label_free, tap_columns
@@ -195,7 +196,7 @@ def score_speed(
     return [line('score of one map', ms['score'], 'ms', '8 views', ms['views'], 1), line('score of one map', ms['score'], 'ms', 'its segmentation alone', ms['map']),
             line(f'score with peers, each of {len(methods)}', ms['peers'], 'ms', '8 views', ms['views'])]
 
-# %% ../nbs/74_speed.ipynb #11d2471c
+# %% ../nbs/74_speed.ipynb #226a80aa
 def known_rows(
     place, # after sqed_speed, with `tables`: folder or None
 ) -> tuple[pd.DataFrame, Store, str]: # table, its store, feature table of its encoder
@@ -238,8 +239,10 @@ def fit_speed(
     "Time the fit of the quality model."
     sem = known_rows(place)[2]
     model, table = _ours(enlarged(*known_rows(place), size.rows, place.home/'rows'), sem, size.options)
-    with _threads(1): seconds = in_turns(dict(fit=lambda: model.fit(table)), 1)
-    return [line(f'quality model fit, {len(table):,} rows', seconds['fit'], 's', 'limit', 60, 1)]
+    def fit(n):
+        with parallel_config(n_jobs=n): model.fit(table)
+    with _threads(1): seconds = in_turns(dict(many=lambda: fit(os.cpu_count() or 1), one=lambda: fit(1)), 1)
+    return [line(f'quality model fit, {len(table):,} rows', seconds['many'], 's', 'limit', 60, 1), line(f'the same, {os.cpu_count() or 1} processes', seconds['many'], 's', '1 process', seconds['one'])]
 
 # %% ../nbs/74_speed.ipynb #5668a09b
 def peak_mb() -> float:

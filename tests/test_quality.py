@@ -1,6 +1,7 @@
 """The quality model as an estimator: reproducible, savable, and deaf to what it must not hear."""
 import json
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -53,6 +54,11 @@ def test_same_seed_same_model(table, model, new):
     again = clone(model).fit(table)
     assert np.array_equal(again.predict(new), model.predict(new)) and again.history_.equals(model.history_)
     assert not np.array_equal(clone(model).set_params(seed=1).fit(table).predict(new), model.predict(new))
+
+
+def test_two_processes_train_the_same_networks(table, model, new):
+    with joblib.parallel_config(n_jobs=2): again = clone(model).fit(table)
+    assert np.abs(again.predict(new) - model.predict(new)).max() < 1e-6 and again.history_.member.tolist() == model.history_.member.tolist()
 
 
 def test_cross_validation_by_scene(table):
