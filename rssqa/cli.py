@@ -62,13 +62,13 @@ def demo(
     board = run(plan, out, workers, seed)
     print(summary(board, plan, out))
 
-# %% ../nbs/80_cli.ipynb #09631f2a
+# %% ../nbs/80_cli.ipynb #ba3c7ad6
 @app.command()
 def score(
     image: Annotated[Path, typer.Argument(help='Image from above.')],
     method: Annotated[Optional[str], typer.Option('--method', '-m', help='One method; omit to rank all.')] = None,
     dataset: Annotated[Optional[str], typer.Option(help='Class table, where the pack knows several.')] = None,
-    pack: Annotated[Optional[Path], typer.Option(help='Folder of a pack; default: what rssqa demo made last.')] = None,
+    pack: Annotated[Optional[Path], typer.Option(help='Folder of a pack; default: what rssqa demo made last, else the one that ships.')] = None,
 ):
     "Predict the overall accuracy of each method on an image, without labels."
     from rssqa.recommend import Pack, default_pack, rank
@@ -77,7 +77,7 @@ def score(
     ranked = rank(image, opened, dataset).set_index('method').predicted
     if dataset is None and len(opened.datasets) > 1: print(f'class table {opened._dataset(None)}; with --dataset also {", ".join(d for d in opened.datasets if d != opened._dataset(None))}')
     for name, value in ranked.items():
-        if method in (None, name): print(f'{name:<16}{value:.3f}' + ('   recommended' if name == ranked.index[0] else ''))
+        if method in (None, name): print(f'{name:<16}{value:.3f}' + ('   recommended' if name == ranked.index[0] else '   as good' if ranked.iloc[0] - value < 0.005 else ''))
 
 
 @app.command()
@@ -85,7 +85,7 @@ def recommend(
     folder: Annotated[Path, typer.Argument(help='Folder with images.')],
     out: Annotated[Path, typer.Option('--out', '-o', help='Table to write: .parquet or .csv.')] = Path('recommended.parquet'),
     dataset: Annotated[Optional[str], typer.Option(help='Class table, where the pack knows several.')] = None,
-    pack: Annotated[Optional[Path], typer.Option(help='Folder of a pack; default: what rssqa demo made last.')] = None,
+    pack: Annotated[Optional[Path], typer.Option(help='Folder of a pack; default: what rssqa demo made last, else the one that ships.')] = None,
 ):
     "Rank the methods for every image of a folder and write a table."
     from rssqa.core import Incompatible, atomic
