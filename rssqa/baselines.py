@@ -8,32 +8,34 @@ __all__ = ['KEPT', 'SEGMENT', 'GRIDS', 'FAST', 'COLUMNS', 'MeanBaseline', 'Colum
            'ThresholdBaseline', 'deal_scenes', 'SegmentBaseline', 'BlockBaseline', 'NeighbourBaseline',
            'QualityColumns', 'baselines']
 
-# %% ../nbs/52_baselines.ipynb #4a08018f
+# %% ../nbs/52_baselines.ipynb #f034baef
 import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator, RegressorMixin
 
 from .branches import Branches, Prior, Scaler, spread
 from .confidence import boundary, segments
-from .core import SchemaError, progress
+from .core import MissingFeatures, SchemaError, progress
 from .metrics import IGNORE, wide
 from .sqed import Lattice, lattices
 from .store import Store, get_vectors, put_vectors
 
-# %% ../nbs/52_baselines.ipynb #85ac9909
+# %% ../nbs/52_baselines.ipynb #5f68024b
 class MeanBaseline(RegressorMixin, BaseEstimator):
-    "Predict the mean training OA of rows with the same keys."
+    "Predict the mean training OA of rows with the same keys; where they are unknown together, with the last key alone, then with the others."
     def __init__(self, by: tuple = ('dataset', 'method')): self.by = by
 
     def fit(self, X: pd.DataFrame, y=None):
         self.overall_ = float(X.oa.mean())
-        self.means_ = X.groupby(list(self.by), observed=True).oa.mean() if self.by else None
+        self.means_ = {keys: X.groupby(list(keys), observed=True).oa.mean() for keys in dict.fromkeys((tuple(self.by), *((k,) for k in reversed(self.by)))) if keys}
         return self
 
     def predict(self, X: pd.DataFrame) -> np.ndarray: # (len(X),) 0..1
-        if not self.by: return np.full(len(X), self.overall_)
-        index = pd.MultiIndex.from_frame(X[list(self.by)]) if len(self.by) > 1 else pd.Index(X[self.by[0]])
-        return self.means_.reindex(index).fillna(self.overall_).to_numpy()
+        told = np.full(len(X), np.nan)
+        for keys, means in self.means_.items():
+            index = pd.MultiIndex.from_frame(X[list(keys)]) if len(keys) > 1 else pd.Index(X[keys[0]])
+            told = np.where(np.isnan(told), means.reindex(index).to_numpy(float), told)
+        return np.where(np.isnan(told), self.overall_, told)
 
 # %% ../nbs/52_baselines.ipynb #fc1d03c0
 class ColumnBaseline(RegressorMixin, BaseEstimator):
@@ -142,7 +144,7 @@ def segment_table(
     kind = np.where(np.arange(len(n)) < KEPT, pred.ravel()[np.unique(parts, return_index=True)[1]].astype(int), -1)
     return np.column_stack([n / len(inner), n_in / n, told.reshape(len(n), 12), top, kind, sums[:, 2:4] / len(inner)]).astype(np.float16)
 
-# %% ../nbs/52_baselines.ipynb #c8a3a880
+# %% ../nbs/52_baselines.ipynb #27a5cf9c
 def map_keys(table: pd.DataFrame) -> pd.Series: # (len(table),)
     "Name each map as the store does: image_id|method_fp."
     return table.image_id.astype(str) + '|' + table.method_fp.astype(str)
@@ -157,23 +159,23 @@ def condense(
     store: Store,
     table: pd.DataFrame, # rows of an SQED table whose lattices are in the store
     chunk: int = 64, # images at once
+    tables: tuple = ('conf_hist', 'segments'), # segments keep what was right of them, so truth must be in the store before
 ) -> None:
-    "Add what is missing to the tables conf_hist and segments."
+    "Add what is missing to these tables."
     keys = map_keys(table)
-    todo = table[keys.isin([*store.missing('conf_hist', keys), *store.missing('segments', keys)])]
+    todo = table[keys.isin({k for name in tables for k in store.missing(name, keys)})]
     if todo.empty: return
     named, ids = dict(zip(zip(todo.image_id.astype(str), todo.method.astype(str)), map_keys(todo))), np.sort(todo.image_id.unique())
     for part in progress([ids[i:i+chunk] for i in range(0, len(ids), chunk)], 'condensing maps', unit='chunk'):
-        _keep(store, lattices(store, todo[todo.image_id.isin(part)]), named)
+        _keep(store, lattices(store, todo[todo.image_id.isin(part)]), named, tables)
 
 
-def _keep(store, found, named): # [Lattice], (image_id, method) -> key
+def _keep(store, found, named, tables=('conf_hist', 'segments')): # [Lattice], (image_id, method) -> key
     at = [named[l.image_id, m] for l in found for m in l.methods]
-    tables = [segment_table(p, pred, l.truth) for l in found for p, pred in zip(l.p, l.pred)]
-    store.put('segments', pd.DataFrame(dict(key=at, data=[t.tobytes() for t in tables])))
-    put_vectors(store, 'conf_hist', at, np.concatenate([histograms(l.p) for l in found]))
+    if 'segments' in tables: store.put('segments', pd.DataFrame(dict(key=at, data=[segment_table(p, pred, l.truth).tobytes() for l in found for p, pred in zip(l.p, l.pred)])))
+    if 'conf_hist' in tables: put_vectors(store, 'conf_hist', at, np.concatenate([histograms(l.p) for l in found]))
 
-# %% ../nbs/52_baselines.ipynb #6ff80e37
+# %% ../nbs/52_baselines.ipynb #6c2fe682
 class ThresholdBaseline(RegressorMixin, BaseEstimator):
     "Predict the share of pixels above a threshold, one for each dataset and method (ATC, Garg et al., 2022)."
     def __init__(self, store: str = '', score: str = 'confidence', fitted: bool = False): self.store, self.score, self.fitted = store, score, fitted
@@ -190,7 +192,7 @@ class ThresholdBaseline(RegressorMixin, BaseEstimator):
         return above[at, low] * (1 - rest) + above[at, low + 1] * rest
 
     def fit(self, X: pd.DataFrame, y=None):
-        condense(Store(self.store), X)
+        condense(Store(self.store), X, tables=('conf_hist',))
         above, oa = self._above(X), X.oa.to_numpy(float)
         self.levels_ = fit_groups(X, lambda i: np.interp(oa[i].mean(), above[i].mean(0)[::-1], np.arange(257.)[::-1]))
         share = self._share(X, above)
@@ -198,10 +200,10 @@ class ThresholdBaseline(RegressorMixin, BaseEstimator):
         return self
 
     def predict(self, X: pd.DataFrame) -> np.ndarray: # (len(X),) 0..1
-        condense(Store(self.store), X)
+        condense(Store(self.store), X, tables=('conf_hist',))
         return np.clip(np.polyval(self.line_, self._share(X, self._above(X))), 0, 1)
 
-# %% ../nbs/52_baselines.ipynb #bc194c1d
+# %% ../nbs/52_baselines.ipynb #78c0583d
 def deal_scenes(table: pd.DataFrame, k: int = 2, seed: int = 0) -> np.ndarray: # (len(table),) 0..k-1; all 0 where there is one scene
     "Deal scenes into k parts, evenly over datasets."
     names = table.dataset.astype(str).to_numpy(str), table.scene.astype(str).to_numpy(str)
@@ -254,6 +256,7 @@ class SegmentBaseline(RegressorMixin, BaseEstimator):
 
     def fit(self, X: pd.DataFrame, y=None):
         s, row = self._segments(X)
+        if not s[:, -1].any(): raise MissingFeatures('segments cannot learn', 'found no true class in them', 'put the truth into the store before the first fit, see rssqa.openset.unpack_lattices')
         self.datasets_, self.methods_ = sorted(X.dataset.astype(str).unique()), sorted(X.method.astype(str).unique())
         self.classes_, oa, part = np.unique(self._classes(X, s, row)), X.oa.to_numpy(float), deal_scenes(X, 2, self.seed)
         x, trials = self._x(X, s, row), []
@@ -397,16 +400,17 @@ class QualityColumns(RegressorMixin, BaseEstimator):
     def predict(self, X: pd.DataFrame) -> np.ndarray: # (len(X),) 0..1
         return np.clip(self.learner_.predict(self._both(X)), 0, 1)
 
-# %% ../nbs/52_baselines.ipynb #96765a99
+# %% ../nbs/52_baselines.ipynb #83b48343
 COLUMNS = {'max-softmax': 'conf', 'max-softmax, temperature-scaled': 'conf_t', 'entropy': 'entropy', 'margin': 'margin', 'flip agreement': 'tta', 'agreement with the other methods': 'agree_mean',
            'agreement with their majority': 'agree_majority'}
 
 
 def _of_lattices(table, store, seed):
     if not store or not has_lattices(Store(store), table): return {}
-    condense(Store(store), table)                                      # once, before processes run side by side
-    return {'ATC': ThresholdBaseline(store), 'ATC, negative entropy': ThresholdBaseline(store, 'certainty'), 'ATC, line fitted': ThresholdBaseline(store, fitted=True),
-            'MetaSeg-style segments + boosting': SegmentBaseline(store, seed=seed)}
+    truth = not Store(store).missing('truth', table.image_id.unique())
+    condense(Store(store), table, tables=('conf_hist', *(['segments'] if truth else [])))      # once, before processes run side by side
+    found = {'ATC': ThresholdBaseline(store), 'ATC, negative entropy': ThresholdBaseline(store, 'certainty'), 'ATC, line fitted': ThresholdBaseline(store, fitted=True)}
+    return found | ({'MetaSeg-style segments + boosting': SegmentBaseline(store, seed=seed)} if truth else {})
 
 
 def _of_quality(table, seed):

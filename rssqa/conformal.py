@@ -221,7 +221,7 @@ def _crepes(known, table, sigma, confidence, by=''): # (len(table),2)
         fitted = ConformalRegressor().fit((known.oa - known.predicted).to_numpy(float), sigma(known), bins(known))
         return fitted.predict_int(table.predicted.to_numpy(float), sigma(table), bins(table), confidence - 1e-9, 0, 1)
 
-# %% ../nbs/54_conformal.ipynb #7da84a26
+# %% ../nbs/54_conformal.ipynb #e3503953
 def cross_intervals(
     table: pd.DataFrame, # oa, out-of-fold predicted, dataset, scene
     fold, # (len(table),) the fold of each row
@@ -233,6 +233,7 @@ def cross_intervals(
     fold, features, parts = np.asarray(fold), _matrix(features, len(table)), []
     shared = pd.Series(fold).groupby(_scenes(table)).nunique().gt(1).sum()
     if shared: raise LeakError('cannot calibrate by fold', f'found {shared} scenes in more than one fold', 'make folds with rssqa.bench.scene_folds')
+    if columns and len(np.unique(fold)) < 3: raise SchemaError('cannot learn widths by fold', f'found {len(np.unique(fold))} folds, expected three or more', 'make more folds, or leave out columns')
     if columns: options = dict(difficulty='expected_error', floor=0.1) | options
     pick = lambda at: None if features is None else features[at]
     for k in np.unique(fold):

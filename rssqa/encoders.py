@@ -525,9 +525,9 @@ def encode(
     if not parts: raise BadImage('nothing to encode', 'found no images', 'pass at least one')
     return SemOutput(*(torch.cat(p) for p in zip(*parts)))
 
-# %% ../nbs/30_encoders.ipynb #10a949fe
+# %% ../nbs/30_encoders.ipynb #c8b1664d
 class BackboneEncoder:
-    "A timm backbone behind rssqa's interface; it sees and does not read."
+    "A convolutional backbone of timm behind rssqa's interface; it sees and does not read."
     def __init__(self,
         architecture: str = 'mobilenetv2_100', # timm model name
         weights: str = 'timm', # path of a safetensors file; 'timm' downloads them
@@ -535,10 +535,12 @@ class BackboneEncoder:
     ):
         import timm
         from safetensors.torch import load_file
-        self.name, self.image_size, self._config = architecture, image_size, None
+        self.name, self.image_size = architecture, image_size
         self.net = timm.create_model(architecture, pretrained=weights == 'timm', num_classes=0).eval().requires_grad_(False)
         if weights != 'timm': _fit_backbone(self.net, load_file(weights), weights)
-        self.dim = self.dense_dim = self.net.num_features
+        out = self.encode_image(np.full((1, 3, 8, 8), 0.5, np.float32))
+        self.dim, self.dense_dim = out.pooled.shape[1], out.dense.shape[1]
+        if out.dense.ndim != 4 or out.dense.shape[2] != out.dense.shape[3]: raise Incompatible(f'{architecture} cannot serve as encoder', f'found a feature map of shape {tuple(out.dense.shape)}, expected (1,C,h,h)', 'choose a convolutional network')
 
     def encode_image(self, x) -> SemOutput: # x (N,3,H,W) RGB 0..1, any size
         "Encode images."
@@ -561,7 +563,7 @@ class BackboneEncoder:
 
 def _fit_backbone(net, state, path): # the classifier is left out, and counters may be missing
     wanted = net.state_dict()
-    if missing := [k for k in wanted if k not in state and not k.endswith('num_batches_tracked')]: raise Incompatible(f'{path} does not fit the backbone', f'found no {missing[0]}', 'use weights of the same architecture')
+    if missing := [k for k, v in wanted.items() if state.get(k, v).shape != v.shape or k not in state and not k.endswith('num_batches_tracked')]: raise Incompatible(f'{path} does not fit the backbone', f'{missing[0]} is missing or has another shape', 'use weights of the same architecture')
     net.load_state_dict({k: state.get(k, v) for k, v in wanted.items()})
 
 # %% ../nbs/30_encoders.ipynb #9d3b2134

@@ -20,7 +20,7 @@ from .core import DataNotFound, MissingFeatures, atomic, read_json, seed_all, wr
 from .sqed import Lattice, coarse, lattices
 from .store import Store
 
-# %% ../nbs/51b_jury.ipynb #6f86a4ee
+# %% ../nbs/51b_jury.ipynb #b92c12bf
 def _around(x, side): # (...,h,w) -> the same, mean over a window of side x side points inside the image
     flat = x.reshape(-1, 1, *x.shape[-2:])
     return nn.functional.avg_pool2d(flat, side, 1, side // 2, count_include_pad=False).reshape(x.shape)
@@ -48,6 +48,11 @@ def _strongest_other(mean): # (K,h,w) -> the same, the largest of the other clas
     return torch.where(mean == first, second, first)
 
 
+def _slot(dataset): # a name that torch accepts for a parameter
+    name = dataset.replace('.', '·')
+    return f'{name}_' if hasattr(nn.ParameterDict(), name) else name
+
+
 class JuryNet(nn.Module):
     "Logit of one class at one point: the log of the mean probability, corrected by a small perceptron, with a habit for each known class."
     def __init__(self,
@@ -60,12 +65,12 @@ class JuryNet(nn.Module):
         self.hear = nn.Sequential(nn.Linear(2 * places + 9, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
         nn.init.zeros_(self.hear[-1].weight); nn.init.zeros_(self.hear[-1].bias)
         self.trust, self.places, self.silence = nn.Parameter(torch.ones(())), places, silence
-        self.habit = nn.ParameterDict({d: nn.Parameter(torch.zeros(k)) for d, k in sorted(tables.items())})
+        self.habit = nn.ParameterDict({_slot(d): nn.Parameter(torch.zeros(k)) for d, k in sorted(tables.items())})
 
     def forward(self, x, dataset): # (n,K,2M+9), name -> (n,K) logits
         if self.training and self.silence: x = self._silenced(x)
         s = self.hear(x)[..., 0] + self.trust * (x[..., 2 * self.places] + 0.01).log()
-        return s + self.habit[dataset] if dataset in self.habit else s
+        return s + self.habit[_slot(dataset)] if _slot(dataset) in self.habit else s
 
     def _silenced(self, x): # a method falls silent at all classes of a point
         own = x[..., :2 * self.places].unflatten(-1, (2, self.places))
@@ -167,7 +172,7 @@ def verdicts(jury: Jury, seen: list[Lattice]) -> pd.DataFrame: # image_id, metho
                  for m, b, y in zip(s.methods, belief, pred)]
     return pd.DataFrame(rows, columns=['image_id', 'method', *JURY]).astype(dict.fromkeys(JURY, 'float32'))
 
-# %% ../nbs/51b_jury.ipynb #f14f2a42
+# %% ../nbs/51b_jury.ipynb #f6f508d5
 def _judged(jury, X, seen): # verdicts in the order of the rows
     told = verdicts(jury, seen).set_index(['image_id', 'method'])
     return told.loc[pd.MultiIndex.from_frame(X[['image_id', 'method']].astype(str))].reset_index(drop=True)
@@ -192,7 +197,9 @@ class JuryModel(RegressorMixin, BaseEstimator):
         "Train on rows of an SQED table whose lattices and truths are in the store."
         if not self.store: raise MissingFeatures('a jury needs lattices', 'found no store', 'pass store=, see build_sqed')
         places = sorted(X.method.astype(str).unique())
-        self.jury_ = convene(sample(self._lattices(X), places, self.points, self.seed), places, self.silence, self.kinds, self.own, self.seed, epochs=self.epochs, width=self.width)
+        drawn = sample(self._lattices(X), places, self.points, self.seed)
+        if not drawn: raise MissingFeatures('a jury learns from truth', f'found none for {X.image_id.nunique()} images', 'build the table from tiles with masks, see build_sqed')
+        self.jury_ = convene(drawn, places, self.silence, self.kinds, self.own, self.seed, epochs=self.epochs, width=self.width)
         return self
 
     def judge(self, X: pd.DataFrame, seen: list[Lattice] = None) -> pd.DataFrame: # the columns JURY, rows of X

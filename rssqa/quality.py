@@ -43,7 +43,7 @@ def rank_loss(
     pairs = gap > 0                                                                           # NaN compares as False
     return (gap - found)[pairs].clamp_min(0).mean() if pairs.any() else s.sum() * 0
 
-# %% ../nbs/51_quality.ipynb #15d837bc
+# %% ../nbs/51_quality.ipynb #0d26455a
 class QualityModel(RegressorMixin, BaseEstimator):
     "Predict the overall accuracy of segmentations from label-free columns, segmenter taps and scene semantics."
     def __init__(self,
@@ -93,7 +93,7 @@ class QualityModel(RegressorMixin, BaseEstimator):
 
     def evaluate(self, X: pd.DataFrame, train: pd.DataFrame) -> dict:
         "Measure in all views, see rssqa.metrics.evaluate."
-        return evaluate(X.assign(predicted=self.predict(X)), train)
+        return evaluate(_rows(X, None, self.target, self.predict(X)), train.assign(oa=_target(train, self.target)))
 
     def embed(self, X: pd.DataFrame) -> np.ndarray: # (len(X), dim)
         "Return the fused vectors of the first network, for plots."
@@ -119,7 +119,7 @@ def _forward(net, blocks, embed=False):
     import torch
     with torch.inference_mode(): return (net.embed if embed else net)(*_tensors(blocks)).numpy()
 
-# %% ../nbs/51_quality.ipynb #65e6e6a6
+# %% ../nbs/51_quality.ipynb #eb943db8
 def _grid(X): # (images, methods) row numbers, -1 where missing
     return X.assign(row=np.arange(len(X))).pivot(index='image_id', columns='method', values='row').fillna(-1).to_numpy().astype(np.int64)
 
@@ -128,7 +128,7 @@ def _hold_scenes(X, seed, share=0.12): # boolean (len(X),)
     rng, held = np.random.default_rng(seed), np.zeros(len(X), bool)
     for dataset, rows in X.groupby('dataset', observed=True):
         scenes = np.sort(rows.scene.astype(str).unique())
-        if len(scenes) > 4: held |= ((X.dataset == dataset) & X.scene.isin(rng.choice(scenes, max(1, round(share * len(scenes))), replace=False))).to_numpy()
+        if len(scenes) > 4: held |= ((X.dataset == dataset) & X.scene.astype(str).isin(rng.choice(scenes, max(1, round(share * len(scenes))), replace=False))).to_numpy()
     if held.any() or X.image_id.nunique() < 2: return held
     return X.image_id.isin(rng.choice(X.image_id.unique(), max(1, X.image_id.nunique() // 8), replace=False)).to_numpy()
 

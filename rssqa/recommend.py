@@ -21,7 +21,7 @@ from .segment import MIN_SIDE
 from .jury import levelled, load_jury, verdicts
 from .sqed import Lattice, coarse, judge, thin
 
-# %% ../nbs/53_recommend.ipynb #113733ab
+# %% ../nbs/53_recommend.ipynb #18ffc704
 class Pack:
     "Segmenters and a quality model that belong together."
     def __init__(self,
@@ -100,8 +100,10 @@ def shipped_pack() -> Path:
 
 def default_pack() -> Path:
     "Return the pack of RSSQA_PACK, or the one that the last `rssqa demo` left in the cache, or the one that comes with rssqa."
+    if told := os.environ.get('RSSQA_PACK'): return Path(told)
     latest = cache_dir('demo')/'latest.json'
-    return Path(os.environ.get('RSSQA_PACK') or (read_json(latest)['pack'] if latest.exists() else shipped_pack()))
+    made = Path(read_json(latest)['pack']) if latest.exists() else None
+    return made if made and (made/'pack.json').exists() else shipped_pack()
 
 # %% ../nbs/53_recommend.ipynb #7be1b370
 def rank(

@@ -81,9 +81,10 @@ def test_means_are_means(table, new):
     assert np.allclose(MeanBaseline(('method',)).fit(table).predict(new), new.method.map(table.groupby('method').oa.mean()))
 
 
-@pytest.mark.parametrize('change', [dict(dataset='elsewhere'), dict(method='m9')])
-def test_the_unseen_falls_back(change, table, new):
-    assert np.allclose(MeanBaseline().fit(table).predict(new.assign(**change)), table.oa.mean())
+@pytest.mark.parametrize('change,known', [(dict(dataset='elsewhere'), 'method'), (dict(method='m9'), 'dataset'), (dict(dataset='elsewhere', method='m9'), None)])
+def test_the_unseen_falls_back_to_what_is_known(change, known, table, new):
+    wanted = new[known].map(table.groupby(known).oa.mean()) if known else table.oa.mean()
+    assert np.allclose(MeanBaseline().fit(table).predict(new.assign(**change)), wanted)
     for learner in ('ridge', 'boosting'): assert np.isfinite(BlockBaseline(('own', 'peers', 'prior'), learner).fit(table).predict(new.assign(**change))).all()
 
 

@@ -395,6 +395,7 @@ def test_expected_errors_find_what_is_hard_and_bear_gaps(known, new):
 
 
 def test_expected_errors_need_folds_and_columns(known, new):
+    with pytest.raises(ValueError, match='(?i)found 2 folds, expected three'): cross_intervals(known, by_scene(known, 2), columns=('hard',))
     with pytest.raises(ValueError, match='one fold'): expect_errors(known, np.zeros(len(known)), new, ['hard'])
     with pytest.raises(ValueError, match='lacks nothing_such'): expect_errors(known, by_scene(known), new, ['nothing_such'])
 

@@ -452,3 +452,32 @@ def test_mini_parity_with_open_clip(x):
     e = load_encoder('clip-rs-mini', device='cpu')
     reference = open_clip.create_model(f'local-dir:{e.spec.architecture}').eval()
     with torch.no_grad(): assert torch.allclose(reference.encode_image(e.prepare(x), normalize=True), e.encode_image(x).pooled, atol=1e-5)
+
+
+# ---------------------------------------------------------------- a backbone without words
+
+def backbone_file(path, name='mobilenetv2_035'):
+    import timm
+    from safetensors.torch import save_file
+    save_file(timm.create_model(name).state_dict(), path)
+    return path
+
+
+def test_a_backbone_is_an_encoder_that_cannot_read(tmp_path):
+    e = E.BackboneEncoder('mobilenetv2_035', backbone_file(tmp_path/'w.safetensors'), 64)
+    out = encode(e, [np.zeros((3, 40, 50), np.float32), np.ones((3, 64, 64), np.float32)])
+    assert out.pooled.shape == (2, e.dim) and out.dense.shape[:2] == (2, e.dense_dim) and e.fingerprint != E.BackboneEncoder('mobilenetv2_035', tmp_path/'w.safetensors', 96).fingerprint
+    with pytest.raises(Incompatible, match='no text tower'): e.encode_text(['a town'])
+
+
+@pytest.mark.parametrize('name', ['mobilenetv3_small_050', 'vit_tiny_patch16_224'])
+def test_only_convolutional_backbones(name, tmp_path):
+    "A head that widens the pooled vector is fine; a map of tokens is not."
+    path = backbone_file(tmp_path/'w.safetensors', name)
+    if name.startswith('mobile'): assert len(E.BackboneEncoder(name, path, 64).encode_image(torch.rand(1, 3, 64, 64)).pooled[0]) == E.BackboneEncoder(name, path, 64).dim
+    else:
+        with pytest.raises(Incompatible, match='convolutional'): E.BackboneEncoder(name, path)
+
+
+def test_weights_of_another_backbone_are_refused(tmp_path):
+    with pytest.raises(Incompatible, match='missing or has another shape'): E.BackboneEncoder('mobilenetv2_050', backbone_file(tmp_path/'w.safetensors'))

@@ -166,7 +166,21 @@ def test_a_jury_survives_its_folder(tmp_path):
     with pytest.raises(DataNotFound, match='no jury.json'): load_jury(tmp_path)
 
 
+@pytest.mark.parametrize('name', ['potsdam.v2', 'training', 'keys', 'forward', 'a b'])
+def test_any_name_of_a_dataset_will_do(name, tmp_path):
+    seen = [*lattices(3, dataset=name), *lattices(3, classes=2)]
+    jury = convene(sample(seen, NAMES, 20), NAMES, epochs=1, width=8)
+    again = load_jury(save_jury(jury, tmp_path/'jury'))
+    assert len(jury.of(name)) == 4 and all(torch.equal(posterior(jury, s), posterior(again, s)) for s in seen)
+
+
 # ---------------------------------------------------------------- the model and the panel
+
+def test_without_truth_nothing_is_learned(tmp_path):
+    seen = lattices(6)
+    for s in seen: s.truth[:] = 255
+    with pytest.raises(MissingFeatures, match='(?i)found none for 6 images'): JuryModel(str(tmp_path), epochs=1).fit(stored(tmp_path, seen).assign(oa=0.5))
+
 
 def test_model_is_an_estimator_and_never_reads_the_labels_of_new_rows(tmp_path):
     table = stored(tmp_path, lattices(18))

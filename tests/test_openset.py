@@ -56,6 +56,15 @@ def test_truth_is_not_published(published, tmp_path):
     assert all((s.truth == 255).all() for s in lattices(back, table)) and 'truth' not in back.names()
 
 
+def test_masks_of_other_images_are_refused(published, tmp_path):
+    "They used to be dropped without a word, and the jury with them."
+    w, back = world(), Store(tmp_path)
+    table, _ = unpack(published[0], 'little', back)
+    for wrong in (w.tiles.assign(image_id='x' + w.tiles.image_id), w.tiles.iloc[1:]):
+        with pytest.raises(DataNotFound, match='do not belong'): unpack_lattices(published[0]/'little_lattices.parquet', table, back, wrong, w.specs)
+    assert 'truth' not in back.names()
+
+
 def test_missing_tables_say_what_to_do(tmp_path):
     with pytest.raises(DataNotFound, match='build'): unpack(tmp_path, 'nothing', Store(tmp_path/'s'))
     with pytest.raises(DataNotFound, match='dubai_mbrsc'): open_tiles(tmp_path, tmp_path)

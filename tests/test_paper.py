@@ -7,8 +7,8 @@ import pytest
 
 from rssqa.bench import KEYS, OURS, load_predictions
 from rssqa.baselines import MeanBaseline
-from rssqa.core import DataNotFound
-from rssqa.paper import JURY, MEMBERS, MODELS, PANEL, PROTOCOL, FewScenes, compute, everyone, measured, open_evidence, prediction_file, recheck, with_panel
+from rssqa.core import DataNotFound, MissingFeatures
+from rssqa.paper import JURY, MEASURED, MEMBERS, MODELS, PANEL, PROTOCOL, FewScenes, compute, everyone, measured, open_evidence, prediction_file, recheck, with_panel
 
 HERE = Path(__file__).resolve().parents[1]
 TABLES, RESULTS = HERE/'data'/'tables', HERE/'data'/'results'
@@ -80,6 +80,16 @@ def test_an_edited_result_is_noticed(tmp_path):
     rows.loc[0, 'mae'] += 0.01
     rows.to_csv(path, index=False)
     assert recheck(name, TABLES, tmp_path).largest_difference.max() > 0.009
+
+
+@pytest.mark.parametrize('spoil', [lambda t: t.assign(mae=np.nan), lambda t: t.assign(predictor=t.predictor[::-1].to_numpy()), lambda t: t.assign(srocc_image=t.srocc_image.fillna(0.5).where(t.index > 0, np.nan))])
+def test_lost_numbers_and_names_are_noticed(spoil, tmp_path):
+    for path in RESULTS.glob('paper_dataset*.csv'): (tmp_path/path.name).write_bytes(path.read_bytes())
+    assert (recheck('dataset', TABLES, tmp_path).largest_difference <= MEASURED).all()
+    spoil(pd.read_csv(tmp_path/'paper_dataset.csv')).to_csv(tmp_path/'paper_dataset.csv', index=False)
+    assert not (recheck('dataset', TABLES, tmp_path).largest_difference <= MEASURED).all()
+    pd.read_csv(tmp_path/'paper_dataset.csv').drop(columns='mae').to_csv(tmp_path/'paper_dataset.csv', index=False)
+    with pytest.raises(MissingFeatures, match='no column mae'): recheck('dataset', TABLES, tmp_path)
 
 
 @pytest.mark.parametrize('share, scenes', [(0.01, 1), (0.25, 2), (0.5, 4), (1.0, 8)])

@@ -12,7 +12,7 @@ from sklearn.model_selection import GroupKFold, cross_val_score
 from rssqa.confidence import AGREEMENT
 from rssqa.core import MissingFeatures, Problem, SchemaError
 from rssqa.metrics import srocc
-from rssqa.quality import QualityModel, explain, load_model, save_model
+from rssqa.quality import QualityModel, _hold_scenes, explain, load_model, save_model
 from rssqa.store import Store, put_vectors
 from worlds import numbers, with_features, world
 
@@ -59,6 +59,17 @@ def test_same_seed_same_model(table, model, new):
 def test_two_processes_train_the_same_networks(table, model, new):
     with joblib.parallel_config(n_jobs=2): again = clone(model).fit(table)
     assert np.abs(again.predict(new) - model.predict(new)).max() < 1e-6 and again.history_.member.tolist() == model.history_.member.tolist()
+
+
+def test_another_target_is_measured_as_such(table, new):
+    both = [t.assign(miou=t.oa / 2) for t in (table, new)]
+    told = QualityModel(**FAST, target='miou').fit(both[0]).evaluate(both[1], both[0])
+    assert told['mae'] == pytest.approx(QualityModel(**FAST).fit(both[0].assign(oa=both[0].miou)).evaluate(both[1].assign(oa=both[1].miou), both[0].assign(oa=both[0].miou))['mae'])
+
+
+def test_scenes_may_be_numbers(table):
+    numbered = table.assign(scene=pd.factorize(table.scene)[0])
+    assert np.array_equal(_hold_scenes(numbered, 3), _hold_scenes(numbered.assign(scene=numbered.scene.astype(str)), 3))
 
 
 def test_cross_validation_by_scene(table):

@@ -59,6 +59,8 @@ def test_default_pack(monkeypatch, tmp_path, image):
     (tmp_path/'demo').mkdir(exist_ok=True)
     write_json(tmp_path/'demo'/'latest.json', dict(pack=str(world().home)))
     assert default_pack() == world().home and 0 < score(image, 'pspnet') < 1
+    write_json(tmp_path/'demo'/'latest.json', dict(pack=str(tmp_path/'deleted since')))
+    assert default_pack() == shipped_pack()
     monkeypatch.setenv('RSSQA_PACK', 'elsewhere')
     assert str(default_pack()) == 'elsewhere'
 
