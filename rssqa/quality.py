@@ -112,7 +112,7 @@ def _rows(X, y, target, predicted):
 
 def _tensors(blocks):
     import torch
-    return [torch.as_tensor(v) for v in (blocks.own, blocks.peers, blocks.prior, blocks.taps, blocks.sem, blocks.method)]
+    return [torch.tensor(v) for v in (blocks.own, blocks.peers, blocks.prior, blocks.taps, blocks.sem, blocks.method)]
 
 
 def _forward(net, blocks, embed=False):
