@@ -8,7 +8,7 @@ __all__ = ['TABLES', 'JURY', 'PANEL', 'MEMBERS', 'MODELS', 'SPREAD', 'FEW', 'QUI
            'claimed', 'held', 'FewScenes', 'ablated', 'fewer', 'compute', 'prediction_file', 'measured', 'unpack_table',
            'write', 'recheck', 'refit', 'recheck_all']
 
-# %% ../nbs/73_paper.ipynb #2ce15fda
+# %% ../nbs/73_paper.ipynb #6ca6daf3
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from .bench import BETTER, KEYS, OURS, bootstrap, by_group, contenders, leaderbo
 from .conformal import Intervals, coverage, cross_intervals, expect_errors
 from .core import DataNotFound, MissingFeatures, cache_dir, digest, file_id, unknown
 from .jury import JuryModel, levelled
+from .metrics import srocc
 from .openset import open_tiles, unpack, unpack_lattices
 from .quality import QualityModel
 from .sqed import label_free_columns
@@ -183,7 +184,7 @@ def fewer(evidence: Evidence, seed: int = 0) -> dict: # name -> unfitted estimat
     some = everyone(evidence, seed, tuple(n for n in FEW if n in ('mean of dataset and method', 'trees: everything', OURS, JURY)))
     return {f'{name} @ {share:g}': FewScenes(model, share, seed) for name, model in some.items() for share in (0.125, 0.25, 0.5)}
 
-# %% ../nbs/73_paper.ipynb #e5069388
+# %% ../nbs/73_paper.ipynb #6cee4326
 PROTOCOL = dict(main='5-fold cross-validation by scene', dataset='leave one dataset out', method='leave one method out, two folds by scene', ablation='5-fold cross-validation by scene',
                 scenes='5-fold cross-validation by scene, learning from a share of the training scenes', damaged='5-fold cross-validation by scene, with damaged copies',
                 unseen='learned from RS-SQED-open, measured on dronedeploy')
@@ -292,7 +293,7 @@ def _changed(rows, names):
         change = part.oa - start.oa[at]
         for n in names:
             told = part[n] - start[n][at]
-            out.append(dict(predictor=n, kind=kind, level=level, rows=len(part), change=change.mean(), predicted_change=told.mean(), srocc_change=change.corr(told, 'spearman'), mae=(part[n] - part.oa).abs().mean()))
+            out.append(dict(predictor=n, kind=kind, level=level, rows=len(part), change=change.mean(), predicted_change=told.mean(), srocc_change=srocc(told, change), mae=(part[n] - part.oa).abs().mean()))
     return pd.DataFrame(out)
 
 

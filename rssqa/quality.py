@@ -100,7 +100,7 @@ class QualityModel(RegressorMixin, BaseEstimator):
         check_is_fitted(self)
         return _forward(self.nets_[0], self.branches_.transform(X), embed=True)
 
-# %% ../nbs/51_quality.ipynb #df492c32
+# %% ../nbs/51_quality.ipynb #51950c68
 def _target(X, name):
     if name not in X: raise SchemaError(f'cannot fit on column {name!r}', f'found {", ".join(map(str, X.columns[:8]))} …', 'choose target="oa" or "miou"')
     return X[name].astype(float)
