@@ -9,6 +9,7 @@ from urllib.parse import unquote, urljoin, urlparse
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from forked import run_forked
 from test_house import settings
@@ -67,9 +68,8 @@ def make_page(path: Path, target: Path):
 def made_page(path: Path) -> str:
     "Make the page unless some worker has; return why it failed, or an empty string."
     target = page(path)
-    if target.exists(): return ''
     target.parent.mkdir(parents=True, exist_ok=True)
-    return run_forked(make_page, path, target, limit_s=300)
+    with FileLock(f'{target}.lock'): return '' if target.exists() else run_forked(make_page, path, target, limit_s=300)
 
 
 @pytest.mark.parametrize('path', PAGES, ids=name)
