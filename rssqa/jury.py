@@ -20,7 +20,7 @@ from .core import DataNotFound, MissingFeatures, atomic, read_json, seed_all, wr
 from .sqed import Lattice, coarse, lattices
 from .store import Store
 
-# %% ../nbs/51b_jury.ipynb #b92c12bf
+# %% ../nbs/51b_jury.ipynb #d60ab048
 def _around(x, side): # (...,h,w) -> the same, mean over a window of side x side points inside the image
     flat = x.reshape(-1, 1, *x.shape[-2:])
     return nn.functional.avg_pool2d(flat, side, 1, side // 2, count_include_pad=False).reshape(x.shape)
@@ -48,9 +48,12 @@ def _strongest_other(mean): # (K,h,w) -> the same, the largest of the other clas
     return torch.where(mean == first, second, first)
 
 
+_TAKEN = set(dir(nn.ParameterDict()))
+
+
 def _slot(dataset): # a name that torch accepts for a parameter
     name = dataset.replace('.', '·')
-    return f'{name}_' if hasattr(nn.ParameterDict(), name) else name
+    return f'{name}_' if name in _TAKEN else name
 
 
 class JuryNet(nn.Module):

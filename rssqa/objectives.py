@@ -18,7 +18,7 @@ from .core import Incompatible, Registry
 # %% ../nbs/32_objectives.ipynb #afb9af2b
 objectives = Registry('objective', 'rssqa.objectives')
 
-# %% ../nbs/32_objectives.ipynb #9bfa2273
+# %% ../nbs/32_objectives.ipynb #486b1064
 def clamped(
     log_scale, # scalar parameter
 ): # scalar, 1..100
@@ -35,7 +35,7 @@ def info_nce(
     text, # (B,D) unit length
     scale=100.0, # inverse temperature
 ): # scalar
-    "Average the cross entropies of finding the text of each image and the image of each text."
+    "Average the cross entropies of finding the text of each image and the image of each text (van den Oord et al. 2018; Radford et al. 2021)."
     _matched(image, text)
     logits, own = scale * image @ text.T, torch.arange(len(image), device=image.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
@@ -43,14 +43,14 @@ def info_nce(
 
 objectives.register('itc', info_nce, replace=True)
 
-# %% ../nbs/32_objectives.ipynb #ad54455a
+# %% ../nbs/32_objectives.ipynb #250160b2
 def multi_positive(
     image, # (B,D) unit length
     text, # (B,D) unit length
     ids, # (B,) int64; equal numbers belong together, -1 is left out
     scale=100.0, # inverse temperature
 ): # scalar; 0 where nothing is left
-    "Average the cross entropies against targets that are even over the pairs with the same number."
+    "Average the cross entropies against targets that are even over the pairs with the same number (Khosla et al. 2020; Li et al. 2025)."
     _matched(image, text)
     kept = ids >= 0
     if not kept.any(): return (image.sum() + text.sum()) * 0
@@ -70,7 +70,7 @@ def caption_ids(
 
 objectives.register('multi-positive', multi_positive, replace=True)
 
-# %% ../nbs/32_objectives.ipynb #63a20f40
+# %% ../nbs/32_objectives.ipynb #29fffbe2
 def siglip(
     image, # (B,D) unit length
     text, # (B,D) unit length
@@ -78,7 +78,7 @@ def siglip(
     bias=-10.0, # added to every cosine times scale
     ids=None, # (B,) int64; equal numbers count as pairs, too
 ): # scalar
-    "Sum the log losses of all combinations of a batch, divided by its size."
+    "Sum the log losses of all combinations of a batch, divided by its size (Zhai et al. 2023)."
     _matched(image, text)
     same = torch.eye(len(image), device=image.device, dtype=torch.bool) if ids is None else ids[:, None] == ids
     return -F.logsigmoid((2.0 * same - 1) * (scale * image @ text.T + bias)).sum() / len(image)
@@ -86,7 +86,7 @@ def siglip(
 
 objectives.register('siglip', siglip, replace=True)
 
-# %% ../nbs/32_objectives.ipynb #9d62a2a0
+# %% ../nbs/32_objectives.ipynb #453e5424
 class PrototypeHead(nn.Module):
     "Three layers, unit length, and the cosines with learned prototypes."
     def __init__(self,
@@ -141,7 +141,7 @@ def self_distill(
     student_temperature: float = 0.1,
     teacher_temperature: float = 0.04,
 ): # scalar
-    "Average the cross entropies between the teacher on each view and the student on every other view."
+    "Average the cross entropies between the teacher on each view and the student on every other view (Caron et al. 2021; Silva et al. 2024)."
     if len(student) < 2 or len(teacher) > len(student): raise Incompatible('cannot distil between views', f'found {len(student)} views of the student and {len(teacher)} of the teacher', 'pass at least two views, the teacher\'s first')
     wanted = [((t.detach() - centre) / teacher_temperature).softmax(-1) for t in teacher]
     told = [(s / student_temperature).log_softmax(-1) for s in student]
@@ -151,7 +151,7 @@ def self_distill(
 
 objectives.register('self-distill', self_distill, replace=True)
 
-# %% ../nbs/32_objectives.ipynb #5883ce4e
+# %% ../nbs/32_objectives.ipynb #e14b092a
 def patch_distill(
     whole, # (B,D,h,w) feature maps of images
     crops, # (N,D,h,w) feature maps of crops
@@ -159,7 +159,7 @@ def patch_distill(
     owner, # (N,) int64, which image each crop is of
     detach: bool = False, # the crops teach and do not learn
 ): # scalar; 0 without crops
-    "Average 1 - cosine between a box of the whole and the crop seen alone."
+    "Average 1 - cosine between a box of the whole and the crop seen alone (Li et al. 2025)."
     from torchvision.ops import roi_align
     if not len(crops): return whole.sum() * 0
     if (boxes[:, :2] >= boxes[:, 2:]).any() or boxes.min() < 0 or boxes.max() > 1: raise Incompatible('cannot cut out boxes', 'found a box that is empty or leaves its image', 'give left, top, right and bottom as shares from 0 to 1')

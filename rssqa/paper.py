@@ -307,7 +307,7 @@ def write(
     seeds, data = sorted(load_predictions(prediction_file(experiment, folder)).seed.unique()), 'dronedeploy' if experiment == 'unseen' else 'RS-SQED-open'
     return [save_results(rows, Path(out)/f'paper_{name}.csv', PROTOCOL[experiment], data, seeds[:1] if name == 'intervals' else seeds, COMMAND) for name, rows in measured(experiment, folder, draws).items()]
 
-# %% ../nbs/73_paper.ipynb #228c745a
+# %% ../nbs/73_paper.ipynb #9bc7d3e1
 def recheck(
     experiment: str,
     folder: str = TABLES,
@@ -319,13 +319,14 @@ def recheck(
     for name, rows in measured(experiment, folder, draws).items():
         path = Path(results)/f'paper_{name}.csv'
         if not path.exists(): raise DataNotFound(f'no {path}', 'it is committed with the source', 'write it with: rssqa bench paper')
-        old, new = pd.read_csv(path), rows.reset_index().select_dtypes('number')
+        old, rows = pd.read_csv(path), rows.reset_index()
+        new = rows.select_dtypes('number')
         if len(old) != len(new): raise MissingFeatures(f'{path} does not match its predictions', f'found {len(old)} rows, expected {len(new)}', 'write it again with: rssqa bench paper')
-        if lost := [c for c in rows.reset_index() if c not in old]: raise MissingFeatures(f'{path} does not match its predictions', f'found no column {lost[0]}', 'write it again with: rssqa bench paper')
+        if lost := [c for c in rows if c not in old]: raise MissingFeatures(f'{path} does not match its predictions', f'found no column {lost[0]}', 'write it again with: rssqa bench paper')
         a, b = old[list(new)].to_numpy(float), new.round(5).to_numpy(float)
         off = np.where(np.isnan(a) & np.isnan(b), 0, np.abs(a - b))
-        words = rows.reset_index().columns.difference(new.columns)
-        if np.isnan(off).any() or not (old[words].fillna('').astype(str).to_numpy() == rows.reset_index()[words].fillna('').astype(str).to_numpy()).all(): off = np.append(off, np.inf)
+        words = rows.columns.difference(new.columns)
+        if np.isnan(off).any() or not (old[words].fillna('').astype(str).to_numpy() == rows[words].fillna('').astype(str).to_numpy()).all(): off = np.append(off, np.inf)
         found.append(dict(file=path.name, rows=len(new), numbers=int(np.isfinite(a).sum()), largest_difference=float(off.max())))
     return pd.DataFrame(found).set_index('file')
 
