@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['objectives', 'clamped', 'info_nce', 'multi_positive', 'caption_ids', 'siglip', 'PrototypeHead', 'EmaTeacher',
-           'Centre', 'self_distill', 'patch_distill', 'total']
+           'Centre', 'self_distill', 'patch_distill', 'region_category', 'total']
 
 # %% ../nbs/32_objectives.ipynb #349e6051
 import copy, inspect, math
@@ -171,6 +171,19 @@ def patch_distill(
 
 
 objectives.register('patch-distill', patch_distill, replace=True)
+
+# %% ../nbs/32_objectives.ipynb #2e8147e9
+def region_category(
+    region, # (N,D) unit length, crops of boxes
+    category, # (N,D) unit length, sentences of their classes
+    category_ids, # (N,) int64; -1 is left out
+    scale=100.0, # inverse temperature
+): # scalar; 0 where nothing is left
+    "Contrast crops with the sentences of their classes (Li et al. 2025)."
+    return multi_positive(region, category, category_ids, scale)
+
+
+objectives.register('region-category', region_category, replace=True)
 
 # %% ../nbs/32_objectives.ipynb #71f93cad
 def total(

@@ -3,15 +3,19 @@ import json, os
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import rssqa.encoders as E
+from rssqa.conformance import conformance, tiny_multilingual, write_container
+from rssqa.containers import lengthen
 from rssqa.core import BadImage, DataNotFound, DownloadError, Incompatible, UnknownName, encoders
 from rssqa.encoders import (EncoderSpec, OpenClipEncoder, SemanticEncoder, SemOutput, check_encoder, encode, load_encoder, read_weights, resize,
                             spec_from_folder, spec_from_tag, strip_checkpoint)
+from rssqa.towers import text_pool
 
 real = pytest.mark.skipif(not os.environ.get('RSSQA_REAL'), reason='RSSQA_REAL is unset')
 VISION = dict(image_size=32, patch_size=8, width=32, head_width=16, layers=2)
@@ -56,7 +60,7 @@ def x(): return torch.rand(3, 3, 40, 56, generator=torch.Generator().manual_seed
 def test_specs_agree_with_open_clip(spec):
     import open_clip
     E._config(spec)                                                    # dim and image size
-    if spec.name == 'clip-rs': return
+    if spec.container != 'safetensors': return                         # a file that open_clip does not list
     tag = open_clip.get_pretrained_cfg(spec.architecture, spec.weights)
     assert tag, 'no such tag'
     assert (spec.quick_gelu, spec.mean, spec.std, spec.interpolation) == (tag.get('quick_gelu', False), tuple(tag['mean']), tuple(tag['std']), tag['interpolation'])
@@ -100,9 +104,9 @@ def test_clip_rs_says_where_to_put_the_file():
     with pytest.raises(DataNotFound, match='CLIP_RS.pt from hy1111/CLIP-RS'): load_encoder('clip-rs')
 
 
-def test_mini_without_real_data(monkeypatch):
+def test_frozen_without_real_data(monkeypatch):
     monkeypatch.delenv('RSSQA_REAL', raising=False)
-    with pytest.raises(DataNotFound, match='RSSQA_REAL'): load_encoder('clip-rs-mini')
+    with pytest.raises(DataNotFound, match='RSSQA_REAL'): load_encoder('clip-rs-frozen')
 
 
 def test_failed_download_is_explained(monkeypatch):
@@ -447,9 +451,9 @@ def test_mini_names_scenes():
 
 
 @real
-def test_mini_parity_with_open_clip(x):
+def test_frozen_parity_with_open_clip(x):
     import open_clip
-    e = load_encoder('clip-rs-mini', device='cpu')
+    e = load_encoder('clip-rs-frozen', device='cpu')
     reference = open_clip.create_model(f'local-dir:{e.spec.architecture}').eval()
     with torch.no_grad(): assert torch.allclose(reference.encode_image(e.prepare(x), normalize=True), e.encode_image(x).pooled, atol=1e-5)
 
@@ -481,3 +485,246 @@ def test_only_convolutional_backbones(name, tmp_path):
 
 def test_weights_of_another_backbone_are_refused(tmp_path):
     with pytest.raises(Incompatible, match='missing or has another shape'): E.BackboneEncoder('mobilenetv2_050', backbone_file(tmp_path/'w.safetensors'))
+
+
+# ---------------------------------------------------------------- published remote-sensing encoders
+
+def say_of(capsys): return capsys.readouterr().err
+
+
+@pytest.fixture
+def loud(monkeypatch): monkeypatch.delenv('RSSQA_QUIET', raising=False)
+
+
+def test_the_table_holds_every_published_remote_sensing_clip():
+    families = pd.Series([s.name.split('-')[0].rstrip('12') for s in E.SPECS if s.name != 'clip-rs']).value_counts().to_dict()
+    assert families == dict(georsclip=6, farslip=4, openai=3, laion=3, remoteclip=3, skyclip=2, rs=1)
+    gelu = [s.name for s in E.SPECS if not s.quick_gelu and not s.name.startswith('laion')]
+    assert gelu == ['georsclip-vit-h-14', 'rs-m-clip', 'skyclip-vit-b-32'] and encoders['georsclip-vit-l-14-336'].image_size == 336
+    assert all('inferred' in s.note for s in E.SPECS if s.name.startswith(('remoteclip', 'georsclip', 'clip-rs')))
+    assert all(s.licence and s.source and s.weights for s in E.SPECS)
+
+
+def test_conformance_of_the_whole_table():
+    table = conformance()
+    assert list(table.index) == [s.name for s in E.SPECS] and table.ok.all(), table[~table.ok]
+    assert {n for n in table.index if table.context[n] == 248} == {'farslip2-vit-b-32', 'farslip2-vit-b-16'} and (table.promises == len(E._CHECKS)).all()
+
+
+@pytest.mark.parametrize('name, file', [('remoteclip-vit-b-32', 'RemoteCLIP-ViT-B-32.pt from chendelong'), ('rs-m-clip', 'open_clip_model.safetensors from joaodaniel'),
+                                        ('skyclip-vit-l-14', 'unpack')])
+def test_a_published_encoder_says_where_its_file_goes(name, file):
+    with pytest.raises(DataNotFound, match=file): load_encoder(name)
+
+
+def test_conformance_sees_a_wrong_activation(monkeypatch):
+    "A loader that ignores the spec's activation would be found."
+    build = E._net
+    monkeypatch.setattr(E, '_net', lambda cfg, block='custom': build(cfg | dict(quick_gelu=False), block))
+    assert conformance(['laion-vit-b-32', 'openai-vit-b-32']).ok.tolist() == [True, False]
+
+
+def test_an_itra_file_is_the_same_encoder(tmp_path, enc):
+    path = write_container(tmp_path/'itra.pt', random_net(CFG).state_dict(), 'itra')
+    assert load_encoder(enc.spec, weights=path, device='cpu', dtype='float32').fingerprint == enc.fingerprint
+
+
+def test_a_grid_of_another_size_names_its_remedy(tmp_path, enc, x):
+    other = CFG | dict(vision_cfg=VISION | dict(image_size=64))
+    torch.save(random_net(other).state_dict(), tmp_path/'w.pt')
+    with pytest.raises(Incompatible, match='64-pixel net of patch 8: use image_size=64'): load_encoder(enc.spec, weights=tmp_path/'w.pt')
+    mended = load_encoder(replace(enc.spec, image_size=64), weights=tmp_path/'w.pt', device='cpu', dtype='float32')
+    assert mended.encode_image(x).dense.shape[2:] == (8, 8) and torch.allclose(F.normalize(random_net(other).encode_image(mended.prepare(x)), dim=1), mended.encode_image(x).pooled, atol=1e-5)
+
+
+def test_a_bare_file_tells_what_can_be_read_from_it(tmp_path):
+    import open_clip
+    with torch.device('meta'): shapes = open_clip.CLIP(**open_clip.get_model_config('ViT-B-32')).state_dict()
+    path = write_container(tmp_path/'w.pt', {k: torch.zeros(()).expand(t.shape) for k, t in shapes.items()}, 'open_clip_train')   # one number each on disk
+    with pytest.raises(Incompatible, match=r"activation; this one is of kind 'open_clip_train' and has the shapes of ViT-B-32.*quick_gelu"): load_encoder(path)
+
+
+# texts of 248 tokens --------------------------------------------------------------------------------------------------
+
+LONG_TEXT = TEXT | dict(context_length=77)
+
+
+def long_file(path, drop=(), net=None):
+    state = lengthen((net or random_net(CFG | dict(text_cfg=LONG_TEXT))).state_dict())
+    torch.save({k: t for k, t in state.items() if k not in drop}, path)
+    return path
+
+
+def test_a_long_clip_is_known_by_its_keys(tmp_path, capsys, loud):
+    short = load_encoder(folder(tmp_path/'m', CFG | dict(text_cfg=LONG_TEXT)), device='cpu', dtype='float32')
+    for drop in ((), ('mask1', 'mask2')):
+        long = load_encoder(short.spec, weights=long_file(tmp_path/'w.pt', drop), device='cpu', dtype='float32')
+        assert '248 tokens' in say_of(capsys) and long.context_length == long.spec.context_length == long.tokenizer(['a']).shape[1] == 248
+        assert torch.allclose(long.encode_text(['a town']), short.encode_text(['a town']), atol=1e-5) and long.fingerprint != short.fingerprint
+        assert check_encoder(long) and long.encode_text_tokens(['a town'])[0].shape == (1, 248, 16)
+    ends = [' '.join(['road'] * 100 + [end]) for end in ('forest', 'harbour')]
+    assert 'cut' not in say_of(capsys)
+    assert not torch.equal(*long.encode_text(ends)) and torch.equal(*short.encode_text(ends)) and '2 of 2 sentences' in say_of(capsys)
+
+
+def test_a_long_clip_in_the_wrong_place(tmp_path):
+    spec = spec_from_folder(folder(tmp_path/'m', CFG | dict(custom_text=True), weights=False))
+    with pytest.raises(Incompatible, match='Long-CLIP'): load_encoder(spec, weights=long_file(tmp_path/'w.pt'))
+
+
+def test_open_clip_itself_would_not_load_it(tmp_path):
+    "The reason for the room: stock loading fails, and lenient loading would lose the second table."
+    net, state = random_net(CFG | dict(text_cfg=LONG_TEXT)), torch.load(long_file(tmp_path/'w.pt'), weights_only=True)
+    with pytest.raises(RuntimeError, match='positional_embedding_res'): net.load_state_dict(state)
+
+
+# patches and tokens ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('mode', ['vanilla', 'maskclip', 'clearclip', 'sclip', 'segearth'])
+def test_dense_vectors_live_beside_sentences(enc, x, mode):
+    before = enc.encode_image(x).pooled
+    dense = enc.encode_dense(x, mode)
+    assert dense.shape == (3, enc.dim, 4, 4) and dense.dtype == torch.float32 and torch.allclose(dense.norm(dim=1), torch.ones(3, 4, 4), atol=1e-5)
+    assert torch.einsum('ndhw,td->nthw', dense, enc.encode_text(['a town', 'water'])).abs().max() <= 1 + 1e-5
+    assert torch.equal(enc.encode_image(x).pooled, before) and enc.encode_dense(x, mode, project=False).shape == (3, enc.dense_dim, 4, 4)
+
+
+def test_dense_in_bfloat16_is_close(enc, x):
+    low = load_encoder(enc.spec, device='cpu', dtype='bfloat16')
+    assert (low.encode_dense(x, 'segearth') * enc.encode_dense(x, 'segearth')).sum(1).min() > 0.99 and low.encode_dense(x).dtype == torch.float32
+
+
+def test_dense_checks_its_input(enc):
+    with pytest.raises(BadImage): enc.encode_dense(torch.rand(1, 3, 8, 8) * 255)
+    with pytest.raises(UnknownName, match='sclip'): enc.encode_dense(torch.rand(1, 3, 8, 8), 'scilp')
+
+
+def test_tokens_pooled_are_the_sentence(enc):
+    words = ['a harbour with many boats', 'forest']
+    features, mask = enc.encode_text_tokens(words)
+    assert features.dtype == torch.float32 and mask.dtype == torch.bool and mask.sum(1).tolist() == [7, 3]
+    assert torch.allclose(F.normalize(text_pool(enc.net, features, mask), dim=1), enc.encode_text(words), atol=1e-5)
+
+
+def test_sentences_that_are_cut_are_counted(enc, capsys, loud):
+    long = 'a satellite image of a town beside a river ' * 93 + 'x'
+    assert len(long) == 4000 and enc.encode_text([long, 'a town', long]).shape == (3, 16)
+    assert capsys.readouterr().err.strip().endswith('2 of 3 sentences have more than 16 tokens; their ends were cut')
+    enc.encode_text(['one two three four five six seven eight nine ten eleven twelve thirteen fourteen'])
+    assert 'cut' not in say_of(capsys)                                 # fourteen words and two marks fill it exactly
+    enc.encode_text(['one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen'])
+    assert '1 of 1' in say_of(capsys)
+
+
+def test_empty_sentences(enc):
+    for read in (enc.encode_text, enc.encode_text_tokens):
+        with pytest.raises(Incompatible, match='2 of 3 sentences.*index 0, 2'): read([' ', 'a town', ''])
+        with pytest.raises(Incompatible, match='Found NoneType'): read(['a town', None])
+    out = enc.encode_text(['', 'a town'], empty='zero')
+    assert out[0].abs().max() == 0 and torch.equal(out[1:], enc.encode_text(['a town']))
+    with pytest.raises(UnknownName, match='zero'): enc.encode_text(['a'], empty='drop')
+
+
+# a bundle with its own tokenizer --------------------------------------------------------------------------------------
+
+MULTI = CFG | dict(text_cfg=dict(hf_model_name='text', hf_tokenizer_name='text', hf_pooler_type='mean_pooler'))
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    home = tmp_path/'bundle'
+    home.mkdir(); tiny_multilingual(home/'text')
+    (home/'open_clip_config.json').write_text(json.dumps(dict(model_cfg=MULTI)))
+    torch.manual_seed(0); net = E._build(MULTI, home)
+    for p in net.parameters(): p.add_(0.05 * torch.randn_like(p))
+    write_container(home, net.state_dict(), 'bundle')
+    return home
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    import huggingface_hub, transformers
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+
+
+SAID = ['a harbour with boats', 'um porto com barcos', 'ein Hafen mit Booten', '港口和船只', 'гавань с лодками', '배가 있는 항구']
+
+
+def test_a_multilingual_bundle_loads_from_its_folder(bundle, offline):
+    import open_clip
+    e = load_encoder(bundle, device='cpu', dtype='float32')
+    assert type(e.tokenizer).__name__ == 'HFTokenizer' and check_encoder(e) and e.config['text_cfg']['hf_model_name'] == 'text'
+    text = e.encode_text(SAID)
+    assert (text @ text.T - 2 * torch.eye(len(SAID))).max() < 0.99999 and {'XLMRobertaModel'} <= {type(m).__name__ for m in e.net.modules()}
+    features, mask = e.encode_text_tokens(SAID)
+    pooled = (features * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)                # its pooler is the mean of real tokens
+    assert torch.allclose(F.normalize(e.net.text.proj(pooled), dim=1), text, atol=1e-5) and mask.sum(1).tolist() == [len(s.encode()) - s.count(' ') + 3 * s.count(' ') - 2 * s.count(' ') + 3 for s in SAID]
+    assert spec_from_folder(bundle).container == 'bundle' and not encoders['laion-vit-b-32'].multilingual and encoders['rs-m-clip'].multilingual
+
+
+def test_the_named_spec_takes_the_folder(bundle, offline, x):
+    cfg = MULTI | dict(embed_dim=512, vision_cfg=VISION | dict(image_size=224, patch_size=32))      # the published sizes outside, tiny inside
+    (bundle/'open_clip_config.json').write_text(json.dumps(dict(model_cfg=cfg)))
+    torch.manual_seed(0); net = E._build(cfg, bundle)
+    write_container(bundle, net.state_dict(), 'bundle')
+    named = load_encoder('rs-m-clip', weights=bundle, device='cpu', dtype='float32')
+    assert named.name == 'rs-m-clip' and named.fingerprint == load_encoder(bundle, device='cpu', dtype='float32').fingerprint
+    assert torch.allclose(named.encode_image(x).pooled, F.normalize(net.encode_image(named.prepare(x)), dim=1), atol=1e-5)
+    (bundle/'open_clip_config.json').write_text(json.dumps(dict(model_cfg=cfg | dict(quick_gelu=True))))
+    with pytest.raises(Incompatible, match='states QuickGELU'): load_encoder('rs-m-clip', weights=bundle)
+
+
+def test_weights_from_elsewhere_do_not_bring_their_config(tmp_path, x):
+    "The folder that was named decides the architecture, whatever lies beside the weights."
+    spec, other = spec_from_folder(folder(tmp_path/'a', CFG | dict(custom_text=True), weights=False)), folder(tmp_path/'b')
+    e = load_encoder(spec, weights=other/'open_clip_model.safetensors', device='cpu', dtype='float32')
+    assert type(e.net).__name__ == 'CustomTextCLIP' and torch.equal(e.encode_image(x).pooled, load_encoder(other, device='cpu', dtype='float32').encode_image(x).pooled)
+
+
+def test_a_bundle_is_its_files_and_not_its_place(bundle, offline, tmp_path):
+    first = load_encoder(bundle, device='cpu', dtype='float32').fingerprint
+    moved = tmp_path/'elsewhere'; os.rename(bundle, moved)
+    assert load_encoder(moved, device='cpu', dtype='float32').fingerprint == first
+    tokenizer = moved/'text'/'tokenizer.json'
+    tokenizer.write_text(tokenizer.read_text().replace('-1.0', '-2.0'))
+    assert load_encoder(moved, device='cpu', dtype='float32').fingerprint != first
+
+
+def test_tokenizer_files_may_lie_beside_the_weights(bundle, offline):
+    for p in (bundle/'text').glob('token*'): os.rename(p, bundle/p.name)
+    assert load_encoder(bundle, device='cpu', dtype='float32').encode_text(['a town']).shape == (1, 16)
+
+
+@pytest.mark.parametrize('file', ['config.json', 'tokenizer.json'])
+def test_a_missing_file_is_named(bundle, offline, file):
+    (bundle/'text'/file).unlink()
+    with pytest.raises(DownloadError, match=f'no {file} of text.*put {file}'): load_encoder(bundle, device='cpu', dtype='float32').encode_text(['a town'])
+
+
+def test_a_damaged_text_config_is_named(bundle, offline):
+    (bundle/'text'/'config.json').write_text('{')
+    with pytest.raises(Incompatible, match='config.json'): load_encoder(bundle)
+
+
+def test_multilingual_captions_are_counted_and_cut(bundle, offline, capsys, loud):
+    e = load_encoder(bundle, device='cpu', dtype='float32')
+    assert e.encode_text(['港' * 40, '港']).shape == (2, 16) and '1 of 2 sentences have more than 77 tokens' in say_of(capsys)
+
+
+# the hub --------------------------------------------------------------------------------------------------------------
+
+def test_the_hub_without_a_network(monkeypatch):
+    import open_clip
+    def absent(*a, **k): raise FileNotFoundError('Failed to download file (open_clip_config.json)')
+    monkeypatch.setattr(open_clip.pretrained, 'download_pretrained_from_hf', absent)
+    with pytest.raises(DownloadError, match='hf-hub:someone/some-clip.*folder'): load_encoder('hf-hub:someone/some-clip')
+
+
+def test_the_hub_gives_a_folder(monkeypatch, tmp_path, x):
+    import open_clip
+    home, asked = folder(tmp_path/'snapshot'), []
+    def fetch(owner, filename=None, **k): asked.append((owner, filename)); return str(home/(filename or 'open_clip_model.safetensors'))
+    monkeypatch.setattr(open_clip.pretrained, 'download_pretrained_from_hf', fetch)
+    e = load_encoder('hf-hub:someone/some-clip', device='cpu', dtype='float32')
+    assert e.name == 'someone/some-clip' and [owner for owner, _ in asked] == ['someone/some-clip'] * 2
+    assert torch.equal(e.encode_image(x).pooled, load_encoder(home, device='cpu', dtype='float32').encode_image(x).pooled)

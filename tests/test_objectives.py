@@ -191,3 +191,19 @@ def test_a_new_objective_can_be_registered(monkeypatch):
     monkeypatch.setattr('rssqa.objectives.objectives', mine := Registry('objective'))
     mine.register('length', lambda image: image.norm())
     assert total({'length': 3.0}, image=torch.ones(1, 4))[0] == 6.0
+
+
+def test_region_category_is_the_multi_positive_loss_of_classes():
+    from rssqa.objectives import region_category
+    a, b, ids = unit(6, 8), unit(6, 8, seed=1), torch.tensor([0, 1, 0, 2, -1, -1])
+    assert torch.equal(region_category(a, b, ids, 20.0), multi_positive(a[:4], b[:4], ids[:4], 20.0)) and region_category(a, b, ids * 0 - 1) == 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=9), st.floats(0.5, 50))
+def test_equal_sentences_make_no_difference_to_info_nce(ids, scale):
+    ids = torch.tensor(ids)
+    image, text = unit(len(ids), 6).requires_grad_(), unit(4, 6, seed=1)[ids].requires_grad_()
+    one, other = multi_positive(image, text, ids, scale), info_nce(image, text, scale)
+    assert torch.isclose(one, other, atol=1e-4)
+    assert torch.allclose(*(torch.autograd.grad(x, image, retain_graph=True)[0] for x in (one, other)), atol=1e-3)

@@ -1,0 +1,44 @@
+"""How CLIP-RS-mini is made: each stage once, variants from their tables, on a fake corpus with a smaller net."""
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+import rssqa.clipmini as M
+from rssqa.core import DataNotFound, UnknownName
+from rssqa.fakepairs import fake_corpus
+
+TINY = M.NET | dict(embed_dim=16, vision_cfg=M.NET['vision_cfg'] | dict(timm_model_name='mobilenetv2_035', image_size=32), text_cfg=dict(context_length=32, vocab_size=49408, width=16, heads=2, layers=1))
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    import timm
+    from safetensors.torch import save_file
+    fake_corpus('rssqa-pairs', tmp_path/'pairs', n=24)
+    (tmp_path/'weights').mkdir()
+    save_file({k: v.clone() for k, v in timm.create_model('mobilenetv2_035').state_dict().items() if 'num_batches' not in k}, tmp_path/'weights/mobilenetv2_100_imagenet.safetensors')
+    monkeypatch.setattr(M, 'RECIPE', replace(M.RECIPE, batch=2, small_size=32, prototypes=16))
+    monkeypatch.setattr(M.first_net, '__defaults__', (0, False, TINY))
+    monkeypatch.setattr(M, 'VARIANTS', {n: v | dict(epochs=1, start=False) for n, v in M.VARIANTS.items()})
+    monkeypatch.setattr(M, 'STAGES', 3)
+    return tmp_path
+
+
+@pytest.mark.parametrize('variant', ['both objectives', 'noise, purified'])
+def test_a_variant_is_made_once_and_measured(world, variant, monkeypatch):
+    one = M.make(variant, world/'pairs', world/'weights', world/'home')
+    assert set(one.task) >= {'zero-shot', 'crops'} and one.value.between(0, 1).all()
+    monkeypatch.setattr(M, '_train', None)                               # whoever trains again fails
+    pd.testing.assert_frame_equal(one, M.make(variant, world/'pairs', world/'weights', world/'home'))
+
+
+def test_the_table_of_results(world):
+    table = M.bench_clip(world/'pairs', world/'weights', world/'home', ['ITC only', 'noise, as it is'], [0, 1])
+    assert table.groupby('variant').seed.nunique().tolist() == [2, 2] and {'commit', 'command', 'n'} <= set(table)
+    assert list(M.pivot(table).index) == ['ITC only', 'noise, as it is'] and M.pivot(table).notna().all().all()
+
+
+def test_faults(tmp_path):
+    with pytest.raises(UnknownName, match='(?i)did you mean ITC only'): M.recipe_of('ITC onli', 0, 100)
+    with pytest.raises(DataNotFound, match='mobilenetv2'): M.first_net(tmp_path, tmp_path/'net')
