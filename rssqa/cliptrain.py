@@ -218,8 +218,13 @@ def batches(
     wanted = [positions(len(data), recipe, s)[rank * part:(rank + 1) * part] for s in steps]
     return torch.utils.data.DataLoader(data, batch_sampler=wanted, collate_fn=data.collate, num_workers=workers, persistent_workers=False)
 
-# %% ../nbs/33_cliptrain.ipynb #d8bda20d
-def see(visual, views, mean=None, std=None): # (B,V,...) -> unit vectors (B,V,D), feature maps (B,V,C,h,w)
+# %% ../nbs/33_cliptrain.ipynb #0867b24b
+def see(
+    visual: nn.Module, # image tower of an open_clip model
+    views: torch.Tensor, # (B,V,3,S,S), or maps behind a locked stem
+    mean: torch.Tensor = None, # (3,1,1) of RGB 0..1; None: views come normalised
+    std: torch.Tensor = None, # (3,1,1)
+) -> tuple: # unit vectors (B,V,D), feature maps (B,V,C,h,w)
     "Look at views of images."
     if not views.numel(): return views.new_zeros(len(views), 0, 1), None
     x = views.flatten(0, 1)
@@ -228,7 +233,10 @@ def see(visual, views, mean=None, std=None): # (B,V,...) -> unit vectors (B,V,D)
     return F.normalize(pooled.float(), dim=-1).unflatten(0, views.shape[:2]), maps.float().unflatten(0, views.shape[:2])
 
 
-def read(net, tokens): # (B,L) -> unit vectors (B,D)
+def read(
+    net: nn.Module, # open_clip model
+    tokens: torch.Tensor, # (B,L)
+) -> torch.Tensor: # (B,D) unit length
     "Read sentences; a causal tower is spared the padding, which it would not look at."
     text, n = getattr(net, 'text', net), max(1, int((tokens != 0).any(0).sum()))
     if getattr(text, 'attn_mask', None) is None or getattr(text, 'cls_emb', None) is not None or getattr(text, 'text_pool_type', getattr(text, 'pool_type', '')) != 'argmax':
@@ -286,7 +294,7 @@ class Heads(nn.Module):
         self.prototypes = PrototypeHead(dim, recipe.prototypes, 512, 128) if distils else None
         self.centre = Centre(recipe.prototypes) if distils else None
 
-# %% ../nbs/33_cliptrain.ipynb #2eea62b1
+# %% ../nbs/33_cliptrain.ipynb #2f90a6e2
 @contextmanager
 def processes():
     "Join the other processes that torchrun started, if any; give rank and number."
@@ -325,7 +333,15 @@ def _at_hand(vectors, heads, teacher_says, batch): # vectors of all -> arguments
     return told
 
 
-def loss_of(towers, heads, teacher, batch, recipe, rank=0, world=1): # -> {objective: value}; gradients are left in the weights
+def loss_of(
+    towers: nn.Module, # Towers, or what wraps them for several processes
+    heads: Heads,
+    teacher: nn.Module, # EmaTeacher of a Distilled, or None
+    batch: dict, # this process's share, see PairViews.collate
+    recipe: ClipRecipe,
+    rank: int = 0, # number of this process
+    world: int = 1, # processes
+) -> dict: # loss and each objective; the gradients are left in the weights
     "Compute the objectives of a batch and their gradients."
     chunks = _chunks(batch, recipe.chunk)
     with nullcontext() if len(chunks) == 1 else torch.no_grad(): parts = [towers(c) for c in chunks]
@@ -345,7 +361,7 @@ def loss_of(towers, heads, teacher, batch, recipe, rank=0, world=1): # -> {objec
         at += size
     return dict(loss=loss.item()) | told
 
-# %% ../nbs/33_cliptrain.ipynb #eb678e4f
+# %% ../nbs/33_cliptrain.ipynb #9b90755c
 def _groups(towers, heads, recipe): # weights by rate and decay
     image = {id(p) for p in towers.net.visual.parameters()} - {id(p) for n, p in towers.net.visual.named_parameters() if n.startswith(('head', 'proj'))}
     named = [(n, p, recipe.image_lr if id(p) in image else 1.0) for m in (towers, heads) for n, p in m.named_parameters() if p.requires_grad]
@@ -398,7 +414,14 @@ def _freeze_image(net): # the image tower stays as it is, but for its projection
     for n, p in net.visual.named_parameters(): p.requires_grad_(n.startswith(('head', 'proj')))
 
 
-def train_step(state: Training, wrapped, batch, step, rank=0, world=1) -> dict: # what the curve keeps of this step
+def train_step(
+    state: Training,
+    wrapped: nn.Module, # its towers, or what wraps them for several processes
+    batch: dict, # this process's share, see PairViews.collate
+    step: int, # 0..steps-1
+    rank: int = 0, # number of this process
+    world: int = 1, # processes
+) -> dict: # what the curve keeps of this step
     "Move the weights once."
     r = state.recipe
     for g in state.optimiser.param_groups: g['lr'] = r.lr * g['share'] * rate(step, r)
