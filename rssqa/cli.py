@@ -205,19 +205,19 @@ def encoders_(
         from rssqa.bench import commit
         table.reset_index().assign(architecture=architecture, batch=batch, commit=commit(), command=f'rssqa bench encoders --architecture {architecture} --batch {batch}').to_csv(out, index=False)
 
-# %% ../nbs/80_cli.ipynb #4151f037
+# %% ../nbs/80_cli.ipynb #b30b497b
 @bench_app.command('clip')
 def clip_(
     data: Annotated[Path, typer.Option(help='Folder of the pairs, layout rssqa-pairs.')],
     weights: Annotated[Path, typer.Option(help='Folder of the weights to begin with.')],
     home: Annotated[Path, typer.Option(help='Folder for judges, maps and runs.')] = Path('data/runs/clip'),
-    only: Annotated[Optional[str], typer.Option(help='Variants, separated by commas; default all, and the given one.')] = None,
+    only: Annotated[Optional[str], typer.Option(help='Variants, separated by commas; default all.')] = None,
     seeds: Annotated[str, typer.Option(help='Seeds, separated by commas.')] = '0,1,2',
     out: Annotated[Optional[Path], typer.Option(help='CSV file to write.')] = None,
 ):
     "Train CLIP-RS-mini and its twins, and measure them on the test split."
     from rssqa.clipmini import VARIANTS, bench_clip, pivot
-    table = bench_clip(data, weights, home, only.split(',') if only else ['given', *VARIANTS], list(map(int, seeds.split(','))))
+    table = bench_clip(data, weights, home, only.split(',') if only else list(VARIANTS), list(map(int, seeds.split(','))))
     print(pivot(table).T.to_string())
     if out: table.to_csv(out, index=False)
 

@@ -294,7 +294,7 @@ class Heads(nn.Module):
         self.prototypes = PrototypeHead(dim, recipe.prototypes, 512, 128) if distils else None
         self.centre = Centre(recipe.prototypes) if distils else None
 
-# %% ../nbs/33_cliptrain.ipynb #2f90a6e2
+# %% ../nbs/33_cliptrain.ipynb #10ce1353
 @contextmanager
 def processes():
     "Join the other processes that torchrun started, if any; give rank and number."
@@ -320,7 +320,7 @@ def _chunks(batch, size): # batch -> batches of at most `size` images
 
 def _at_hand(vectors, heads, teacher_says, batch): # vectors of all -> arguments of the objectives
     large, small = vectors['large'], vectors['small']
-    told = dict(image=large[:, 0], text=vectors['text'], ids=batch['ids'], scale=clamped(heads.log_scale), bias=heads.bias)
+    told = dict(image=large[:, 0], small=small, text=vectors['text'], ids=batch['ids'], scale=clamped(heads.log_scale), bias=heads.bias)
     if heads.prototypes is not None:
         seen = [*large.unbind(1), *small.unbind(1)]
         told |= dict(student=[heads.prototypes(v) for v in seen], teacher=list(teacher_says.unbind(1)), centre=heads.centre.mean)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['objectives', 'clamped', 'info_nce', 'multi_positive', 'caption_ids', 'siglip', 'PrototypeHead', 'EmaTeacher',
-           'Centre', 'self_distill', 'patch_distill', 'region_category', 'total']
+           'Centre', 'self_distill', 'local_global', 'patch_distill', 'region_category', 'total']
 
 # %% ../nbs/32_objectives.ipynb #349e6051
 import copy, inspect, math
@@ -150,6 +150,19 @@ def self_distill(
 
 
 objectives.register('self-distill', self_distill, replace=True)
+
+# %% ../nbs/32_objectives.ipynb #a23aada9
+def local_global(
+    image, # (B,D) unit length, a large view of each image
+    small, # (B,V,D) unit length, small views of each image
+    sharpness: float = 20.0, # inverse temperature
+): # scalar; 0 without small views
+    "Average InfoNCE between each small view and the large view of its image (Chen et al. 2020)."
+    if not small.shape[1]: return image.sum() * 0
+    return sum(info_nce(image, view, sharpness) for view in small.unbind(1)) / small.shape[1]
+
+
+objectives.register('local-global', local_global, replace=True)
 
 # %% ../nbs/32_objectives.ipynb #e14b092a
 def patch_distill(

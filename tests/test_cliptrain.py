@@ -181,7 +181,7 @@ def test_norms_keep_their_statistics(tmp_path):
     with pytest.raises(Incompatible, match='batch norms'): train_clip(encoder.net, data(encoder), replace(RECIPE, freeze_norms=False, chunk=2))
 
 
-@pytest.mark.parametrize('objectives', [(('itc', 1.0),), (('siglip', 1.0),), (('multi-positive', 1.0), ('patch-distill', 0.1))])
+@pytest.mark.parametrize('objectives', [(('itc', 1.0),), (('siglip', 1.0),), (('multi-positive', 1.0), ('patch-distill', 0.1)), (('itc', 0.5), ('local-global', 1.0))])
 def test_every_objective_trains(encoder, objectives):
     recipe = replace(RECIPE, steps=30, objectives=objectives, large=1, plain=True, turns=False, lr=3e-3, small=2 if len(objectives) > 1 else 0)
     curve = train_clip(encoder.net, data(encoder, recipe), recipe)

@@ -207,3 +207,10 @@ def test_equal_sentences_make_no_difference_to_info_nce(ids, scale):
     one, other = multi_positive(image, text, ids, scale), info_nce(image, text, scale)
     assert torch.isclose(one, other, atol=1e-4)
     assert torch.allclose(*(torch.autograd.grad(x, image, retain_graph=True)[0] for x in (one, other)), atol=1e-3)
+
+
+def test_local_global_by_hand():
+    from rssqa.objectives import local_global
+    image, small = unit(5, 8), torch.stack([unit(5, 8, seed=s) for s in (1, 2, 3)], 1)
+    assert torch.isclose(local_global(image, small, 7.0), torch.stack([info_nce(image, small[:, v], 7.0) for v in range(3)]).mean())
+    assert local_global(image, small[:, :0]) == 0 and local_global(image, image[:, None]) < local_global(image, small)
