@@ -7,10 +7,11 @@ __all__ = ['ClipRecipe', 'new_clip', 'begin', 'save_clip', 'rate', 'draw_box', '
            'positions', 'batches', 'see', 'read', 'Towers', 'Distilled', 'Heads', 'processes', 'loss_of', 'Training',
            'train_step', 'train_clip']
 
-# %% ../nbs/33_cliptrain.ipynb #ca413e0e
+# %% ../nbs/33_cliptrain.ipynb #6da5d13a
 import math, os, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Iterable
 
@@ -135,7 +136,7 @@ def cut_view(
     part = part.float() / 255 if image.dtype == torch.uint8 else part.clamp(0, 1)
     return torch.rot90(part.flip(-1) if turn >= 4 else part, turn % 4, (-2, -1))
 
-# %% ../nbs/33_cliptrain.ipynb #278343b3
+# %% ../nbs/33_cliptrain.ipynb #b12ef37a
 class PairViews(torch.utils.data.Dataset):
     "Views of image-text pairs, the same for the same seed, epoch and number."
     def __init__(self,
@@ -146,18 +147,24 @@ class PairViews(torch.utils.data.Dataset):
     ):
         if table.empty: raise DataNotFound('no pairs to train on', 'the table has no rows', 'check what was read or purified away')
         if lost := {'key', 'caption'} - set(table): raise Incompatible('cannot train on this table', f'it lacks {", ".join(sorted(lost))}', 'read it with rssqa.pairs')
-        self.groups = list(table.groupby('key', sort=True))
+        self.table = table.sort_values('key', kind='stable', ignore_index=True)
+        self.starts = np.append(np.flatnonzero(~self.table.key.duplicated()), len(self.table))      # where the rows of an image begin
         self.recipe, self.size, self.dim, self.spec, self.tokenizer = recipe, encoder.image_size, encoder.dim, encoder.spec, encoder.tokenizer
         self.open, self.regional = open or open_image, 'region-category' in dict(recipe.objectives)
         if self.regional and 'regions' not in table: raise Incompatible('cannot train on regions', 'the table has no column regions', 'read it with to_frame(records, regions=True)')
 
-    def __len__(self): return len(self.groups)
+    def __len__(self): return len(self.starts) - 1
+
+    def rows(self, i): return self.table.iloc[self.starts[i]:self.starts[i + 1]]       # all captions of the i-th image
+
+    @cached_property
+    def mark(self): return digest(pd.util.hash_pandas_object(self.table[['key', 'caption']].astype(str), index=False).to_numpy())       # of keys and captions
 
     def chance(self, epoch, i): return np.random.default_rng([self.recipe.seed, epoch, i])
 
     def __getitem__(self, at): # (epoch, number of the image) -> views and a caption
         r, rng = self.recipe, self.chance(*at)
-        rows = self.groups[at[1]][1]
+        rows = self.rows(at[1])
         caption = rows.caption.iloc[rng.integers(len(rows))]
         image = torch.from_numpy(np.round(self.open(rows.iloc[0]).transpose(1, 2, 0) * 255).astype(np.uint8)).permute(2, 0, 1)
         large = [((0, 0, 1, 1) if r.plain and not v else draw_box(rng, r.large_area), self.turn(rng, v)) for v in range(r.large)]
@@ -190,7 +197,11 @@ def caption_keys(captions: list[str]) -> torch.Tensor: # (B,) int64; equal sente
     words = [' '.join(c.lower().split()) for c in captions]
     return torch.tensor([int(digest(w)[:15], 16) if w else -1 for w in words])
 
-# %% ../nbs/33_cliptrain.ipynb #c79c2bc7
+# %% ../nbs/33_cliptrain.ipynb #ea95e2a6
+@lru_cache(2)
+def _order(n, seed, epoch): return np.random.default_rng([seed, epoch]).permutation(n)
+
+
 def positions(
     n: int, # images
     recipe: ClipRecipe,
@@ -200,8 +211,7 @@ def positions(
     per = n // recipe.batch
     if not per: raise Incompatible(f'cannot fill a batch of {recipe.batch}', f'found {n} images', 'make the batch smaller')
     epoch, part = divmod(step, per)
-    order = np.random.default_rng([recipe.seed, epoch]).permutation(n)
-    return [(epoch, int(i)) for i in order[part * recipe.batch:(part + 1) * recipe.batch]]
+    return [(epoch, int(i)) for i in _order(n, recipe.seed, epoch)[part * recipe.batch:(part + 1) * recipe.batch]]
 
 
 def batches(
@@ -215,7 +225,8 @@ def batches(
     "Yield this process's share of the batch of each step."
     if recipe.batch % world: raise Incompatible(f'cannot share a batch of {recipe.batch}', f'found {world} processes', 'choose a batch that their number divides')
     part = recipe.batch // world
-    wanted = [positions(len(data), recipe, s)[rank * part:(rank + 1) * part] for s in steps]
+    positions(len(data), recipe, 0)                                    # refuse a batch that cannot be filled before any work
+    wanted = (positions(len(data), recipe, s)[rank * part:(rank + 1) * part] for s in steps)
     return torch.utils.data.DataLoader(data, batch_sampler=wanted, collate_fn=data.collate, num_workers=workers, persistent_workers=False)
 
 # %% ../nbs/33_cliptrain.ipynb #0867b24b
@@ -361,7 +372,7 @@ def loss_of(
         at += size
     return dict(loss=loss.item()) | told
 
-# %% ../nbs/33_cliptrain.ipynb #9b90755c
+# %% ../nbs/33_cliptrain.ipynb #bf0182c9
 def _groups(towers, heads, recipe): # weights by rate and decay
     image = {id(p) for p in towers.net.visual.parameters()} - {id(p) for n, p in towers.net.visual.named_parameters() if n.startswith(('head', 'proj'))}
     named = [(n, p, recipe.image_lr if id(p) in image else 1.0) for m in (towers, heads) for n, p in m.named_parameters() if p.requires_grad]
@@ -448,7 +459,7 @@ def train_clip(
     "Train a CLIP; under torchrun, together with the other processes."
     device = pick_device(device)
     with processes() as (rank, world):
-        state = Training(net.to(device), recipe, data.spec, data.dim, device, _seen(data))
+        state = Training(net.to(device), recipe, data.spec, data.dim, device, data.mark)
         start, end = state.load(folder) if folder else 0, min(until or recipe.steps, recipe.steps)
         wrapped = nn.parallel.DistributedDataParallel(state.towers) if world > 1 else state.towers
         if recipe.freeze_norms: net.train(); _quiet_norms(net)
@@ -468,9 +479,6 @@ def train_clip(
         if log: log.close()
     net.eval().requires_grad_(False)
     return pd.DataFrame(state.curve)
-
-
-def _seen(data): return getattr(data, 'mark', None) or digest(len(data), *(k for k, _ in getattr(data, 'groups', [])))
 
 
 def _refuse_shared_norms(net, world, recipe): # statistics of a part of a batch are not those of the batch

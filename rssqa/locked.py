@@ -47,7 +47,7 @@ def cut_stem(
     net._modules = encoder.net._modules | dict(visual=visual)
     return Stem(trunk, stages, encoder), net
 
-# %% ../nbs/33b_locked.ipynb #c616a83d
+# %% ../nbs/33b_locked.ipynb #44758b90
 class LockedViews(torch.utils.data.Dataset):
     "Views of image-text pairs behind a locked stem, from files."
     def __init__(self,
@@ -63,15 +63,15 @@ class LockedViews(torch.utils.data.Dataset):
         pool: pd.DataFrame = None, # pairs that the maps are made for, where `table` is a part of them
     ):
         kept = replace(recipe, large=large, small=small, seed=seed)
-        self.views = PairViews(table if pool is None else pool, kept, encoder, open)
-        self.recipe, self.spec, self.dim, self.tokenizer = recipe, None, encoder.dim, encoder.tokenizer
-        place = {k: i for i, (k, _) in enumerate(self.views.groups)}
-        self.groups = [(k, g) for k, g in table.groupby('key', sort=True) if k in place]
-        if len(self.groups) < table.key.nunique(): raise Incompatible('cannot use kept views', f'{table.key.nunique() - len(self.groups)} images of the table are not in the pool', 'make the maps for all pairs')
-        self.place = [place[k] for k, _ in self.groups]
+        self.views, self.pairs = PairViews(table if pool is None else pool, kept, encoder, open), PairViews(table, kept, encoder, open)
+        self.recipe, self.spec, self.dim, self.mark = recipe, None, encoder.dim, self.pairs.mark
+        mine, all_ = (v.table.key.iloc[v.starts[:-1]] for v in (self.pairs, self.views))
+        self.place = pd.Series(range(len(all_)), index=all_.to_numpy()).reindex(mine.to_numpy())
+        if (lost := int(self.place.isna().sum())): raise Incompatible('cannot use kept views', f'{lost} images of the table are not in the pool', 'make the maps for all pairs')
+        self.place = self.place.to_numpy(int)
         if recipe.plain: raise Incompatible('cannot give boxes of kept views', 'the recipe is plain', 'train the tower whole')
-        what = digest([k for k, _ in self.views.groups], [str(g.path.iloc[0]) for _, g in self.views.groups] if 'path' in table else '', state_digest(stem.state_dict()), large, small, seed,
-                      kept.large_area, kept.small_area, kept.small_size, kept.turns, encoder.image_size)
+        where = all_.to_list(), self.views.table.path.iloc[self.views.starts[:-1]].astype(str).to_list() if 'path' in self.views.table else ''
+        what = digest(*where, state_digest(stem.state_dict()), large, small, seed, kept.large_area, kept.small_area, kept.small_size, kept.turns, encoder.image_size)
         self.folder = Path(folder)/what
         self.files = self._fill(stem.to(memory_format=torch.channels_last), dict(large=large, small=small))
 
@@ -92,14 +92,14 @@ class LockedViews(torch.utils.data.Dataset):
         for m in maps.values(): m.flush()
         with atomic(self.folder/'done') as tmp: tmp.write_text(str(n))
 
-    def __len__(self): return len(self.groups)
+    def __len__(self): return len(self.pairs)
 
     def __getitem__(self, at): # (epoch, number of the image) -> views and a caption
-        rng, rows = np.random.default_rng([self.recipe.seed, *at]), self.groups[at[1]][1]
+        rng, rows = np.random.default_rng([self.recipe.seed, *at]), self.pairs.rows(at[1])
         caption = rows.caption.iloc[rng.integers(len(rows))]
         def pick(kind, n):
             if not n: return torch.zeros(0)
             return torch.from_numpy(np.stack([self.files[kind][self.place[at[1]], v] for v in rng.permutation(self.files[kind].shape[1])[:n]])).float()
         return dict(large=pick('large', self.recipe.large), small=pick('small', self.recipe.small), boxes=torch.zeros(0), caption=caption)
 
-    collate = PairViews.collate
+    def collate(self, items): return self.pairs.collate(items)
