@@ -221,7 +221,7 @@ def clip_(
     print(pivot(table).T.to_string())
     if out: table.to_csv(out, index=False)
 
-# %% ../nbs/80_cli.ipynb #36a786be
+# %% ../nbs/80_cli.ipynb #6a5e5c9c
 clip_app = typer.Typer(no_args_is_help=True, help='Read corpora, purify captions, train and measure a CLIP.')
 app.add_typer(clip_app, name='clip')
 
@@ -232,8 +232,8 @@ def _pairs(folder, split=None): # the table of a folder of shards, with paths th
     path = folder if folder.is_file() else folder/'pairs.parquet'
     if not path.is_file(): raise DataNotFound(f'no table {path}', '', 'make it with rssqa clip shards')
     table = pd.read_parquet(path)
-    at = table.path.where(table.path == '', str(path.parent) + os.sep + table.path)
-    return table.assign(path=at)[table.split == split if split else table.split == table.split]
+    home = path.parent.resolve()
+    return table.assign(path=[p and str(home/p) for p in table.path])[table.split == split if split else table.split == table.split]
 
 
 @clip_app.command()

@@ -9,7 +9,7 @@ __all__ = ['COLUMNS', 'TIERS', 'CONTEXT', 'KEEP', 'ACTIONS', 'RISKS', 'NOISES', 
            'thresholds', 'cut_pairs', 'take_rewrites', 'purify', 'apply_decisions', 'risk_rules', 'risk',
            'review_table', 'wilson', 'agreement', 'inject_noise', 'audit_noise']
 
-# %% ../nbs/31_purify.ipynb #4e25fe6e
+# %% ../nbs/31_purify.ipynb #cf0dd0e6
 import html, re, unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -20,8 +20,9 @@ from typing import Callable, Iterable, Mapping, Protocol, runtime_checkable
 import numpy as np
 import pandas as pd
 
-from .core import BadImage, DataNotFound, Incompatible, Problem, SchemaError, as_image, atomic, digest, file_id, progress, read_json, say, unknown, write_json
-from .encoders import resize
+from .core import BadImage, DataNotFound, Incompatible, Problem, SchemaError, as_image, atomic, digest, progress, read_json, say, unknown, write_json
+from .encoders import load_encoder, resize
+from .pairs import image_bytes, open_image
 from .metrics import failure_auroc
 
 # %% ../nbs/31_purify.ipynb #657a7b11
@@ -38,13 +39,13 @@ def check_pairs(
     if odd := sorted(set(table.tier.astype(str)) - set(TIERS)): raise SchemaError('a tier is unknown', f'found {", ".join(odd)}', f'expected {" or ".join(TIERS)}')
     return table.assign(caption=table.caption.astype(object).where(table.caption.notna(), '').astype(str))
 
-# %% ../nbs/31_purify.ipynb #5ddd2fc8
+# %% ../nbs/31_purify.ipynb #c2e5173c
 def _picture(key, path, images): # key -> (3,H,W), or a Problem
     if images is not None:
         if key not in images: raise DataNotFound(f'no image {key}', '', 'add it to the images')
         return as_image(images[key], str(key))
     if not isinstance(path, str) or not path: raise DataNotFound(f'no path of image {key}', '', 'fill the column path, or pass images')
-    return as_image(path)
+    return open_image(path)
 
 
 def _seen(keys, paths, encoder, images, batch, problems): # (n,D) float32, NaN where an image cannot be read
@@ -301,7 +302,7 @@ class CaptionerRewriter:
         new = self._last[1]
         return (new, f'described by {self.name}') if new.strip() and new != caption else (caption, '')
 
-# %% ../nbs/31_purify.ipynb #820ff32e
+# %% ../nbs/31_purify.ipynb #d29f0724
 def _joined(words, at_least): # list of word sets -> representative of each (near duplicates are one)
     rarity, order = Counter(w for s in words for w in s), range(len(words))
     root, seen = list(order), {}
@@ -335,7 +336,7 @@ def image_groups(
 ) -> np.ndarray: # (n,) int64; images whose files have equal bytes have one number
     "Number images by the digest of their files; one that cannot be read stays alone."
     def identity(key, path):
-        try: return file_id(path)
+        try: return digest(image_bytes(path))
         except (Problem, OSError): return f'key {key}'
     first = table.drop_duplicates('key')
     return pd.factorize(table.key.map(dict(zip(first.key, map(identity, first.key, first.path)))))[0]
@@ -510,7 +511,7 @@ def take_rewrites(
     d.loc[s.reason.str.startswith('not rewritten') & (d.action == 'keep'), 'reason'] = s.reason
     return d
 
-# %% ../nbs/31_purify.ipynb #b9728850
+# %% ../nbs/31_purify.ipynb #ca8e822b
 def _counts(table, d, scores): # the line that is said at the end
     n, s = d.action.value_counts(), _aligned(table, scores)
     stays, after = d.action.isin(['keep', 'rewrite']), s.new_tokens.where(d.action == 'rewrite', s.tokens)
@@ -520,7 +521,7 @@ def _counts(table, d, scores): # the line that is said at the end
 
 def purify(
     table: pd.DataFrame, # pairs
-    encoder, # SemanticEncoder, trained on careful captions
+    encoder, # SemanticEncoder or its name, trained on careful captions
     rewriter: Rewriter = RuleRewriter(),
     cut: float = 0.3, # share of the coarse tier
     keep: str = 'per source', # quantile within each source, or 'pooled'
@@ -536,7 +537,7 @@ def purify(
 ) -> pd.DataFrame | None: # pair, key, score, action, text, new_score, reason, group, threshold; None while other shards are missing
     "Score, cut and rewrite pairs of images and captions (after Zhang et al. 2025, arXiv 2502.13990)."
     if shard[1] > 1 and store is None: raise Incompatible('cannot score a part of the pairs', 'found no store', 'name a folder that all shards share')
-    table = check_pairs(table)
+    table, encoder = check_pairs(table), load_encoder(encoder)
     thresholds([], [], cut, keep)                                      # refuse bad settings before the work
     scores = score_pairs(table, encoder, rewriter, images, batch, store, shard, every, resume, dict(cut=cut, keep=keep, floor=floor, tolerance=tolerance, near=near))
     if shard[1] > 1:
