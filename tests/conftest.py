@@ -11,7 +11,8 @@ FIRST = 'RSSQA_TEST_RUN' not in os.environ       # not a worker or a fork of a r
 def prepare_environment():
     "Set what numpy, torch, numba and matplotlib read when they are first imported; subprocesses and workers inherit it."
     os.environ |= dict(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MKL_NUM_THREADS='1', NUMBA_THREADING_LAYER='workqueue',
-                       MPLBACKEND='agg', RSSQA_QUIET='1', TQDM_DISABLE='1', PYDEVD_DISABLE_FILE_VALIDATION='1')
+                       MPLBACKEND='agg', RSSQA_QUIET='1', ARROW_DEFAULT_MEMORY_POOL='system',          # jemalloc's thread can hang a worker that exits
+                       TQDM_DISABLE='1', PYDEVD_DISABLE_FILE_VALIDATION='1')
     os.environ.setdefault('RSSQA_DEVICE', 'cpu')
     os.environ.pop('IN_TEST', None)                      # with it nbdev_export does nothing
     run = Path(tempfile.mkdtemp(prefix='rssqa-test-'))   # one folder for all workers of this run
