@@ -32,10 +32,7 @@ def tiny_multilingual(
                                   max_position_embeddings=80, type_vocab_size=1, pad_token_id=1).save_pretrained(folder)
     return Path(folder)
 
-# %% ../nbs/30b_conformance.ipynb #91336d71
-def _is_second_farslip(spec): return spec.name.startswith('farslip2')                 # published with a text tower of 248 tokens
-
-
+# %% ../nbs/30b_conformance.ipynb #4a12409d
 def _tiny_config(spec): # spec -> open_clip config of a few thousand weights, silent about the activation
     import open_clip
     real = open_clip.get_model_config(spec.architecture)
@@ -71,7 +68,7 @@ def write_container(
     if container == 'open_clip_train': torch.save(dict(epoch=20, name='run', state_dict={f'module.{k}': t for k, t in state.items()}, optimizer=moments), path)
     return Path(path)
 
-# %% ../nbs/30b_conformance.ipynb #df807faf
+# %% ../nbs/30b_conformance.ipynb #f14ccc49
 def activation_of(
     net, # any net of open_clip
 ) -> str: # 'QuickGELU', 'GELU', or both
@@ -103,7 +100,7 @@ def _gap(encoder, net): # largest difference between an encoder and the net that
 
 
 def _row(spec, folder): # plays one spec through
-    cfg, long = _tiny_config(spec), _is_second_farslip(spec)
+    cfg, long = _tiny_config(spec), spec.context_length > 77           # published as a Long-CLIP
     write_json(Path(folder)/'open_clip_config.json', dict(model_cfg=cfg))
     if spec.multilingual: tiny_multilingual(Path(folder)/'text')
     net = _tiny_net(spec, cfg, folder)
@@ -112,11 +109,11 @@ def _row(spec, folder): # plays one spec through
     path = write_container(folder if bundle else Path(folder)/name, state, spec.container)
     tiny = replace(spec, architecture=str(folder), dim=16, image_size=cfg['vision_cfg']['image_size'])
     e = load_encoder(tiny, weights=folder if bundle else path, device='cpu', dtype='float32')
-    (activation, grid), context = _full_size(spec), 248 if long else 77
+    activation, grid = _full_size(spec)
     row = dict(container=detect_container(folder if bundle else path), activation=activation_of(e.net), grid='x'.join(map(str, _grid(e.net.visual))),
                tokenizer=type(e.tokenizer).__name__, context=e.tokenizer(['a town']).shape[1], promises=len(check_encoder(e)), gap=_gap(e, net))
     right = dict(container=spec.container, activation='QuickGELU' if spec.quick_gelu else 'GELU', grid='x'.join(map(str, grid)),
-                 tokenizer='HFTokenizer' if spec.multilingual else 'SimpleTokenizer', context=context)
+                 tokenizer='HFTokenizer' if spec.multilingual else 'SimpleTokenizer', context=spec.context_length)
     return row | dict(ok=row['gap'] < 1e-5 and row['activation'] == activation and all(row[k] == v for k, v in right.items()))
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['segmenters', 'encoders', 'fusions', 'datasets', 'Problem', 'UnknownName', 'SchemaError', 'DataNotFound', 'BadImage',
            'Incompatible', 'LeakError', 'MissingFeatures', 'DownloadError', 'Registry', 'unknown', 'digest', 'file_id',
-           'state_digest', 'as_image', 'stretch', 'pick_device', 'seed_all', 'cache_dir', 'real_dir', 'atomic',
-           'write_json', 'read_json', 'progress', 'say']
+           'state_digest', 'as_image', 'stretch', 'pick_device', 'seed_all', 'cache_dir', 'real_dir', 'shipped',
+           'atomic', 'write_json', 'read_json', 'progress', 'say']
 
 # %% ../nbs/00_core.ipynb #d3fafc04
 import difflib, hashlib, importlib.metadata, json, os, random, sys, uuid
@@ -211,7 +211,7 @@ def stretch(
     lo, hi = np.nanpercentile(image, [low, high])
     return np.clip((np.nan_to_num(image, nan=lo) - lo) / max(hi - lo, 1e-12), 0, 1).astype(np.float32)
 
-# %% ../nbs/00_core.ipynb #a309d936
+# %% ../nbs/00_core.ipynb #f2b4214f
 def pick_device(name: str = 'auto') -> str: # 'cuda', 'mps' or 'cpu'
     "Resolve 'auto' to the best device of this machine; RSSQA_DEVICE overrides."
     import torch
@@ -239,6 +239,13 @@ def real_dir(*parts: str) -> Path | None:
     root = os.environ.get('RSSQA_REAL')
     path = Path(root).joinpath(*parts) if root else None
     return path if path and path.exists() else None
+
+
+def shipped(*parts: str) -> Path:
+    "Return a folder of what comes along with rssqa, in an installation or in a checkout."
+    import rssqa
+    here = Path(rssqa.__file__).parent
+    return next((p for home in (here/'models', here.parent/'data'/'models') if (p := home.joinpath(*parts)).exists()), here.joinpath('models', *parts))
 
 # %% ../nbs/00_core.ipynb #18b159e6
 @contextmanager

@@ -6,7 +6,7 @@
 __all__ = ['SemOutput', 'SemanticEncoder', 'resize', 'fast_bf16', 'OpenClipEncoder', 'spec_from_folder', 'spec_from_hub',
            'spec_from_tag', 'load_encoder', 'encode', 'BackboneEncoder', 'check_encoder']
 
-# %% ../nbs/30_encoders.ipynb #ba3ed4c7
+# %% ../nbs/30_encoders.ipynb #989c8bc2
 import copy, os, shutil, tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,8 +18,8 @@ import numpy as np
 from .containers import (WEIGHT_SUFFIXES, _write_safetensors, detect_container, fitting_architectures, is_long, long_masks, misfit_hint, read_weights,
                               strip_checkpoint)
 from .core import (BadImage, DataNotFound, DownloadError, Incompatible, as_image, cache_dir, digest, encoders, file_id,
-                        pick_device, progress, read_json, real_dir, say, state_digest, unknown, write_json)
-from .towers import dense_map, long_clip, text_tokens
+                        pick_device, progress, read_json, real_dir, say, state_digest, unknown, write_json, shipped)
+from .towers import dense_map, long_clip, read_text, text_tokens
 from .specs import CLIP_MEAN, CLIP_STD, HALF, SPECS, EncoderSpec
 from .synth import KINDS, LOOKS, degrade, scene
 
@@ -248,7 +248,7 @@ def _tokenizer(spec, text_cfg, room): # spec, text part of the config, tokens ->
     try: return open_clip.tokenizer.HFTokenizer(str(home), room, tokenizer_mode=text_cfg.get('tokenizer_mode'), **text_cfg.get('tokenizer_kwargs', {}))
     except (OSError, ValueError) as e: raise _missing(folder, name, 'tokenizer.json', e) from e
 
-# %% ../nbs/30_encoders.ipynb #415fbd81
+# %% ../nbs/30_encoders.ipynb #e79087aa
 class OpenClipEncoder:
     "A CLIP from open_clip behind rssqa's interface."
     def __init__(self,
@@ -301,7 +301,7 @@ class OpenClipEncoder:
         import torch
         texts = [texts] if isinstance(texts, str) else list(texts)
         blank = _blank(texts, empty)
-        with torch.no_grad(): out = self.net.encode_text(self._tokens(texts)).float()
+        with torch.no_grad(): out = read_text(self.net, self._tokens(texts)).float()
         if unit: out = normalize(out, dim=-1)
         return out.index_fill(0, torch.tensor(blank, device=out.device), 0) if blank else out
 
@@ -459,14 +459,8 @@ def load_encoder(
         _fit(net, state, path, spec.architecture)
         return OpenClipEncoder(net, replace(spec, context_length=config['text_cfg'].get('context_length', 77)), config, device, _pick_dtype(dtype, device, net))
 
-# %% ../nbs/30_encoders.ipynb #522a39db
-def _shipped(name): # folder of a model that comes along, installed or in a checkout
-    import rssqa
-    here = Path(rssqa.__file__).parent
-    return next((p for p in (here/'models'/name, here.parent/'data'/'models'/name) if p.is_dir()), here/'models'/name)
-
-
-def _clip_rs_mini(): return replace(spec_from_folder(_shipped('clip_rs_mini')), name='clip-rs-mini', licence='research use', source='trained here, see its card')
+# %% ../nbs/30_encoders.ipynb #a12bcbd5
+def _clip_rs_mini(): return replace(spec_from_folder(shipped('clip_rs_mini')), name='clip-rs-mini', licence='research use', source='trained here, see its card')
 
 
 def _clip_rs_frozen():

@@ -47,7 +47,7 @@ def cut_stem(
     net._modules = encoder.net._modules | dict(visual=visual)
     return Stem(trunk, stages, encoder), net
 
-# %% ../nbs/33b_locked.ipynb #44758b90
+# %% ../nbs/33b_locked.ipynb #b8ebafd3
 class LockedViews(torch.utils.data.Dataset):
     "Views of image-text pairs behind a locked stem, from files."
     def __init__(self,
@@ -63,7 +63,8 @@ class LockedViews(torch.utils.data.Dataset):
         pool: pd.DataFrame = None, # pairs that the maps are made for, where `table` is a part of them
     ):
         kept = replace(recipe, large=large, small=small, seed=seed)
-        self.views, self.pairs = PairViews(table if pool is None else pool, kept, encoder, open), PairViews(table, kept, encoder, open)
+        self.pairs = PairViews(table, kept, encoder, open)
+        self.views = self.pairs if pool is None else PairViews(pool, kept, encoder, open)
         self.recipe, self.spec, self.dim, self.mark = recipe, None, encoder.dim, self.pairs.mark
         mine, all_ = (v.table.key.iloc[v.starts[:-1]] for v in (self.pairs, self.views))
         self.place = pd.Series(range(len(all_)), index=all_.to_numpy()).reindex(mine.to_numpy())

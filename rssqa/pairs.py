@@ -44,7 +44,7 @@ class Bad:
     reason: str                        # why
     record: PairRecord | None = None   # the sample without image, where only the image is missing
 
-# %% ../nbs/11_pairs.ipynb #ba7ed729
+# %% ../nbs/11_pairs.ipynb #2fd8b649
 CONTEXT = 77      # tokens that CLIP reads, with the start and the end
 
 
@@ -68,7 +68,7 @@ def token_count(
 ) -> int: # with start and end token, before anything is cut
     "Count the tokens of a caption as open_clip's tokenizer of CLIP would make them (Radford et al. 2021)."
     if _plain_text(caption): return 2 + sum(map(_word_tokens, caption.lower().split()))
-    return 2 + len(_tokenizer().encode(caption))
+    return 2 + len(_tokenizer().encode(_whole(caption)))
 
 
 def overlong(

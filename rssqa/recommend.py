@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'Pack', 'write_pack', 'shipped_pack', 'default_pack', 'rank', 'score', 'recommend']
 
-# %% ../nbs/53_recommend.ipynb #b5ee057f
+# %% ../nbs/53_recommend.ipynb #c326ad50
 import os
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +14,14 @@ import numpy as np
 import pandas as pd
 
 from .confidence import agreement
-from .core import BadImage, DataNotFound, Incompatible, as_image, cache_dir, progress, read_json, unknown, write_json
+from .core import BadImage, DataNotFound, Incompatible, as_image, cache_dir, progress, read_json, shipped, unknown, write_json
 from .methods.training import load_segmenter
 from .quality import load_model
 from .segment import MIN_SIDE
 from .jury import levelled, load_jury, verdicts
 from .sqed import Lattice, coarse, judge, thin
 
-# %% ../nbs/53_recommend.ipynb #18ffc704
+# %% ../nbs/53_recommend.ipynb #8614ffa9
 class Pack:
     "Segmenters and a quality model that belong together."
     def __init__(self,
@@ -94,8 +94,7 @@ def write_pack(
 
 def shipped_pack() -> Path:
     "Return the pack that comes with rssqa."
-    here = Path(__file__).parent
-    return next((p for p in (here/'models'/'open', here.parent/'data'/'models'/'open') if (p/'pack.json').exists()), here/'models'/'open')
+    return shipped('open')
 
 
 def default_pack() -> Path:

@@ -36,7 +36,7 @@ class EncoderSpec:
     sha256: str = '' # of the published file
     note: str = '' # what is inferred or odd
 
-# %% ../nbs/29c_specs.ipynb #a7481c75
+# %% ../nbs/29c_specs.ipynb #6edb8f6b
 _OPENAI, _LAION = dict(weights='openai', licence='MIT', source='openai/CLIP'), dict(licence='MIT')
 _REMOTE = dict(container='flat', licence='Apache-2.0', source='chendelong/RemoteCLIP', note='QuickGELU inferred from its OpenAI start')
 _GEO = dict(container='flat', licence='Creative Commons, version not stated', source='Zilun/GeoRSCLIP')
@@ -70,8 +70,8 @@ SPECS = (
                 source='joaodaniel/RS-M-CLIP', note='a folder with tokenizer; its text tower also needs config.json of xlm-roberta-base'),
     EncoderSpec('farslip1-vit-b-32', 'ViT-B-32', True, 512, 'FarSLIP1_ViT-B-32.pt', **_FAR),
     EncoderSpec('farslip1-vit-b-16', 'ViT-B-16', True, 512, 'FarSLIP1_ViT-B-16.pt', **_FAR),
-    EncoderSpec('farslip2-vit-b-32', 'ViT-B-32', True, 512, 'FarSLIP2_ViT-B-32.pt', **_FAR),
-    EncoderSpec('farslip2-vit-b-16', 'ViT-B-16', True, 512, 'FarSLIP2_ViT-B-16.pt', **_FAR),
+    EncoderSpec('farslip2-vit-b-32', 'ViT-B-32', True, 512, 'FarSLIP2_ViT-B-32.pt', context_length=248, **_FAR),
+    EncoderSpec('farslip2-vit-b-16', 'ViT-B-16', True, 512, 'FarSLIP2_ViT-B-16.pt', context_length=248, **_FAR),
     EncoderSpec('skyclip-vit-b-32', 'ViT-B-32', False, 512, 'epoch_20.pt', note='GELU: its training command starts from laion2b_e16', **_SKY),
     EncoderSpec('skyclip-vit-l-14', 'ViT-L-14', True, 768, 'epoch_20.pt', note='QuickGELU: its training command starts from OpenAI weights', **_SKY),
 )

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from rssqa.cliptrain import (ClipRecipe, Distilled, Heads, PairViews, Towers, Training, batches, caption_keys, cut_view, draw_box, loss_of, new_clip, positions, rate, read, save_clip,
+from rssqa.cliptrain import (ClipRecipe, Distilled, Heads, PairViews, Towers, Training, batches, cut_view, draw_box, loss_of, new_clip, positions, rate, save_clip,
                              train_clip)
 from rssqa.core import DataNotFound, Incompatible
 from rssqa.encoders import load_encoder
 from rssqa.locked import LockedViews, cut_stem
+from rssqa.objectives import caption_ids
+from rssqa.towers import read_text
 
 CONV = dict(embed_dim=16, custom_text=True, vision_cfg=dict(timm_model_name='mobilenetv2_035', timm_model_pretrained=False, timm_pool='avg', timm_proj='linear', image_size=32),
             text_cfg=dict(context_length=16, vocab_size=49408, width=16, heads=2, layers=1))
@@ -134,15 +136,15 @@ def test_boxes_keep_area_and_aspect():
 
 
 def test_equal_sentences_have_equal_keys_in_every_process():
-    keys = caption_keys(['A  road', 'a road', 'a river', ''])
+    keys = caption_ids(['A  road', 'a road', 'a river', ''])
     assert keys[0] == keys[1] != keys[2] and keys[3] == -1
-    out = subprocess.run([sys.executable, '-c', "from rssqa.cliptrain import caption_keys; print(caption_keys(['a road'])[0].item())"], capture_output=True, text=True, env=os.environ | dict(PYTHONHASHSEED='7'))
+    out = subprocess.run([sys.executable, '-c', "from rssqa.objectives import caption_ids; print(caption_ids(['a road'])[0].item())"], capture_output=True, text=True, env=os.environ | dict(PYTHONHASHSEED='7'))
     assert int(out.stdout) == keys[0]
 
 
 def test_short_sentences_read_the_same_without_padding(encoder):
     tokens = encoder.tokenizer(['a road', 'a long sentence about a town near a river', ''])
-    assert torch.allclose(read(encoder.net, tokens), nn.functional.normalize(encoder.net.encode_text(tokens), dim=-1), atol=1e-6)
+    assert torch.allclose(read_text(encoder.net, tokens), encoder.net.encode_text(tokens), atol=1e-6)
 
 
 def test_rate_of_learning():
@@ -165,10 +167,10 @@ def test_the_teacher_follows_and_has_no_gradient(encoder):
 
 def test_a_frozen_image_tower_stays(encoder):
     before = {n: p.clone() for n, p in encoder.net.visual.named_parameters()}
-    text = read(encoder.net, torch.tensor([[49406, 320, 49407] + [0] * 13]))
+    text = read_text(encoder.net, torch.tensor([[49406, 320, 49407] + [0] * 13]))
     train_clip(encoder.net, data(encoder), replace(RECIPE, image_lr=0.0))
     moved = [n for n, p in encoder.net.visual.named_parameters() if not torch.equal(p, before[n])]
-    assert all(n.startswith(('head', 'proj')) for n in moved) and not torch.equal(text, read(encoder.net, torch.tensor([[49406, 320, 49407] + [0] * 13])))
+    assert all(n.startswith(('head', 'proj')) for n in moved) and not torch.equal(text, read_text(encoder.net, torch.tensor([[49406, 320, 49407] + [0] * 13])))
 
 
 def test_norms_keep_their_statistics(tmp_path):
