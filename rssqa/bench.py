@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'OURS', 'VIEWS', 'CLAIMS', 'KEYS', 'BETTER', 'scene_folds', 'cross_predict', 'holdout_folds', 'contenders',
            'measure', 'compare', 'verdict', 'run', 'save_predictions', 'load_predictions', 'leaderboard', 'by_group',
-           'bootstrap', 'transfer', 'save_results', 'read_results', 'commit']
+           'bootstrap', 'transfer', 'save_results', 'read_results', 'commit', 'machine']
 
 # %% ../nbs/70_bench.ipynb #af649d2d
 import re, warnings
@@ -435,7 +435,7 @@ def transfer(
     board = pd.DataFrame({name: evaluate(test.assign(predicted=values), train) for name, values in told.items()}).T.rename_axis('predictor')
     return board, test[KEYS[:2]].assign(seed=0, fold=0, **told).reset_index(drop=True)
 
-# %% ../nbs/70_bench.ipynb #9ce7f766
+# %% ../nbs/70_bench.ipynb #e8065ffa
 def save_results(
     board: pd.DataFrame, # measures, from compare, leaderboard, by_group, bootstrap or transfer
     path, # of a CSV file
@@ -467,3 +467,12 @@ def commit() -> str:
     head = git('rev-parse', '--short=12', 'HEAD')
     if head.returncode: return ''
     return head.stdout.strip() + ('+' if git('status', '--porcelain', '--untracked-files=no').stdout.strip() else '')
+
+
+def machine(device: str = 'cpu') -> str:
+    "Say what computes: the accelerator, or the processor with its widest instructions."
+    import os, platform, torch
+    if device.startswith('cuda'): return torch.cuda.get_device_name(device)
+    info = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').is_file() else ''
+    widest = next((name for flag, name in dict(amx_bf16='AMX', avx512f='AVX-512', avx2='AVX2').items() if f' {flag} ' in info), platform.machine())
+    return f'processor with {widest}, {os.cpu_count()} cores'

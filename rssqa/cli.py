@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'KINDS', 'bench_app', 'clip_app', 'PARTS', 'main', 'demo', 'score', 'recommend', 'ls', 'get',
-           'check', 'paper', 'speed', 'encoders_', 'clip_', 'shards', 'purify', 'train_', 'eval_', 'doctor']
+           'check', 'paper', 'speed', 'encoders_', 'clip_', 'probe_', 'conformance_', 'shards', 'purify', 'train_',
+           'eval_', 'doctor']
 
 # %% ../nbs/80_cli.ipynb #29153eb2
 import os, sys
@@ -189,37 +190,69 @@ def speed(
     print(as_text(board))
     if out: save(board, out, 'rssqa bench speed' + ' --quick' * quick)
 
-# %% ../nbs/80_cli.ipynb #e21e7d85
+# %% ../nbs/80_cli.ipynb #fb677be9
 @bench_app.command('encoders')
 def encoders_(
     architecture: Annotated[str, typer.Option(help='open_clip model name; weights are drawn at random.')] = 'ViT-B-32',
     batch: Annotated[int, typer.Option(help='Images at a time.')] = 8,
     compiled: Annotated[bool, typer.Option('--compiled', help='Also torch.compile; needs a C++ compiler and a minute.')] = False,
+    device: Annotated[str, typer.Option(help='cpu, cuda, ...')] = 'cpu',
     out: Annotated[Optional[Path], typer.Option(help='CSV file to write.')] = None,
 ):
     "Compare the throughput of an encoder with open_clip's eager float32."
-    from rssqa.throughput import VARIANTS, bench_encoders
-    table = bench_encoders(architecture, batch, variants=VARIANTS if compiled else VARIANTS[:-1])
+    from rssqa.throughput import COMPILED, VARIANTS, bench_encoders
+    table = bench_encoders(architecture, batch, variants=[v for v in VARIANTS if compiled or v not in COMPILED], device=device)
     print(table.to_string())
     if out:
-        from rssqa.bench import commit
-        table.reset_index().assign(architecture=architecture, batch=batch, commit=commit(), command=f'rssqa bench encoders --architecture {architecture} --batch {batch}').to_csv(out, index=False)
+        from rssqa.bench import commit, machine
+        command = f'rssqa bench encoders --architecture {architecture} --batch {batch}' + ' --compiled' * compiled + f' --device {device}' * (device != 'cpu')
+        table.reset_index().assign(architecture=architecture, batch=batch, machine=machine(device), commit=commit(), command=command).to_csv(out, index=False)
 
-# %% ../nbs/80_cli.ipynb #b30b497b
+# %% ../nbs/80_cli.ipynb #39ea3b0d
 @bench_app.command('clip')
 def clip_(
     data: Annotated[Path, typer.Option(help='Folder of the pairs, layout rssqa-pairs.')],
     weights: Annotated[Path, typer.Option(help='Folder of the weights to begin with.')],
-    home: Annotated[Path, typer.Option(help='Folder for judges, maps and runs.')] = Path('data/runs/clip'),
-    only: Annotated[Optional[str], typer.Option(help='Variants, separated by commas; default all.')] = None,
+    home: Annotated[Path, typer.Option(help='Folder for judges and runs.')] = Path('data/runs/clip'),
+    tiles: Annotated[Optional[Path], typer.Option(help='Folder of segmentation sources, whose masks become captions.')] = None,
+    only: Annotated[Optional[str], typer.Option(help='Variants, separated by semicolons; default all.')] = None,
     seeds: Annotated[str, typer.Option(help='Seeds, separated by commas.')] = '0,1,2',
     out: Annotated[Optional[Path], typer.Option(help='CSV file to write.')] = None,
 ):
-    "Train CLIP-RS-mini and its twins, and measure them on the test split."
+    "Train CLIP-RS-mini and its twins, and measure them."
     from rssqa.clipmini import VARIANTS, bench_clip, pivot
-    table = bench_clip(data, weights, home, only.split(',') if only else list(VARIANTS), list(map(int, seeds.split(','))))
+    names = only.split(';') if only else list(VARIANTS)
+    table = bench_clip(data, weights, home, names, list(map(int, seeds.split(','))), tiles)
     print(pivot(table).T.to_string())
     if out: table.to_csv(out, index=False)
+
+# %% ../nbs/80_cli.ipynb #85a8621b
+@bench_app.command('probe')
+def probe_(
+    tiles: Annotated[Path, typer.Option(help='Folder of segmentation sources.')],
+    weights: Annotated[Path, typer.Option(help='Folder with mobilenetv2_100_imagenet.safetensors and clip_rs_mini.')],
+    most: Annotated[int, typer.Option(help='Tiles of each source to learn from, and as many to test on.')] = 120,
+    out: Annotated[Optional[Path], typer.Option(help='CSV file to write.')] = None,
+):
+    "Probe the feature maps of CLIP-RS-mini, of its start and of an ImageNet backbone."
+    from rssqa.clipmini import probe_tiles
+    from rssqa.encoders import BackboneEncoder, load_encoder
+    found = {'CLIP-RS-mini': load_encoder('clip-rs-mini'), 'the start: its image tower frozen': load_encoder(str(weights/'clip_rs_mini')),
+             'ImageNet backbone': BackboneEncoder(weights=str(weights/'mobilenetv2_100_imagenet.safetensors'))}
+    table = probe_tiles(found, tiles, most=most)
+    print(table.iloc[:, :6].to_string(index=False))
+    if out: table.to_csv(out, index=False)
+
+
+@bench_app.command('conformance')
+def conformance_(out: Annotated[Optional[Path], typer.Option(help='CSV file to write.')] = None):
+    "Load a small net in the format of every published encoder: activation, grid, tokenizer, context, promises."
+    from rssqa.bench import commit
+    from rssqa.conformance import conformance
+    table = conformance()
+    print(table.to_string(), f'{table.ok.sum()} of {len(table)} load as they should', sep='\n\n')
+    if out: table.assign(commit=commit(), command='rssqa bench conformance').to_csv(out)
+    if not table.ok.all(): raise typer.Exit(1)
 
 # %% ../nbs/80_cli.ipynb #6a5e5c9c
 clip_app = typer.Typer(no_args_is_help=True, help='Read corpora, purify captions, train and measure a CLIP.')

@@ -65,7 +65,10 @@ def retrieval(
     told = {f'i2t@{k}': recall(scores.T, belongs.T, k) for k in at} | {f't2i@{k}': recall(scores, belongs, k) for k in at}
     return told | dict(mean_recall=float(np.mean(list(told.values()))))
 
-# %% ../nbs/34_clipeval.ipynb #78e346e3
+# %% ../nbs/34_clipeval.ipynb #cf39812e
+def _array(vectors): return vectors.cpu().numpy() if hasattr(vectors, 'cpu') else np.asarray(vectors)       # of a tensor on any device
+
+
 PROMPTS = dict(
     plain=['{}'],
     satellite=['a satellite photo of {}.', 'a satellite image of {}.'],
@@ -84,7 +87,7 @@ def class_vectors(
     if isinstance(prompts, str) and prompts not in PROMPTS: raise unknown('prompt set', prompts, PROMPTS)
     sentences = [[p.replace('{}', ' '.join(n.replace('_', ' ').replace('/', ' ').lower().split())) for p in (PROMPTS[prompts] if isinstance(prompts, str) else prompts)] for n in names]
     how = dict(unit=False) if average == 'before' else {}
-    vectors = np.stack([np.asarray(encoder.encode_text(s, **how)).mean(0) for s in sentences])
+    vectors = np.stack([_array(encoder.encode_text(s, **how)).mean(0) for s in sentences])
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
@@ -100,7 +103,7 @@ def zero_shot(
     right = pd.Series(said == np.asarray(labels)).groupby(np.asarray(labels)).mean()
     return dict(top1=float((said == np.asarray(labels)).mean()), mean_class=float(right.mean()))
 
-# %% ../nbs/34_clipeval.ipynb #f11a89f6
+# %% ../nbs/34_clipeval.ipynb #49b664bd
 def crops_of(
     image: np.ndarray, # (3,H,W) 0..1
     n: int, # crops
@@ -123,12 +126,13 @@ def crop_retrieval(
     at: tuple = (1, 5, 10),
 ) -> dict: # 'crop@1', …: share of crops whose image is among the k nearest, 0..1
     "Find the image that a crop comes from."
-    encoder, wholes, parts = load_encoder(encoder), [], []
-    for i, im in enumerate(progress(images, 'looking at parts', unit='image')):
-        im = as_image(im)
-        wholes.append(encoder.encode_image(im[None]).pooled)
-        parts.append(encoder.encode_image(crops_of(im, n, area, seed * 100003 + i, encoder.image_size)).pooled)
-    whole, part = (np.concatenate([np.asarray(v) for v in vs]) for vs in (wholes, parts))
+    import torch
+    encoder, images, parts = load_encoder(encoder), list(images), []
+    whole = encode(encoder, images).pooled.numpy()
+    for i in progress(range(0, len(images), 16), 'looking at parts', unit='16 images'):
+        crops = [crops_of(as_image(im), n, area, seed * 100003 + j, encoder.image_size) for j, im in enumerate(images[i:i + 16], i)]
+        parts.append(_array(encoder.encode_image(torch.cat(crops)).pooled))
+    part = np.concatenate(parts)
     belongs = np.arange(len(images))[None] == np.arange(len(images)).repeat(n)[:, None]
     return {f'crop@{k}': recall(part @ whole.T, belongs, k) for k in at}
 
@@ -183,7 +187,7 @@ def language_agreement(
     first = next(iter(said.values()))
     return {lang: float((s == first).mean()) for lang, s in said.items()}
 
-# %% ../nbs/34_clipeval.ipynb #9635387f
+# %% ../nbs/34_clipeval.ipynb #6cb139b1
 def evaluate_clip(
     encoder, # SemanticEncoder or its name
     table: pd.DataFrame, # columns key, caption, path, source, scene; one row an image and caption
@@ -204,7 +208,7 @@ def evaluate_clip(
         def note(task, protocol, told, n): rows.extend(dict(task=task, source=source, protocol=protocol, measure=k, value=v, n=n) for k, v in told.items())
         for protocol in PROTOCOLS if own.caption.nunique() > own.scene.nunique() * 3 else ():          # template captions name the scene: nothing to retrieve
             texts, belongs = texts_of(list(own.caption), [number[k] for k in own.key], protocol)
-            note('retrieval', protocol, retrieval(seen[at], np.asarray(encoder.encode_text(texts)), belongs), len(texts))
+            note('retrieval', protocol, retrieval(seen[at], _array(encoder.encode_text(texts)), belongs), len(texts))
         for average in 'before', 'after':
             names = sorted(own.scene.unique())
             note('zero-shot', f'averaged {average}', zero_shot(seen[at], list(part.scene), dict(zip(names, class_vectors(encoder, names, prompts, average)))), len(part))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'UNSEEN', 'HALVED', 'DAMAGE', 'RECIPE', 'TAP_STEP', 'LEVELS', 'shrink', 'open_tiles', 'damaged',
-           'build_open', 'method_table', 'publish', 'unpack', 'publish_lattices', 'unpack_lattices']
+           'build_open', 'method_table', 'publish', 'unpack', 'add_semantics', 'publish_lattices', 'unpack_lattices']
 
-# %% ../nbs/72_openset.ipynb #3df3e58e
+# %% ../nbs/72_openset.ipynb #252c4a84
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from .core import DataNotFound, atomic, progress
 from .data import folder_spec, folds, read_image, read_mask, scan
 from .methods.training import Recipe, cross_fit
 from .sqed import SIDE, build_sqed, check_sqed, coarse, lattices, load_sqed, pack_points, stored_taps, taps_table, thin
-from .store import Store, get_vectors, put_vectors
+from .store import Store, extract, get_vectors, put_vectors
 from .synth import degrade
 
 # %% ../nbs/72_openset.ipynb #95ada8aa
@@ -130,7 +130,7 @@ def method_table(table: pd.DataFrame) -> pd.DataFrame: # one row a dataset and m
         rows.append(dict(dataset=dataset, method=method, tiles=len(part), oa=total['oa'], miou=total['miou'], oa_tile=part.oa.mean(), oa_tile_std=part.oa.std()))
     return pd.DataFrame(rows)
 
-# %% ../nbs/72_openset.ipynb #acb8cd4a
+# %% ../nbs/72_openset.ipynb #d3d97ca3
 TAP_STEP = 1 / 16
 
 
@@ -171,6 +171,24 @@ def unpack(
     for sem in sems.columns[1:]: put_vectors(store, sem, sems.image_id, np.stack([np.frombuffer(v, np.float16) for v in sems[sem]]))
     if (iqa := Path(folder)/f'{name}_iqa.parquet').exists(): table = table.merge(pd.read_parquet(iqa), left_on='image_id', right_index=True, how='left', validate='many_to_one')
     return table, list(sems.columns[1:])
+
+
+def add_semantics(
+    folder, # written by publish
+    name: str, # stem of the files
+    tiles: pd.DataFrame, # with the images of the table
+    encoder, # SemanticEncoder
+    store: Store, # keeps the vectors, so that a stopped run goes on
+) -> Path:
+    "Encode the images of a published table with another encoder, and add its vectors as a column."
+    path = Path(folder)/f'{name}_semantics.parquet'
+    rows = pd.read_parquet(path)
+    if lost := sorted(set(rows.image_id) - set(tiles.image_id)):
+        raise DataNotFound(f'the tiles do not belong to {path.name}', f'found none for {len(lost)} of {len(rows)} images, {lost[0]} first', 'pass the tiles that the table was made from, byte for byte')
+    sem = extract(tiles[tiles.image_id.isin(rows.image_id)], encoder, store)
+    rows[sem] = [v.astype(np.float16).tobytes() for v in get_vectors(store, sem, rows.image_id)]
+    with atomic(path) as tmp: rows.to_parquet(tmp, index=False, compression='zstd')
+    return path
 
 # %% ../nbs/72_openset.ipynb #af102977
 LEVELS = 15

@@ -184,7 +184,7 @@ def fewer(evidence: Evidence, seed: int = 0) -> dict: # name -> unfitted estimat
     some = everyone(evidence, seed, tuple(n for n in FEW if n in ('mean of dataset and method', 'trees: everything', OURS, JURY)))
     return {f'{name} @ {share:g}': FewScenes(model, share, seed) for name, model in some.items() for share in (0.125, 0.25, 0.5)}
 
-# %% ../nbs/73_paper.ipynb #6cee4326
+# %% ../nbs/73_paper.ipynb #fecbea74
 PROTOCOL = dict(main='5-fold cross-validation by scene', dataset='leave one dataset out', method='leave one method out, two folds by scene', ablation='5-fold cross-validation by scene',
                 scenes='5-fold cross-validation by scene, learning from a share of the training scenes', damaged='5-fold cross-validation by scene, with damaged copies',
                 unseen='learned from RS-SQED-open, measured on dronedeploy')
@@ -205,7 +205,7 @@ def compute(
     e = open_evidence(folder, data, bool(data) or not only or any(n.startswith(('ATC', 'MetaSeg')) for n in only))
     if experiment == 'unseen': return _elsewhere(e, folder, only or FEW, min(seeds), workers)
     if experiment == 'damaged': e = _with_damaged(e, folder)
-    make = dict(main=lambda s: everyone(e, s, only), ablation=lambda s: ablated(e, s), scenes=lambda s: fewer(e, s)).get(experiment, lambda s: everyone(e, s, only or FEW))
+    make = dict(main=lambda s: everyone(e, s, only), ablation=lambda s: {n: m for n, m in ablated(e, s).items() if not only or n in only}, scenes=lambda s: fewer(e, s)).get(experiment, lambda s: everyone(e, s, only or FEW))
     return with_panel(run(e.table, make, 2 if experiment == 'method' else 5, seeds, cells or cache_dir('cells', experiment), experiment if experiment in ('dataset', 'method') else 'scene', workers))
 
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['QUICK', 'STEPS', 'TABLES', 'in_turns', 'line', 'Size', 'workplace', 'plain_sqed', 'largest_gap', 'sqed_speed',
            'eightfold', 'model_speed', 'score_speed', 'known_rows', 'enlarged', 'fit_speed', 'peak_mb', 'fit_peak',
-           'fit_memory', 'run', 'as_text', 'save']
+           'fit_memory', 'cache_speed', 'training_speed', 'run', 'as_text', 'save']
 
-# %% ../nbs/74_speed.ipynb #1bedca18
+# %% ../nbs/74_speed.ipynb #1ab446db
 import os, re, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,9 +19,11 @@ import numpy as np
 import pandas as pd
 from joblib import parallel_config
 
-from .bench import OURS, contenders, save_results
+from .bench import OURS, contenders, machine, save_results
+from .cliptrain import ClipRecipe, KeptViews, PairViews, positions, train_clip
 from .confidence import agreement, label_free, tap_columns
 from .core import pick_device, progress, say
+from .encoders import load_encoder
 from .data import DatasetSpec, folder_spec, read_image, read_mask, scan
 from .jury import JuryModel, save_jury
 from .methods.training import Recipe, load_segmenter, manifest, train
@@ -31,7 +33,7 @@ from .quality import QualityModel, save_model
 from .recommend import Pack, rank, write_pack
 from .segment import EIGHT
 from .sqed import build_sqed, label_free_columns, taps_table
-from .store import Store, get_vectors, put_vectors
+from .store import Store, extract, get_vectors, put_vectors
 from .synth import write_scenes
 
 # %% ../nbs/74_speed.ipynb #2448f492
@@ -60,7 +62,7 @@ def line(
     ratio = value / baseline if unit.endswith('/s') else baseline / value
     return dict(what=what, value=value, unit=unit, against=against, baseline=baseline, ratio=ratio, target=target, met='' if np.isnan(target) else 'yes' if ratio >= target else 'no')
 
-# %% ../nbs/74_speed.ipynb #5421ccd0
+# %% ../nbs/74_speed.ipynb #b4087961
 @dataclass(frozen=True)
 class Size:
     "How much is measured."
@@ -71,12 +73,13 @@ class Size:
     plain: int = 4 # tiles that the plain loop judges in a lap
     builds: int = 2 # laps of build_sqed and the plain loop
     laps: int = 3 # of scores
+    train: int = 6 # steps of training a CLIP
     rows: int = 10_000 # of the table that the model is fitted on
     many: int = 100_000 # of the table whose fit is weighed
     options: dict = field(default_factory=dict) # of QualityModel
 
 
-QUICK = Size('nano', ('pspnet', 'segformer'), scenes=2, side=64, plain=2, builds=1, laps=1, rows=24, many=48, options=dict(epochs=2, members=1))
+QUICK = Size('nano', ('pspnet', 'segformer'), scenes=2, side=64, plain=2, builds=1, laps=1, train=2, rows=24, many=48, options=dict(epochs=2, members=1))
 
 
 @contextmanager
@@ -280,8 +283,47 @@ def fit_memory(
             peaks.append(_in_a_process(f'fit_peak({folder!r}, {sem!r})'))
     return [line(f'peak memory of a fit, {size.many:,} rows', peaks[0], 'MB', f'the same, {size.rows:,} rows', peaks[1])]
 
-# %% ../nbs/74_speed.ipynb #fbfd92d6
-STEPS = {'building the table': sqed_speed, 'fitting model and jury': model_speed, 'scoring a map': score_speed, 'fitting on many rows': fit_speed, 'weighing a fit': fit_memory}
+# %% ../nbs/74_speed.ipynb #3d9373c7
+def cache_speed(
+    place, # from workplace
+    size: Size = Size(),
+) -> list[dict]:
+    "Time vectors of all tiles computed anew, and read back."
+    encoder, store = load_encoder('clip-rs-mini', device='cpu'), Store(mkdtemp(dir=place.home))
+    name = extract(place.tiles, encoder, store)
+    jobs = dict(anew=lambda: extract(place.tiles, encoder, Store(mkdtemp(dir=place.home))), back=lambda: get_vectors(store, name, place.tiles.image_id))
+    seconds = in_turns(jobs, size.laps)
+    return [line(f'vectors of {len(place.tiles)} tiles, kept', seconds['back'] * 1e3, 'ms', 'computed anew', seconds['anew'] * 1e3, 50)]
+
+# %% ../nbs/74_speed.ipynb #c7984167
+class _Same: # a dataset that gives one batch again and again
+    def __init__(self, views, recipe):
+        self.__dict__ |= {k: getattr(views, k) for k in ('spec', 'dim', 'mark')} | dict(n=len(views))
+        self.batch = views.collate([views[at] for at in positions(len(views), recipe, 0)])
+
+    def __len__(self): return self.n
+    def __getitem__(self, at): return 0
+    def collate(self, items): return self.batch
+
+
+def training_speed(
+    place, # from workplace
+    size: Size = Size(),
+) -> list[dict]:
+    "Time training steps of CLIP-RS-mini with and without reading and cutting images; on an accelerator, decoded images stay there."
+    device = pick_device()
+    def rate(wrap, kept=device != 'cpu'):
+        encoder = load_encoder('clip-rs-mini', device='cpu', dtype='float32')
+        table = pd.DataFrame(dict(key=place.tiles.image_id, caption=place.tiles.scene.astype(str), path=[str(Path(t.root)/t.path) for t in place.tiles.itertuples()])).drop_duplicates('path')
+        recipe = ClipRecipe(steps=size.train, batch=min(len(table), 128), small=2, small_size=112, objectives=(('itc', 1.0), ('local-global', 0.5)))
+        curve = train_clip(encoder.net, wrap(KeptViews(table, recipe, encoder, device) if kept else PairViews(table, recipe, encoder), recipe), recipe, device=device)
+        return curve.images_s.iloc[1:].median()
+    plain, whole = rate(_Same), rate(lambda views, recipe: views)
+    return [line(f'training on {device}, with reading and cutting', whole, 'images/s', 'the same batch again and again', plain, 0.9)]
+
+# %% ../nbs/74_speed.ipynb #2e1053e4
+STEPS = {'building the table': sqed_speed, 'fitting model and jury': model_speed, 'scoring a map': score_speed, 'fitting on many rows': fit_speed, 'weighing a fit': fit_memory,
+         'reading vectors back': cache_speed, 'training a CLIP': training_speed}
 TABLES = 'data/tables'
 
 
@@ -314,4 +356,4 @@ def save(
     "Write the measurements with their provenance."
     import torch
     data = 'synthetic scenes; fits: RS-SQED-open, or the same scenes where it is missing'
-    return save_results(board, path, 'side by side in one run, medians', data, 0, command, device=pick_device(), cores=os.cpu_count(), torch=torch.__version__)
+    return save_results(board, path, 'side by side in one run, medians', data, 0, command, machine=machine(pick_device()), cores=os.cpu_count(), torch=torch.__version__)

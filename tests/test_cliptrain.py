@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from rssqa.cliptrain import (ClipRecipe, Distilled, Heads, PairViews, Towers, Training, batches, cut_view, draw_box, loss_of, new_clip, positions, rate, save_clip,
+from rssqa.cliptrain import (ClipRecipe, Distilled, Heads, KeptViews, PairViews, Towers, Training, batches, cut_view, cut_views, draw_box, loss_of, new_clip, positions, rate, save_clip,
                              train_clip)
 from rssqa.core import DataNotFound, Incompatible
 from rssqa.encoders import load_encoder
@@ -133,6 +133,27 @@ def test_boxes_keep_area_and_aspect():
     b = np.array([draw_box(rng, (0.05, 0.3)) for _ in range(500)])
     w, h = b[:, 2] - b[:, 0], b[:, 3] - b[:, 1]
     assert (w / h).max() <= 4 / 3 + 1e-9 and (w / h).min() >= 3 / 4 - 1e-9 and (w * h).min() < 0.07 and (w * h).max() > 0.28
+
+
+@pytest.mark.parametrize('turn', range(8))
+def test_many_views_at_once_are_the_views_one_by_one(turn):
+    images, boxes = torch.rand(2, 3, 64, 64), torch.tensor([[[.25, .125, .75, .625], [0, 0, 1, 1]], [[.5, .5, 1, 1], [0, .25, .5, .75]]])
+    many = cut_views(images, boxes, torch.full((2, 2), turn), 32)
+    for i in range(2):
+        for j in range(2):
+            if (i, j) != (0, 1): assert torch.allclose(many[i, j], cut_view(images[i], boxes[i, j].tolist(), 32, turn), atol=1e-5)        # boxes of 32 pixels need no resizing
+    whole = cut_views(images, boxes[:, 1:] * 0 + torch.tensor([0, 0, 1, 1.]), torch.full((2, 1), turn), 64)[:, 0]
+    assert torch.allclose(whole, torch.stack([cut_view(im, (0, 0, 1, 1), 64, turn) for im in images]), atol=1e-5)
+
+
+def test_kept_views_are_the_same_views(encoder):
+    table, open = world()
+    recipe = replace(RECIPE, small_size=32)
+    one, two = PairViews(table, recipe, encoder, open), KeptViews(table, recipe, encoder, open=open)
+    a, b = (v.collate([v[3, i] for i in (0, 5, 2)]) for v in (one, two))
+    assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in ('tokens', 'ids')) and torch.allclose(a['boxes'], b['boxes']) and {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
+    assert two.mark == one.mark and (a['large'] - b['large']).abs().mean() < 0.15 and torch.equal(b['large'], two.collate([two[3, i] for i in (0, 5, 2)])['large'])
+    assert train_clip(encoder.net, two, replace(recipe, steps=2)).loss.notna().all()
 
 
 def test_equal_sentences_have_equal_keys_in_every_process():

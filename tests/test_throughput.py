@@ -11,7 +11,7 @@ TINY = dict(embed_dim=16, vision_cfg=dict(image_size=32, patch_size=8, width=32,
 
 def test_every_variant_gives_the_same_vectors():
     table = bench_encoders(TINY, batch=2, rounds=2)
-    assert tuple(table.index) == VARIANTS[:-1] and table.speed['open_clip'] == 1 and (table.speed > 0).all()
+    assert tuple(table.index) == VARIANTS[:-2] and table.speed['open_clip'] == 1 and (table.speed > 0).all()
     assert (table.cosine[['open_clip', 'float32', 'channels_last', 'frozen']] > 1 - 1e-5).all() and (table.cosine[['int8', 'bfloat16']] > 0.99).all()
     assert ('bfloat16' in table.note['bfloat16']) == (not fast_bf16())
 
