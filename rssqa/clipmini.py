@@ -54,7 +54,7 @@ def first_net(
             if not k.startswith('visual.trunk'): mine[k].copy_(given[k] if k in given else given[k.removeprefix('text.')])
     return encoder
 
-# %% ../nbs/75_clipmini.ipynb #38b4f426
+# %% ../nbs/75_clipmini.ipynb #5074170e
 SPOKEN = ('dubai_mbrsc', 'mumbai_pleiades', 'amazon_forest') # sources whose masks may become captions
 
 
@@ -63,10 +63,13 @@ def pairs_of(data) -> pd.DataFrame: # one row an image and caption; key is the p
     return to_frame(read_pairs('rssqa-pairs', data))
 
 
-def spoken(tiles, split: str = 'train') -> pd.DataFrame: # as pairs_of
+def spoken(
+    tiles, # folder of segmentation sources
+    split: str = 'train',
+) -> pd.DataFrame: # as pairs_of
     "Read a split of segmentation sources as pairs, with captions made from masks."
     tables = {name: to_frame(read_pairs('masks', Path(tiles)/name)) for name in SPOKEN}
-    return pd.concat([t[t.split == split].assign(key=name + '/' + t.key, pair=name + '/' + t.pair) for name, t in tables.items()], ignore_index=True)
+    return pd.concat([t.assign(key=name + '/' + t.key, pair=name + '/' + t.pair)[t.split == split] for name, t in tables.items()], ignore_index=True)
 
 
 def trusted(table: pd.DataFrame, share: float = 1 / 3) -> pd.DataFrame: # with a new tier
@@ -102,7 +105,7 @@ def recipe_of(
     v = _variant(variant)
     return replace(RECIPE, steps=v['epochs'] * math.ceil(images / RECIPE.batch), objectives=v['objectives'], small=2 if len(v['objectives']) > 1 else 0, lr=v.get('lr', RECIPE.lr), seed=seed)
 
-# %% ../nbs/75_clipmini.ipynb #7f306f47
+# %% ../nbs/75_clipmini.ipynb #bd199d4d
 def _train(encoder, table, pool, recipe, home, maps):
     stem, rest = cut_stem(encoder, STAGES)
     curve = train_clip(rest, LockedViews(table, recipe, encoder, stem, maps, large=3, small=3, pool=pool), recipe, home)
@@ -168,7 +171,10 @@ def make(
     return measured(run, pairs)
 
 
-def measured(run, pairs: pd.DataFrame) -> pd.DataFrame: # as `make`
+def measured(
+    run, # folder of an encoder
+    pairs: pd.DataFrame, # from pairs_of
+) -> pd.DataFrame: # as `make`
     "Measure an encoder in a folder on the test split, once."
     path = Path(run)/'test.csv'
     if not path.is_file():

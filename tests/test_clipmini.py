@@ -1,6 +1,8 @@
 """How CLIP-RS-mini is made: each stage once, variants from their tables, on a fake corpus with a smaller net."""
 from dataclasses import replace
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
@@ -8,6 +10,7 @@ import rssqa.clipmini as M
 from rssqa.core import DataNotFound, UnknownName
 from rssqa.fakepairs import fake_corpus
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = M.NET | dict(embed_dim=16, vision_cfg=M.NET['vision_cfg'] | dict(timm_model_name='mobilenetv2_035', image_size=32), text_cfg=dict(context_length=32, vocab_size=49408, width=16, heads=2, layers=1))
 
 
@@ -51,3 +54,21 @@ def test_a_soup_is_the_mean(world):
 def test_faults(tmp_path):
     with pytest.raises(UnknownName, match='(?i)did you mean ITC only'): M.recipe_of('ITC onli', 0, 100)
     with pytest.raises(DataNotFound, match='mobilenetv2'): M.first_net(tmp_path, tmp_path/'net')
+
+
+def test_masks_speak_where_their_split_allows(tmp_path):
+    from rssqa.synth import write_scenes
+    for name in M.SPOKEN: write_scenes(tmp_path/name, 'town', 3, 32)
+    parts = {split: M.spoken(tmp_path, split) for split in ('train', 'val', 'test')}
+    train = parts['train']
+    assert train.pair.is_unique and set(train.key.str.split('/').str[0]) == set(M.SPOKEN) and (train.split == 'train').all() and train.caption.str.len().gt(5).all()
+    assert len(parts['val']) == len(parts['test']) == 0 and len(train) == 72                  # all scenes are for training
+    with pytest.raises(DataNotFound, match='tiles'): M.make('ITC and local-global, with masks', tmp_path, tmp_path, tmp_path/'home')
+
+
+def test_committed_tables_are_those_of_the_specs():
+    from rssqa.specs import SPECS
+    known = pd.read_csv(ROOT/'data/results/clip_conformance.csv')
+    assert known.encoder.tolist() == [s.name for s in SPECS] and known.ok.all() and known.container.tolist() == [s.container for s in SPECS]
+    probe = pd.read_csv(ROOT/'data/results/clip_probe.csv')
+    assert probe.groupby('source').encoder.nunique().eq(3).all() and probe.accuracy.between(0, 1).all()

@@ -6,9 +6,9 @@ from PIL import Image
 
 from rssqa.core import DataNotFound, SchemaError
 from rssqa.data import folds, folder_spec, read_image, read_mask, scan
-from rssqa.openset import DAMAGE, SIDE, TAP_STEP, damaged, method_table, open_tiles, publish, publish_lattices, shrink, unpack, unpack_lattices
+from rssqa.openset import DAMAGE, SIDE, TAP_STEP, add_semantics, damaged, method_table, open_tiles, publish, publish_lattices, shrink, unpack, unpack_lattices
 from rssqa.sqed import coarse, lattices, stored_taps
-from rssqa.store import Store, put_vectors
+from rssqa.store import Store, get_vectors, put_vectors
 from rssqa.synth import write_scenes
 from worlds import world
 
@@ -40,6 +40,27 @@ def test_back_in_a_store_everything_is_as_before(published, tmp_path):
     for s, t in zip(map(coarse, lattices(store, w.sqed)), lattices(back, table)):
         assert s.methods == t.methods and (s.pred == t.pred).all() and (s.truth == t.truth).all() and t.p.shape == s.p.shape
         assert np.abs((s.p.astype(float) + s.flip) / 510 - t.p / 255).max() < 0.06
+
+
+class Toy: # an encoder that says the mean of each channel
+    name, dim, fingerprint = 'means', 3, 'f' * 16
+    def encode_image(self, x):
+        from types import SimpleNamespace
+        import torch
+        return SimpleNamespace(pooled=torch.as_tensor(x).mean((2, 3)))
+
+
+def test_a_later_encoder_joins_as_a_column(published, tmp_path):
+    import shutil
+    w, folder, back = world(), tmp_path/'copy', Store(tmp_path/'back')
+    shutil.copytree(published[0], folder)
+    before = pd.read_parquet(folder/'little_semantics.parquet')
+    add_semantics(folder, 'little', w.tiles, Toy(), Store(tmp_path/'store'))
+    after, (table, sems) = pd.read_parquet(folder/'little_semantics.parquet'), unpack(folder, 'little', back)
+    assert after[before.columns].equals(before) and sems[0] == 'sem/toy@1' and len(sems) == 2
+    first = w.tiles.iloc[0]
+    assert np.allclose(get_vectors(back, sems[1], [first.image_id])[0], read_image(first).mean((1, 2)), atol=1e-2)
+    with pytest.raises(DataNotFound, match='do not belong'): add_semantics(folder, 'little', w.tiles.iloc[1:], Toy(), Store(tmp_path/'store'))
 
 
 def test_equal_tables_give_equal_files(published, tmp_path):

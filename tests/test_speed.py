@@ -23,8 +23,8 @@ def quick(tmp_path_factory):
 
 
 def test_every_line_is_there(quick):
-    words = ('SQED table', 'jury fit', 'score of one map', 'score with peers', 'quality model fit', 'peak memory')
-    assert all(quick[1].what.str.startswith(w).any() for w in words) and len(quick[1]) == 8
+    words = ('SQED table', 'jury fit', 'score of one map', 'score with peers', 'quality model fit', 'peak memory', 'vectors of', 'training on')
+    assert all(quick[1].what.str.startswith(w).any() for w in words) and len(quick[1]) == 10
     assert all(what in quick[0] for what in quick[1].what) and 'target' in quick[0]
 
 
@@ -36,7 +36,7 @@ def test_ratios_add_up(quick):
     assert (t.met.isna() == t.target.isna()).all() and ((t.met == 'yes') == (t.ratio >= t.target)).all()
 
 
-def test_results_carry_their_provenance(quick): assert {'protocol', 'data', 'seed', 'rssqa', 'commit', 'command', 'device', 'cores', 'torch'} <= set(quick[1])
+def test_results_carry_their_provenance(quick): assert {'protocol', 'data', 'seed', 'rssqa', 'commit', 'command', 'machine', 'cores', 'torch'} <= set(quick[1])
 
 
 def test_the_plain_loop_gives_the_same_columns():

@@ -24,3 +24,8 @@ def test_variants_are_chosen_by_name():
 def test_the_best_is_the_fastest_that_is_close():
     table = pd.DataFrame(dict(speed=[1, 2, 3.0], cosine=[1, 0.9995, 0.99]), ['a', 'b', 'c'])
     assert best_variant(table) == 'b' and best_variant(table, 0.9) == 'c' and best_variant(table, 0.9999) == 'a'
+
+
+def test_share_of_peak_is_work_over_what_is_possible():
+    table = bench_encoders(TINY, 2, 1, ('float32',))
+    assert table.images_s.gt(0).all() and table.share.between(0, 1.5, inclusive='neither').all() and table.speed['float32'] == pytest.approx(table.images_s['float32'] / table.images_s['open_clip'], rel=0.01)
