@@ -56,14 +56,14 @@ def test_faults(tmp_path):
     with pytest.raises(DataNotFound, match='mobilenetv2'): M.first_net(tmp_path, tmp_path/'net')
 
 
-def test_masks_speak_where_their_split_allows(tmp_path):
+def test_masks_speak_where_their_split_allows(tmp_path, world):
     from rssqa.synth import write_scenes
     for name in M.SPOKEN: write_scenes(tmp_path/name, 'town', 3, 32)
     parts = {split: M.spoken(tmp_path, split) for split in ('train', 'val', 'test')}
     train = parts['train']
     assert train.pair.is_unique and set(train.key.str.split('/').str[0]) == set(M.SPOKEN) and (train.split == 'train').all() and train.caption.str.len().gt(5).all()
     assert len(parts['val']) == len(parts['test']) == 0 and len(train) == 72                  # all scenes are for training
-    with pytest.raises(DataNotFound, match='tiles'): M.make('ITC and local-global, with masks', tmp_path, tmp_path, tmp_path/'home')
+    with pytest.raises(DataNotFound, match='tiles'): M.make('ITC and local-global, with masks', world/'pairs', world/'weights', world/'home')
 
 
 def test_committed_tables_are_those_of_the_specs():
