@@ -6,8 +6,8 @@
 __all__ = ['LEAST', 'DRAWERS', 'sample_rows', 'Graph', 'neighbour_graph', 'Projection', 'project', 'stages', 'preservation',
            'separation', 'quality_probe', 'separation_text', 'centred', 'branch_maps']
 
-# %% ../nbs/60_projection.ipynb #5ed9e0fc
-import os, warnings
+# %% ../nbs/60_projection.ipynb #ff54a04a
+import logging, os, warnings
 from dataclasses import dataclass, field, fields
 from typing import Iterator
 
@@ -95,7 +95,7 @@ def _nearest_any(new, x, k, metric, own):
     distance, near = finder.kneighbors() if own else finder.kneighbors(new)
     return near, distance.astype(np.float32)
 
-# %% ../nbs/60_projection.ipynb #94e8c23c
+# %% ../nbs/60_projection.ipynb #22ebd3d4
 def _principal(x): # -> mean (D,), the two leading directions (D,2)
     mean = x.mean(0, dtype=np.float64)
     c = x - mean
@@ -130,11 +130,12 @@ def _pacmap(x, start, seed, metric, n_neighbors):
     if metric not in known: raise unknown('metric of PaCMAP', metric, known)
     try: from pacmap import PaCMAP
     except ImportError as e: raise Incompatible('cannot project with PaCMAP', 'it is not installed', 'pip install rssqa[pacmap], or choose umap') from e
+    logging.getLogger('pacmap').setLevel(logging.ERROR)                       # it announces every seed
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return PaCMAP(n_neighbors=n_neighbors, distance=known[metric], random_state=seed).fit_transform(x.copy(), init='pca')
 
-# %% ../nbs/60_projection.ipynb #d1a735d7
+# %% ../nbs/60_projection.ipynb #ce5e5c27
 LEAST = 5   # distinct points that make a neighbourhood
 
 
@@ -145,7 +146,7 @@ class Projection:
     seed: int = 0
     n_neighbors: int = 8 # points, the point itself included; of UMAP and PaCMAP, capped at N-1
     min_dist: float = 0.1 # 0..1; how tightly UMAP may pack
-    n_epochs: int = 220 # UMAP's optimisation steps
+    n_epochs: int = 250 # UMAP's optimisation steps
     perplexity: float = 30 # t-SNE's neighbourhood, capped at (N-1)/3
     metric: str = 'euclidean' # distance in the original space
     max_points: int = 20_000 # more rows than this are sampled
