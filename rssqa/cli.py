@@ -206,7 +206,7 @@ def encoders_(
         from rssqa.bench import commit
         table.reset_index().assign(architecture=architecture, batch=batch, commit=commit(), command=f'rssqa bench encoders --architecture {architecture} --batch {batch}').to_csv(out, index=False)
 
-# %% ../nbs/80_cli.ipynb #7c1d5a60
+# %% ../nbs/80_cli.ipynb #4d25547f
 @bench_app.command('projection')
 def projection_(
     rows: Annotated[int, typer.Option(help='Points.')] = 10_000,

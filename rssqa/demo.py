@@ -94,7 +94,7 @@ def _looks(table): # the looks of the synthetic set count as datasets of the tab
     looks = table.scene.astype(str).str.extract(rf'^({"|".join(LOOKS)})\d+$', expand=False)
     return table.assign(dataset=np.where(table.dataset == 'synthetic', looks, table.dataset))
 
-# %% ../nbs/71_demo.ipynb #095eda95
+# %% ../nbs/71_demo.ipynb #cfa6b5f5
 def _features(plan, tiles, store):
     from rssqa.encoders import load_encoder
     return extract(tiles, load_encoder(plan.encoder, dtype='float32'), store)

@@ -6,7 +6,7 @@
 __all__ = ['CLAIMS', 'LIMIT', 'LIBRARIES', 'HOVERS', 'THUMBS', 'THUMB', 'CSS', 'SCRIPT', 'PAGE', 'PARTS', 'headlines',
            'write_report']
 
-# %% ../nbs/62_report.ipynb #4634856b
+# %% ../nbs/62_report.ipynb #f8291c35
 import base64, io, json
 from pathlib import Path
 
@@ -360,7 +360,7 @@ def _render(content):
     from jinja2 import DictLoader, Environment, StrictUndefined
     return Environment(loader=DictLoader(PARTS), autoescape=True, undefined=StrictUndefined).get_template('page').render(content)
 
-# %% ../nbs/62_report.ipynb #817a242d
+# %% ../nbs/62_report.ipynb #c4488429
 def write_report(
     path, # where the HTML file goes
     sqed: pd.DataFrame, # image_id, dataset, method, oa, predicted; the scored rows only
