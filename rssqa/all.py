@@ -13,12 +13,13 @@ from .metrics import accuracy, confusion, evaluate, recommendation, single_best
 from .methods.training import Recipe, cross_fit, load_segmenter, train
 from .pairs import PairRecord, open_image, read_pairs, to_frame, write_shards
 from .purify import apply_decisions, purify
+from .projection import Projection, neighbour_graph, project, separation, stages
 from .quality import QualityModel, explain, load_model, save_model
 from .recommend import Pack, rank, recommend, score
 from .segment import EIGHT, MethodSpec, Segmenter, SegOutput, TorchSegmenter, check_segmenter, methods, predict_large
 from .sqed import build_sqed, check_sqed, load_sqed, save_sqed
 from .store import Store, extract
 from .synth import KINDS, LOOKS, degrade, scene, write_scenes
-from .viz import plot_embedding, plot_methods, plot_predicted_true, plot_recommendation, project, separation
+from .viz import compare_branches, plot_embedding, plot_methods, plot_predicted_true, plot_recommendation
 
 __all__ = [name for name in globals() if not name.startswith('_') and name != 'annotations']

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'KINDS', 'bench_app', 'clip_app', 'PARTS', 'main', 'demo', 'score', 'recommend', 'ls', 'get',
-           'check', 'paper', 'speed', 'encoders_', 'clip_', 'probe_', 'conformance_', 'shards', 'purify', 'train_',
-           'eval_', 'doctor']
+           'check', 'paper', 'speed', 'encoders_', 'projection_', 'clip_', 'probe_', 'conformance_', 'shards', 'purify',
+           'train_', 'eval_', 'doctor']
 
 # %% ../nbs/80_cli.ipynb #29153eb2
 import os, sys
@@ -207,6 +207,26 @@ def encoders_(
         from rssqa.bench import commit, machine
         command = f'rssqa bench encoders --architecture {architecture} --batch {batch}' + ' --compiled' * compiled + f' --device {device}' * (device != 'cpu')
         table.reset_index().assign(architecture=architecture, batch=batch, machine=machine(device), commit=commit(), command=command).to_csv(out, index=False)
+
+# %% ../nbs/80_cli.ipynb #4d25547f
+@bench_app.command('projection')
+def projection_(
+    rows: Annotated[int, typer.Option(help='Points.')] = 10_000,
+    dims: Annotated[int, typer.Option(help='Columns of a point.')] = 512,
+    seed: Annotated[int, typer.Option(help='Of points and maps.')] = 0,
+    only: Annotated[Optional[str], typer.Option(help='Variants, separated by semicolons; default all.')] = None,
+    tables: Annotated[Path, typer.Option(help='Folder of the committed tables; with it, taps of real maps are a second set.')] = Path('data/tables'),
+    out: Annotated[Optional[Path], typer.Option(help='CSV file to write.')] = None,
+):
+    "Compare time and faithfulness of our maps with umap-learn's defaults."
+    from rssqa.projection_bench import PROTOCOL, VARIANTS, bench_projection, verdict
+    board = bench_projection(rows, dims, seed, tables, tuple(only.split(';')) if only else VARIANTS)
+    print(board.to_string(index=False))
+    print(verdict(board).T.to_string())
+    if out:
+        from rssqa.bench import save_results
+        told = board.set_index('variant').assign(identical=board.identical.map({True: 'yes', False: 'no'}).to_numpy())
+        save_results(told, out, PROTOCOL, '', seed, f'rssqa bench projection --rows {rows} --dims {dims} --seed {seed}')
 
 # %% ../nbs/80_cli.ipynb #39ea3b0d
 @bench_app.command('clip')

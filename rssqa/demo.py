@@ -94,7 +94,7 @@ def _looks(table): # the looks of the synthetic set count as datasets of the tab
     looks = table.scene.astype(str).str.extract(rf'^({"|".join(LOOKS)})\d+$', expand=False)
     return table.assign(dataset=np.where(table.dataset == 'synthetic', looks, table.dataset))
 
-# %% ../nbs/71_demo.ipynb #095eda95
+# %% ../nbs/71_demo.ipynb #cfa6b5f5
 def _features(plan, tiles, store):
     from rssqa.encoders import load_encoder
     return extract(tiles, load_encoder(plan.encoder, dtype='float32'), store)
@@ -110,7 +110,7 @@ def _fit(plan, table, store, sem, fleet, board, seed):
 
 def _picture(table, store, sem, seed): # the plane of what is known without labels, and its numbers
     from rssqa.branches import Branches
-    from rssqa.viz import project, separation
+    from rssqa.projection import project, separation
     known = Branches(str(store.root), sem).fit(table).transform(table).side_by_side()
     emb = project(known, 'umap', seed, table=table[['image_id', 'dataset', 'scene', 'method', 'oa', 'predicted']])
     return emb, separation(known, table.oa, table.dataset, table.scene, uv=emb[['u', 'v']].to_numpy() if len(emb) == len(table) else None, seed=seed)

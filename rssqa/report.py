@@ -6,7 +6,7 @@
 __all__ = ['CLAIMS', 'LIMIT', 'LIBRARIES', 'HOVERS', 'THUMBS', 'THUMB', 'CSS', 'SCRIPT', 'PAGE', 'PARTS', 'headlines',
            'write_report']
 
-# %% ../nbs/62_report.ipynb #4634856b
+# %% ../nbs/62_report.ipynb #f8291c35
 import base64, io, json
 from pathlib import Path
 
@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from .core import SchemaError, as_image, atomic
+from .projection import separation_text
 from .viz import (METRICS, STYLE, best_rows, case_oa, case_panels, follow, method_shares, plot_calibration, plot_comparison,
-                       plot_embedding, plot_methods, plot_predicted_true, plot_recommendation, separation_text)
+                       plot_embedding, plot_methods, plot_predicted_true, plot_recommendation)
 
 # %% ../nbs/62_report.ipynb #82a9a8dc
 CLAIMS = {'gap_closed': 'closes {} of that gap', 'srocc_image': 'ranks the methods of an image with SROCC {}',
@@ -359,11 +360,11 @@ def _render(content):
     from jinja2 import DictLoader, Environment, StrictUndefined
     return Environment(loader=DictLoader(PARTS), autoescape=True, undefined=StrictUndefined).get_template('page').render(content)
 
-# %% ../nbs/62_report.ipynb #817a242d
+# %% ../nbs/62_report.ipynb #c4488429
 def write_report(
     path, # where the HTML file goes
     sqed: pd.DataFrame, # image_id, dataset, method, oa, predicted; the scored rows only
-    embedding: pd.DataFrame, # u, v, oa, dataset, from `viz.project(..., table=...)`
+    embedding: pd.DataFrame, # u, v, oa, dataset, from `projection.project(..., table=...)`
     comparison: pd.DataFrame, # one row a predictor, columns among viz.METRICS and n_rows, n_images
     cases: list = (), # dicts with image, truth or None, mask, palette, title and perhaps predicted; the first eight are shown
     facts: dict | None = None, # title, asked, ours, always, separation; any other entry is listed as it is

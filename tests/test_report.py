@@ -12,7 +12,8 @@ from PIL import Image
 
 from rssqa import report
 from rssqa.core import SchemaError
-from rssqa.viz import follow, project, scores, separation
+from rssqa.projection import project, separation
+from rssqa.viz import follow, scores
 
 EVIL = '<script>alert("x")</script> & $y_'
 VOID = {'meta', 'link', 'img', 'br', 'input', 'hr'}

@@ -1,5 +1,4 @@
-"""Displays hold hand-computed numbers, projections repeat, and separation cannot be bought with dataset identity or scene overlap."""
-import os
+"""Displays hold hand-computed numbers, claim nothing that was not measured, and use the axes they get."""
 import subprocess
 import sys
 import warnings
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from rssqa import viz
 from rssqa.core import BadImage, Incompatible, SchemaError, UnknownName
 from rssqa.metrics import recommendation, single_best
+from rssqa.projection import project, separation
 
 
 @pytest.fixture
@@ -27,139 +27,6 @@ def toy(n=60, seed=0, methods=4):
     oa = np.clip(np.array([.8, .7, .9])[i % 3] - .05 * rng.normal(size=n)[i] + .02 * rng.normal(size=(n, methods))[i, m], 0, 1)
     return pd.DataFrame(dict(dataset=np.array(list('abc'))[i % 3], image_id=[f'i{k}' for k in i], scene=[f's{k // 6}' for k in i], method=[f'm{k}' for k in m],
                              oa=oa, predicted=np.clip(oa + .02 * rng.normal(size=len(oa)), 0, 1)))
-
-
-# projection
-
-@pytest.mark.parametrize('method', ['pca', 'tsne'])
-def test_projection_repeats(method):
-    x = np.random.default_rng(0).normal(size=(60, 8))
-    one, two = viz.project(x, method), viz.project(x.copy(), method)
-    assert np.array_equal(one, two) and one.attrs == two.attrs and one.attrs['n'] == 60
-    if method == 'tsne': assert not np.array_equal(one, viz.project(x, method, perplexity=5))
-
-
-UMAP = """
-import numpy as np
-from rssqa.viz import project
-part = np.arange(45) % 3
-x = np.random.default_rng(0).normal(size=(45, 8)) + 12 * np.eye(8)[part]
-one, two = project(x, n_epochs=30), project(x.copy(), n_epochs=30)
-assert np.array_equal(one, two) and one.attrs['method'] == 'umap' and one.attrs['n_epochs'] == 30
-centre = one.groupby(part).mean().to_numpy()
-assert (((one.to_numpy()[:, None] - centre)**2).sum(-1).argmin(1) == part).all()
-few = project(x[:6])
-assert few.attrs['n_neighbors'] == 5 and np.isfinite(few).all(axis=None)
-assert not np.array_equal(few, project(x[:6], seed=1))
-print('fine')
-"""
-
-
-@pytest.mark.parametrize('jit', ['off', pytest.param('on', marks=pytest.mark.slow)])   # compiling takes longer than everything else in this file
-def test_umap_repeats_and_keeps_clusters(jit):
-    run = subprocess.run([sys.executable, '-c', UMAP], env=os.environ | {'NUMBA_DISABLE_JIT': str(int(jit == 'off'))}, capture_output=True, text=True)
-    assert run.stdout == 'fine\n', run.stderr[-2000:]
-
-
-@pytest.mark.parametrize('x, method', [(np.ones((1, 4)), 'pca'), (np.arange(8.).reshape(2, 4), 'pca'), (np.ones((30, 4)), 'pca'), (np.random.default_rng(0).normal(size=(4, 1)), 'pca')])
-def test_projection_of_little_says_so(x, method):
-    for asked in ('umap', 'tsne', 'pca'):
-        emb = viz.project(x, asked)
-        assert emb.shape == (len(x), 2) and np.isfinite(emb).all(axis=None) and emb.attrs['method'] == method
-        assert ('note' in emb.attrs) == (asked != 'pca')
-
-
-def test_pca_is_the_textbook_one():
-    x = np.random.default_rng(1).normal(size=(50, 6)) * [5, 3, 1, 1, 1, 1]
-    uv = viz.project(x, 'pca').to_numpy()
-    values = np.linalg.eigvalsh(np.cov(x.T))[::-1][:2]
-    assert np.allclose(uv.var(0, ddof=1), values, rtol=1e-4) and abs(np.corrcoef(uv.T)[0, 1]) < 1e-5
-
-
-def test_projection_samples_and_joins():
-    table = pd.DataFrame(dict(oa=np.linspace(0, 1, 50), u='old'), index=range(100, 150))
-    emb = viz.project(np.random.default_rng(0).normal(size=(50, 3)), 'pca', max_points=20, table=table)
-    assert len(emb) == 20 and emb.attrs['of'] == 50 and emb.u.dtype.kind == 'f'
-    assert np.allclose(emb.oa, np.linspace(0, 1, 50)[emb.index])
-    assert '20 of 50' in viz.plot_embedding(emb).ax_.texts[0].get_text()
-
-
-def test_projection_refuses():
-    x = np.random.default_rng(0).normal(size=(9, 3))
-    with pytest.raises(UnknownName, match='umap'): viz.project(x, 'umpa')
-    with pytest.raises(Incompatible, match='9 feature rows and 8'): viz.project(x, 'pca', table=pd.DataFrame({'oa': range(8)}))
-    with pytest.raises(SchemaError, match='at least one row'): viz.project(np.zeros((0, 3)))
-    with pytest.raises(SchemaError, match='Found shape'): viz.project(np.zeros(5))
-    x[4, 1] = np.nan
-    with pytest.raises(SchemaError, match='1 of 9 rows.*row 4'): viz.project(x)
-
-
-# separation
-
-def planted(n=240, seed=0):
-    rng = np.random.default_rng(seed)
-    dataset, quality = np.arange(n) % 3, rng.normal(size=n)
-    oa = np.array([.5, .7, .9])[dataset] + .03 * quality
-    return rng, dataset, quality, oa, np.c_[quality * 3, 20 * np.eye(3)[dataset], rng.normal(0, .3, (n, 5))]
-
-
-def test_separation_sees_a_planted_signal_and_nothing_else():
-    rng, dataset, quality, oa, x = planted()
-    good = viz.separation(x, oa, dataset)
-    assert good['skill'] > .6 and good['tertile_accuracy'] > .8 and good['silhouette'] > .1 and good['n'] == 240 and good['datasets'] == 3
-    mixed = oa.copy()
-    for d in range(3): mixed[dataset == d] = rng.permutation(oa[dataset == d])
-    for features, y in ((x, mixed), (np.c_[20 * np.eye(3)[dataset], rng.normal(0, .3, (240, 5))], oa)):   # shuffled; dataset identity only
-        none = viz.separation(features, y, dataset)
-        assert none['skill'] < .06 and abs(none['tertile_accuracy'] - 1/3) < .12 and none['silhouette'] < .05
-    assert viz.separation(np.c_[20 * np.eye(3)[dataset], rng.normal(0, .3, (240, 5))], oa, np.zeros(240))['skill'] > .5   # uncontrolled, identity looks clever
-
-
-def test_separation_is_not_fooled_by_scenes():
-    rng = np.random.default_rng(0)
-    scene = np.arange(240) // 8
-    x, oa = rng.normal(size=(30, 6))[scene] * 5 + rng.normal(0, .1, (240, 6)), .7 + .05 * rng.normal(size=30)[scene]   # each scene has its own look and its own OA
-    assert viz.separation(x, oa, ['d'] * 240, k=5)['skill'] > .9
-    assert viz.separation(x, oa, ['d'] * 240, scene, k=5)['skill'] < .1
-
-
-def test_separation_agrees_with_sklearn_and_by_hand():
-    from sklearn.manifold import trustworthiness
-    from sklearn.metrics import silhouette_score
-    from sklearn.neighbors import NearestNeighbors
-    rng = np.random.default_rng(2)
-    x, oa = rng.normal(size=(60, 4)).astype(np.float32), rng.random(60)
-    got = viz.separation(x, oa, np.zeros(60), uv=x[:, :2], k=7)
-    near = NearestNeighbors(n_neighbors=7).fit(x).kneighbors(return_distance=False)
-    third = pd.qcut(oa, 3, labels=False)
-    assert np.isclose(got['knn_mae'], np.abs(oa - oa[near].mean(1)).mean())
-    assert np.isclose(got['mean_mae'], np.abs(oa - (oa.sum() - oa) / 59).mean())
-    assert np.isclose(got['silhouette'], silhouette_score(x, third), atol=1e-6)
-    assert np.isclose(got['trustworthiness'], trustworthiness(x, x[:, :2], n_neighbors=7))
-
-
-def test_separation_with_all_neighbours_has_no_skill():
-    _, dataset, _, oa, x = planted(60)
-    assert viz.separation(x, oa, dataset, k=10_000)['skill'] == 0
-
-
-@pytest.mark.parametrize('n, scene', [(1, None), (4, None), (30, ['one'] * 30)])
-def test_unmeasurable_separation_is_said(n, scene):
-    x = np.random.default_rng(0).normal(size=(n, 3))
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        got = viz.separation(x, np.linspace(.5, .6, n), ['d'] * n, scene)
-    assert got['n'] == 0 and np.isnan(got['skill']) and 'cannot be measured' in viz.separation_text(got)
-
-
-def test_constant_oa_has_no_skill():
-    assert viz.separation(np.random.default_rng(0).normal(size=(30, 3)), np.full(30, .8), np.zeros(30))['skill'] == 0
-
-
-def test_separation_refuses():
-    x = np.zeros((8, 2))
-    with pytest.raises(Incompatible, match="'oa': 7"): viz.separation(x, np.zeros(7), ['d'] * 8)
-    with pytest.raises(SchemaError, match='1 of 8 rows'): viz.separation(x, [np.nan] + [.5] * 7, ['d'] * 8)
 
 
 # numbers behind the pictures
@@ -264,15 +131,15 @@ def test_one_point_one_dataset(tiny):
     one = tiny.head(1)
     for plot in (viz.plot_predicted_true, viz.plot_calibration, viz.plot_recommendation, viz.plot_methods): assert plot(one)._repr_png_()
     assert np.isnan(viz.follow(one).gap_closed).all()             # one method leaves no gap
-    emb = viz.project(np.ones((1, 3)), table=one)
+    emb = project(np.ones((1, 3)), table=one)
     assert 'too few' in viz.plot_embedding(emb).ax_.texts[0].get_text().replace('\n', ' ')
 
 
 def test_embedding_claims_nothing_without_numbers():
     t = toy(30).drop_duplicates('image_id').reset_index(drop=True)
     x = np.random.default_rng(0).normal(size=(30, 4))
-    emb = viz.project(x, 'pca', table=t)
-    plain, measured = viz.plot_embedding(emb), viz.plot_embedding(emb, numbers=viz.separation(x, t.oa, t.dataset, t.scene))
+    emb = project(x, 'pca', table=t)
+    plain, measured = viz.plot_embedding(emb), viz.plot_embedding(emb, numbers=separation(x, t.oa, t.dataset, t.scene))
     assert 'not measured' in plain.ax_.texts[0].get_text() and 'skill' in measured.ax_.texts[0].get_text()
     assert plain.ax_.collections[0].get_clim() == (0, 1) and len(viz.plot_embedding(emb, 'dataset').ax_.collections) == 3
     wide = viz.plot_embedding(emb.assign(error=emb.oa * 40 - 20), 'error').ax_.collections[0].get_clim()
@@ -282,12 +149,44 @@ def test_embedding_claims_nothing_without_numbers():
     assert '1 without OA' in viz.plot_embedding(emb.assign(oa=[np.nan, *emb.oa[1:]])).ax_.texts[0].get_text()
 
 
-def test_many_points_are_sampled_and_small():
+def test_many_points_become_density():
     n = 120_000
     rng = np.random.default_rng(0)
-    emb = pd.DataFrame(dict(u=rng.normal(size=n), v=rng.normal(size=n), oa=rng.random(n)))
+    emb = pd.DataFrame(dict(u=rng.normal(size=n), v=rng.normal(size=n), oa=rng.random(n), dataset=rng.choice(['a', 'b'], n, p=[.9, .1])))
+    emb.attrs['of'] = 200_000
     shown = viz.plot_embedding(emb)
-    assert len(shown.data_) == 20_000 and '20,000 of 120,000' in shown.ax_.texts[0].get_text()
+    assert shown.data_.n.sum() == n and len(shown.data_) < 110**2 and '120,000 of 200,000' in shown.ax_.texts[0].get_text() and 'density' in shown.ax_.texts[0].get_text()
+    assert len(viz.plot_embedding(emb, max_points=n).data_) == n                                       # points, if they are wanted
+    assert np.isclose((shown.data_.n * shown.data_.oa).sum() / n, emb.oa.mean())                       # means of cells add up
+    named = viz.plot_embedding(emb, 'dataset')
+    assert (named.data_[named.data_.n > 30].dataset == 'a').all() and [t.get_text() for t in named.ax_.get_legend().get_texts()][0].startswith('a (10')
+    assert len(shown._repr_png_()) < 60_000
+
+
+def test_density_by_hand():
+    emb = pd.DataFrame(dict(u=[0, .1, 1, 1.], v=[0, 0, 1, 1.], oa=[.2, .4, .9, np.nan], kind=['x', 'y', 'y', None]))
+    cells = viz.plot_embedding(emb, max_points=2, cells=2).data_
+    assert list(cells.n) == [2, 2] and np.allclose(cells.oa, [.3, .9]) and np.allclose(cells.u, [.25, 1.25])
+    assert list(viz.plot_embedding(emb, 'kind', max_points=2, cells=2).data_.kind) == ['x', 'unknown']   # ties: the first name
+    assert viz.plot_embedding(emb.assign(oa=np.nan), max_points=2)._repr_png_() and viz.plot_embedding(emb.assign(u=1., v=1.), max_points=2).data_.n.tolist() == [4]
+
+
+def test_branches_carry_their_numbers():
+    t = toy(40).drop_duplicates('image_id').reset_index(drop=True)
+    rng = np.random.default_rng(0)
+    views = {'semantic': rng.normal(size=(40, 5)), 'fused': np.c_[t.groupby('dataset').oa.rank(), rng.normal(size=40)]}
+    shown = viz.compare_branches(views, t, method='pca', k=5)
+    assert list(shown.data_.index) == list(views) and len(shown.ax_) == 2 and shown._repr_png_()
+    for ax, m in zip(shown.ax_, shown.data_.itertuples()): assert f'skill {m.skill:.2f}' in ax.get_xlabel() and f'probe {m.probe_accuracy:.0%}' in ax.get_xlabel()
+    ranks = np.concatenate([c.get_array() for c in shown.ax_[0].collections])
+    assert np.isclose(ranks.max(), 1) and len(ranks) == 40
+    assert shown.data_.skill['fused'] > .5 > shown.data_.skill['semantic'] + .2
+    fig = Figure()
+    mine = viz.compare_branches(views, t, 'dataset', 'pca', axes=fig.subplots(1, 2))
+    assert mine.figure_ is fig and [x.get_text() for x in mine.ax_[-1].get_legend().get_texts()] == ['a', 'b', 'c']
+    assert 'cannot be measured' in viz.compare_branches({'few': views['semantic'][:4]}, t.head(4), method='pca').ax_[0].get_xlabel()
+    with pytest.raises(SchemaError, match='no column look'): viz.compare_branches(views, t, 'look')
+    with pytest.raises(Incompatible, match='40 feature rows and 39'): viz.compare_branches(views, t.head(39))
 
 
 @pytest.mark.parametrize('name', ['$x_', '<script>', 'x' * 80, 'ünï – 航空', r'\frac{', '$', '%s {0}'])
@@ -369,5 +268,5 @@ def test_saved_figures(tiny, tmp_path):
 
 
 def test_import_is_light():
-    code = "import sys, rssqa.viz, rssqa.report; assert not {'matplotlib', 'umap', 'sklearn', 'jinja2', 'torch'} & set(sys.modules), set(sys.modules) & {'matplotlib','umap','sklearn','jinja2','torch'}"
+    code = "import sys, rssqa.viz, rssqa.projection, rssqa.report; assert not {'matplotlib', 'umap', 'sklearn', 'jinja2', 'torch'} & set(sys.modules), set(sys.modules) & {'matplotlib','umap','sklearn','jinja2','torch'}"
     subprocess.run([sys.executable, '-c', code], check=True)
