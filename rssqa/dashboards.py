@@ -141,7 +141,7 @@ def class_table(
     hexes = [MARKS[i % len(MARKS)] for i in range(len(names))]
     return names, [tuple(int(h[j:j + 2], 16) for j in (1, 3, 5)) for h in hexes]
 
-# %% ../nbs/61e_dashboards.ipynb #7652f6c7
+# %% ../nbs/61e_dashboards.ipynb #96f92179
 def _error(words): return f'<p style="color:#b3261e;margin:4px 0">{html.escape(words)}</p>'
 
 
@@ -173,7 +173,7 @@ def view_recommender(
     view.path, view.save, view.saved = w.Text('chosen.csv', layout=w.Layout(width='240px')), w.Button(description='Export table'), w.HTML()
     view.picks = w.HTML()
     view.children = [w.HBox([view.folder, view.opener, view.all]), w.HBox([view.back, view.next, view.which, view.place], layout=w.Layout(align_items='center')), view.said, view.maps, view.numbers,
-                     w.HBox([w.HTML('<b>use for this image:</b>'), view.choice], layout=w.Layout(align_items='center', gap='8px')), view.picks, w.HBox([view.path, view.save, view.saved], layout=w.Layout(align_items='center'))]
+                     w.HBox([w.HTML('<b>use for this image:</b>'), view.choice], layout=w.Layout(align_items='center', grid_gap='8px')), view.picks, w.HBox([view.path, view.save, view.saved], layout=w.Layout(align_items='center'))]
     view.refresh = lambda: _show_image(view)
     view.opener.on_click(lambda _: _guarded(view, lambda: state.open(view.folder.value or '.')))
     view.all.on_click(lambda _: _guarded(view, lambda: state.rank_all(lambda n, of: setattr(view.place, 'value', f'ranking {n} of {of}'))))
@@ -306,7 +306,7 @@ class PairReviewer:
 
     def __repr__(self): return f'PairReviewer: {len(self.review)} pairs, {self.left} to judge, {int(self.review.skipped.sum())} skipped'
 
-# %% ../nbs/61e_dashboards.ipynb #fd5e08c2
+# %% ../nbs/61e_dashboards.ipynb #610e712f
 KEYS_JS = '''
 function render({ model, el }) {
   el.textContent = 'Keys, after a click in here: r right, w wrong, s skip, b back'; el.tabIndex = 0; el.style.cssText = 'color:#5c6670;font-size:12px;padding:4px';
@@ -357,7 +357,7 @@ def view_reviewer(
     view.back = w.Button(description='Back', layout=w.Layout(width='110px'))
     view.bar, view.place = w.IntProgress(0, 0, max(len(state.review), 1), layout=w.Layout(width='240px')), w.HTML()
     view.picture, view.text, view.said, view.shares = w.Image(value=as_png(np.ones((3, 8, 8), np.float32)), format='png', layout=w.Layout(border='1px solid #d5dbe1')), w.HTML(), w.HTML(), w.HTML()
-    view.children = [w.HBox([view.bar, view.place], layout=w.Layout(align_items='center')), w.HBox([view.picture, w.Box([view.text], layout=w.Layout(max_width='720px', min_width='0'))], layout=w.Layout(gap='16px', align_items='flex-start')),
+    view.children = [w.HBox([view.bar, view.place], layout=w.Layout(align_items='center')), w.HBox([view.picture, w.Box([view.text], layout=w.Layout(max_width='720px', min_width='0'))], layout=w.Layout(grid_gap='16px', align_items='flex-start')),
                      w.HBox([*view.buttons.values(), view.back]), view.keyboard, view.said, view.shares]
     view.refresh = lambda: _show_pair(view)
     act = dict(r=lambda: state.judge('right'), w=lambda: state.judge('wrong'), s=lambda: state.judge('skip'), b=state.back)

@@ -231,7 +231,7 @@ def class_key(
     swatch = lambda name, rgb: f'<span style="display:inline-flex;align-items:center;gap:5px;margin-right:14px"><span style="width:12px;height:12px;border-radius:2px;border:1px solid #0003;background:rgb{tuple(map(int, rgb))}"></span>{html.escape(str(name))}</span>'
     return '<div style="line-height:1.7">' + ''.join(swatch(n, c) for n, c in zip(names, palette)) + '</div>'
 
-# %% ../nbs/61d_lab.ipynb #b1f7d147
+# %% ../nbs/61d_lab.ipynb #8f0d2039
 def _turned(view): # a knob or the scene has changed
     try: reading = view.lab.set(view.look.value, view.seed.value, **{k: s.value for k, s in view.sliders.items()})
     except Problem as e: view.said.value = f'<p style="color:#b3261e">{html.escape(str(e))}</p>'; return
@@ -281,7 +281,7 @@ def view_lab(
     grid = w.Box(first + maps, layout=w.Layout(flex_flow='row wrap'))
     left = w.VBox([view.look, view.seed, *view.sliders.values(), view.reset, view.said], layout=w.Layout(width='360px', min_width='340px'))
     right = w.VBox([grid, w.HTML(class_key(CLASSES, PALETTE)), view.numbers], layout=w.Layout(flex='1 1 500px', min_width='0'))
-    view.children = [w.HBox([left, right], layout=w.Layout(flex_flow='row wrap', gap='16px'))]
+    view.children = [w.HBox([left, right], layout=w.Layout(flex_flow='row wrap', grid_gap='16px'))]
     for control in (view.look, view.seed, *view.sliders.values()): control.observe(lambda change: None if view.busy else _turned(view), 'value')
     view.busy = False
     view.reset.on_click(lambda _: _all_zero(view))

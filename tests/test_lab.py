@@ -14,7 +14,7 @@ from rssqa.recommend import Pack
 from rssqa.synth import CLASSES, LOOKS, scene
 from worlds import world
 
-SMALL = World(('pspnet', 'segformer'), steps=8, learn=1, judge=3, calibrate=3, size=64, epochs=8)
+SMALL = World(('pspnet', 'segformer'), steps=4, learn=1, judge=1, calibrate=3, size=64, epochs=4)
 
 
 def small_pack() -> Path: # made once a run
