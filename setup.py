@@ -15,7 +15,8 @@ setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description
       long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
       license='Apache-2.0', author=cfg['author'], author_email=cfg['author_email'],
       project_urls={'Source': cfg['git_url'], 'Documentation': cfg['doc_host'] + cfg['doc_baseurl']},
-      packages=[*find_packages(include=['rssqa*']), 'rssqa.models'], package_dir={'rssqa.models': 'data/models'},
-      package_data={'rssqa': ['py.typed'], 'rssqa.models': ['**/*.json', '**/*.safetensors']},
+      packages=[*find_packages(include=['rssqa*']), 'rssqa.models', 'rssqa.apps'],
+      package_dir={'rssqa.models': 'data/models', 'rssqa.apps': 'nbs/apps'},
+      package_data={'rssqa': ['py.typed'], 'rssqa.models': ['**/*.json', '**/*.safetensors'], 'rssqa.apps': ['*.ipynb']},
       install_requires=shlex.split(cfg['requirements']), extras_require=extras,
       entry_points={'console_scripts': cfg['console_scripts'].split('\n'), 'nbdev': ['rssqa=rssqa._modidx:d']})

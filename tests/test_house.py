@@ -149,7 +149,8 @@ def test_wheel_holds_every_module(wheel):
     shipped = {p.relative_to(wheel[0]).as_posix() for p in (wheel[0]/'rssqa').rglob('*') if p.is_file()}
     wanted = {p.relative_to(ROOT).as_posix() for p in (ROOT/'rssqa').rglob('*.py')} | {'rssqa/py.typed'}
     pack = {f'rssqa/models/{p.relative_to(ROOT/"data"/"models").as_posix()}' for p in (ROOT/'data'/'models').rglob('*') if p.suffix in ('.json', '.safetensors')}
-    assert wanted <= shipped and pack and pack <= shipped
+    apps = {f'rssqa/apps/{p.name}' for p in (ROOT/'nbs'/'apps').glob('*.ipynb')}
+    assert wanted <= shipped and pack and pack <= shipped and apps and apps <= shipped
     assert not [p for p in wheel[0].iterdir() if p.name != 'rssqa' and p.suffix != '.dist-info'], 'only rssqa belongs in the wheel'
 
 
