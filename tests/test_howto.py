@@ -58,4 +58,4 @@ def broken(name, folder, old, new):
     ('own_encoder', 'normalize(dense.mean((2, 3)))', 'dense.mean((2, 3))', 'not of length 1'), ('own_encoder', 'check_batch(x, self.name); ', '', '0..255 are accepted'),
     ('own_fusion', 'torch.tanh(self.sem(sem)) * ', '', 'no gradient reaches sem.weight')])
 def test_a_broken_recipe_is_refused(name, old, new, fault, tmp_path):
-    assert fault in run_forked(broken, name, tmp_path, old, new, limit_s=120)
+    assert fault in run_forked(broken, name, tmp_path, old, new, limit_s=120).lower()
