@@ -172,7 +172,7 @@ class InStore:
             if first.sum() >= k or ask >= total: return rows[first][:k], distance[first][:k]
             ask *= 4
 
-# %% ../nbs/61_explorer.ipynb #09ed1dcf
+# %% ../nbs/61_explorer.ipynb #8e06ac36
 COMMON = ('image_id', 'dataset', 'scene', 'method', 'oa', 'predicted', 'gap')
 ASIDE = {'u', 'v', 'x', 'y', 'w', 'h', 'path', 'mask_path', 'confusion', 'method_fp', 'image_id'}   # nobody colours by these
 
@@ -217,7 +217,7 @@ class Cloud:
             raise Incompatible('cannot explore', f'found {len(features)} feature rows and {len(table)} table rows', 'pass the table that the features came from')
         self.table, self.seed, self.numbers, self._cache = table.reset_index(drop=True), seed, numbers, {}
         if {'oa', 'predicted'} <= set(table): self.table = self.table.assign(gap=self.table.predicted - self.table.oa)
-        self.made = 'places of the table'
+        self.made, self.attrs = 'places of the table', table.attrs if 'method' in table.attrs else {}
         if features is not None or not {'u', 'v'} <= set(table): self._project(features, method, options)
         self.placed = np.isfinite(self.table[['u', 'v']].to_numpy(float)).all(1)
         if not self.placed.any(): raise SchemaError('cannot place the maps', 'u and v are missing in all rows', 'project the features again')
@@ -227,6 +227,7 @@ class Cloud:
         if not x.shape[-1]: raise SchemaError('cannot place the maps', 'the table has neither u and v nor label-free columns', 'pass features, or columns u and v')
         emb = project(x, method or ('umap' if len(x) <= 20_000 else 'pca'), self.seed, max_points=len(x), **options)
         self.table = self.table.assign(u=emb.u.to_numpy(), v=emb.v.to_numpy())
+        self.attrs = emb.attrs
         self.made = ', '.join([emb.attrs['method'], *(f'{k} {v}' for k, v in emb.attrs.items() if k not in ('method', 'n', 'of'))])
         if self.numbers is None: self.numbers = _measure(x, self.table, self.seed)
 
@@ -541,7 +542,7 @@ def why_text(
     if facts['training']: out.append(f'The {len(facts["training"]["rows"])} nearest judged maps of other scenes reach OA {facts["training"]["oa"]:.2f} on average.')
     return ' '.join(out)
 
-# %% ../nbs/61_explorer.ipynb #9cc84888
+# %% ../nbs/61_explorer.ipynb #ca456a9b
 def snapshot(
     state: ExplorerState,
     tiles: int = 3, # selected maps shown below
@@ -549,10 +550,11 @@ def snapshot(
     "Draw what the Explorer shows."
     from matplotlib.figure import Figure
     rows, shown = state.rows(), state.table[state.mask]
+    shown.attrs = state.attrs
     picked = rows[:tiles]
-    figure = Figure((9.2, 4.4 + 1.05 * bool(len(picked))), layout='constrained')
+    figure = Figure((10, 4.4 + 1.05 * bool(len(picked))), layout='constrained')
     top, below = figure.subfigures(2, 1, height_ratios=(4.4, 1.05)) if len(picked) else (figure.subfigures(1, 1), None)
-    left, right = top.subplots(1, 2, width_ratios=(3, 2))
+    left, right = top.subplots(1, 2, width_ratios=(1, 1))
     if len(shown): _draw_cloud(state, shown, rows, left)
     else: left.set_title('nothing passes the filter')
     _draw_histogram(state, right)
@@ -585,8 +587,8 @@ def _draw_tile(state, row, ax):
     ax.imshow(Image.open(io.BytesIO(state.tile(row, 128))))
     ax.set_title(state.name(row).replace('$', r'\$') + (f' · OA {state.values("oa")[row]:.2f}' if 'oa' in state.table else ''), fontsize=7, weight='normal')
 
-# %% ../nbs/61_explorer.ipynb #ac9ca9c1
-SKILL = dict(careful=(1.0, .30), hasty=(2.5, .45), coarse=(5.0, .35)) # made-up method -> blur in pixels, strength of the fog
+# %% ../nbs/61_explorer.ipynb #e8e1525b
+SKILL = dict(careful=(1.0, .16), hasty=(2.0, .27), coarse=(4.0, .20)) # made-up method -> blur in pixels, strength of the fog
 
 
 def _sees(mask, blur, fog, rng): # truth (H,W) -> logits (6,H,W)
@@ -621,7 +623,7 @@ def _predicted(table, folds=5): # (N,) by ridge regression, fitted on other scen
 
 
 def example(
-    scenes: int = 6, # of each of four looks
+    scenes: int = 10, # of each of four looks
     side: int = 96, # of a picture, pixels
     encoder='tiny-clip', # SemanticEncoder or its name; 'clip-rs-mini' understands sentences
     store: Store = None, # for the vectors; default: a folder of the cache
