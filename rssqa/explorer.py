@@ -172,7 +172,7 @@ class InStore:
             if first.sum() >= k or ask >= total: return rows[first][:k], distance[first][:k]
             ask *= 4
 
-# %% ../nbs/61_explorer.ipynb #8e06ac36
+# %% ../nbs/61_explorer.ipynb #01798d92
 COMMON = ('image_id', 'dataset', 'scene', 'method', 'oa', 'predicted', 'gap')
 ASIDE = {'u', 'v', 'x', 'y', 'w', 'h', 'path', 'mask_path', 'confusion', 'method_fp', 'image_id'}   # nobody colours by these
 
@@ -193,7 +193,8 @@ def _measure(x, t, seed): # what separates the rows that can be judged, or None
     good = np.flatnonzero(np.isfinite(t.oa.to_numpy(float)) & t.dataset.notna().to_numpy())
     if len(good) < 6: return None
     part = t.iloc[good := np.sort(np.random.default_rng(seed).permutation(good)[:1500])]
-    return separation(np.asarray(x)[good], part.oa, part.dataset, part.get('scene'), part[['u', 'v']].to_numpy(), seed=seed)
+    k = int(np.clip(part.dataset.value_counts().median() // 4, 3, 15))                       # a neighbourhood, not a whole dataset
+    return separation(np.asarray(x)[good], part.oa, part.dataset, part.get('scene'), part[['u', 'v']].to_numpy(), k, seed=seed)
 
 
 def _is_plain(column): # no lists
@@ -381,10 +382,11 @@ def _arrow(table):
     import pyarrow as pa
     return pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata()
 
-# %% ../nbs/61_explorer.ipynb #d441f2c8
+# %% ../nbs/61_explorer.ipynb #0f685d5b
 CLUES = dict( # clue -> columns, the first one that the table has counts; +1 where large is bad
     dispersion=(('entropy_t', 1), ('entropy', 1), ('conf_t', -1), ('conf', -1)), disagreement=(('agree_majority', -1), ('agree_mean', -1)))
-SAYS = dict(dispersion='its pixels are less certain', disagreement='it disagrees more with the other methods', blur='its picture is more blurred')
+SAYS = dict(dispersion=('its pixels are less certain', 'its pixels are more certain'), disagreement=('it disagrees with the other methods more', 'it agrees with the other methods more'),
+            blur=('fine detail is weaker', 'fine detail is stronger'))
 SAMPLE, REMEMBERED = 32, 400 # pictures read to judge blur; tiles kept
 
 
@@ -452,9 +454,15 @@ class ExplorerState(Picked):
         rows, distance = self.vectors().near(words, k, self.mask)
         return self.select(rows, 1 - distance, f'most like "{text}"').selection()
 
+    def names(self, rows) -> list[str]: # rows: (m,) row numbers
+        "Name rows by dataset, scene and method."
+        known = [c for c in ('dataset', 'scene', 'method') if c in self.table]
+        if not known: return [f'row {row}' for row in rows]
+        return [' · '.join(map(str, row)) for row in self.table[known].iloc[rows].itertuples(index=False)]
+
     def name(self, row: int) -> str:
-        "Name a row by dataset, scene and method."
-        return ' · '.join(str(self.table[c].iloc[row]) for c in ('dataset', 'scene', 'method') if c in self.table) or f'row {row}'
+        "Name a row."
+        return self.names([row])[0]
 
     def case(self, row: int) -> tuple[dict, str]: # what `images` gives, and why it gave nothing
         "Read image, map and truth of a row."
@@ -471,16 +479,17 @@ class ExplorerState(Picked):
             while len(self._tiles) > REMEMBERED: self._tiles.popitem(last=False)
         return self._tiles[key]
 
-# %% ../nbs/61_explorer.ipynb #a59a5881
-def _share_better(x, row, peers): # share of peers that do better than the row, where large x is bad; NaN if unknown
-    known = x[peers][np.isfinite(x[peers])]
-    return float((known < x[row]).mean()) if np.isfinite(x[row]) and len(known) else np.nan
+# %% ../nbs/61_explorer.ipynb #305d1ea9
+def _beside(own, others): # a number where large is bad, and those of its peers -> shares that it is worse and better than
+    known = others[np.isfinite(others)]
+    return dict(worse_than=float((known < own).mean()), better_than=float((known > own).mean()), of=len(known)) if len(known) else dict(worse_than=np.nan, better_than=np.nan, of=0)
 
 
 def _clue(state, row, name, peers): # one of CLUES -> dict, or None where the table has no such column
     for column, sign in CLUES[name]:
         if column in state.table and np.isfinite(state.values(column)[row]):
-            return dict(column=column, value=float(state.values(column)[row]), worse_than=_share_better(sign * state.values(column), row, peers), of=int(peers.sum()))
+            x = sign * state.values(column)
+            return dict(column=column, value=float(sign * x[row])) | _beside(x[row], x[peers])
 
 
 def _blur(state, row, peers, image): # sharpness beside that of a sample of the same dataset
@@ -492,8 +501,8 @@ def _blur(state, row, peers, image): # sharpness beside that of a sample of the 
         sample = np.random.default_rng(state.seed).permutation(rows)[:SAMPLE]
         read = [state.case(r)[0].get('image') for r in sample]
         state._sharp[key] = np.array([sharpness(as_image(x)) for x in read if x is not None])
-    own, others = sharpness(as_image(image)), state._sharp[key]
-    return dict(value=own, worse_than=float((others > own).mean()) if len(others) else np.nan, of=len(others))
+    own = sharpness(as_image(image))
+    return dict(value=own) | _beside(-own, -state._sharp[key])
 
 
 def _mix(case): # shares of the predicted map, largest first
@@ -535,9 +544,10 @@ def why_text(
     "Say in words what speaks for or against a map."
     known = [f'{word} {facts[c]:.2f}' for word, c in (('predicted', 'predicted'), ('true OA', 'oa')) if np.isfinite(facts[c])]
     out = [f'{facts["name"]}: {", ".join(known) or "no score"}.']
-    for clue in SAYS:
-        if facts[clue] and np.isfinite(facts[clue]['worse_than']):
-            out.append(f'{SAYS[clue][0].upper()}{SAYS[clue][1:]} than {facts[clue]["worse_than"]:.0%} of {facts[clue]["of"]} {"pictures" if clue == "blur" else "maps"} of {facts["dataset"]}.')
+    for clue, (worse, better) in SAYS.items():
+        if not facts[clue] or not facts[clue]['of']: continue
+        share, words = max((facts[clue]['worse_than'], worse), (facts[clue]['better_than'], better))
+        out.append(f'{words[0].upper()}{words[1:]} than in {share:.0%} of {facts[clue]["of"]} {"pictures" if clue == "blur" else "maps"} of {facts["dataset"]}.')
     if facts['classes']: out.append('The map is ' + ', '.join(f'{share:.0%} {name}' for name, share in list(facts['classes'].items())[:3]) + '.')
     if facts['training']: out.append(f'The {len(facts["training"]["rows"])} nearest judged maps of other scenes reach OA {facts["training"]["oa"]:.2f} on average.')
     return ' '.join(out)
@@ -587,8 +597,8 @@ def _draw_tile(state, row, ax):
     ax.imshow(Image.open(io.BytesIO(state.tile(row, 128))))
     ax.set_title(state.name(row).replace('$', r'\$') + (f' · OA {state.values("oa")[row]:.2f}' if 'oa' in state.table else ''), fontsize=7, weight='normal')
 
-# %% ../nbs/61_explorer.ipynb #e8e1525b
-SKILL = dict(careful=(1.0, .16), hasty=(2.0, .27), coarse=(4.0, .20)) # made-up method -> blur in pixels, strength of the fog
+# %% ../nbs/61_explorer.ipynb #d88b7368
+SKILL = dict(careful=(1.0, .18), hasty=(2.0, .32), coarse=(4.0, .24)) # made-up method -> blur in pixels, strength of the fog
 
 
 def _sees(mask, blur, fog, rng): # truth (H,W) -> logits (6,H,W)
@@ -627,6 +637,7 @@ def example(
     side: int = 96, # of a picture, pixels
     encoder='tiny-clip', # SemanticEncoder or its name; 'clip-rs-mini' understands sentences
     store: Store = None, # for the vectors; default: a folder of the cache
+    method: str = 'pca', # of the projection
     **options, # for ExplorerState
 ) -> ExplorerState:
     "Make synthetic scenes, segment them by three made-up methods of known accuracy, and open them."
@@ -641,4 +652,4 @@ def example(
     for ids in (lost[i:i+32] for i in range(0, len(lost), 32)):
         put_vectors(store, name, ids, encoder.encode_image(torch.as_tensor(np.stack([cases[i]['image'] for i in ids]))).pooled.float().cpu().numpy())
     read = lambda row: cases[row.image_id] | dict(mask=maps[row.image_id][row.method], palette=COLOURS, classes=CLASSES)
-    return ExplorerState(table.assign(predicted=_predicted(table)), store=store, sem=name, encoder=encoder, images=read, **options)
+    return ExplorerState(table.assign(predicted=_predicted(table)), store=store, sem=name, encoder=encoder, images=read, method=method, **options)
