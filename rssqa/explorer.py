@@ -172,7 +172,7 @@ class InStore:
             if first.sum() >= k or ask >= total: return rows[first][:k], distance[first][:k]
             ask *= 4
 
-# %% ../nbs/61_explorer.ipynb #01798d92
+# %% ../nbs/61_explorer.ipynb #355f2c1e
 COMMON = ('image_id', 'dataset', 'scene', 'method', 'oa', 'predicted', 'gap')
 ASIDE = {'u', 'v', 'x', 'y', 'w', 'h', 'path', 'mask_path', 'confusion', 'method_fp', 'image_id'}   # nobody colours by these
 
@@ -237,7 +237,7 @@ class Cloud:
     def columns(self) -> list[str]:
         "List the columns that can be coloured by: the common ones first."
         rest = [c for c in self.table if c not in COMMON and c not in ASIDE and _is_plain(self.table[c])]
-        return [c for c in COMMON if c in self.table and c not in ASIDE] + rest
+        return [c for c in COMMON if c in self.table and c not in ASIDE] + rest or ['u', 'v']
 
     def need(self, column: str) -> str:
         "Return the name of a column, or say which ones there are."

@@ -32,7 +32,7 @@ def chromium():
 def page(chromium):
     "A page that remembers what its console complained of, in `page.faults`."
     page = chromium.new_page(viewport=dict(width=1500, height=1000))
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(180_000)
     page.faults = []
     page.on('console', lambda m: page.faults.append(m.text) if m.type == 'error' and not any(n in m.text for n in NOISE) else None)
     page.on('pageerror', lambda e: page.faults.append(str(e)))
