@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'KINDS', 'bench_app', 'clip_app', 'PARTS', 'main', 'demo', 'score', 'recommend', 'ls', 'get',
-           'check', 'paper', 'speed', 'encoders_', 'projection_', 'clip_', 'probe_', 'conformance_', 'lab_', 'apps',
-           'app_', 'shards', 'purify', 'train_', 'eval_', 'doctor']
+           'check', 'paper', 'speed', 'encoders_', 'projection_', 'explorer_', 'clip_', 'probe_', 'conformance_',
+           'lab_', 'apps', 'app_', 'shards', 'purify', 'train_', 'eval_', 'doctor']
 
 # %% ../nbs/80_cli.ipynb #a05f4187
 import os, sys
@@ -227,6 +227,19 @@ def projection_(
         from rssqa.bench import save_results
         told = board.set_index('variant').assign(identical=board.identical.map({True: 'yes', False: 'no'}).to_numpy())
         save_results(told, out, PROTOCOL, '', seed, f'rssqa bench projection --rows {rows} --dims {dims} --seed {seed}')
+
+# %% ../nbs/80_cli.ipynb #19dde0fa
+@bench_app.command('explorer')
+def explorer_(
+    sizes: Annotated[str, typer.Option(help='Numbers of maps, separated by commas.')] = '10000,100000,1000000',
+    no_browser: Annotated[bool, typer.Option('--no-browser', help='Only what the kernel does.')] = False,
+    out: Annotated[Optional[Path], typer.Option(help='CSV file to write.')] = None,
+):
+    "Time the Explorer: first paint and the answer to a lasso, in a browser where there is one."
+    from rssqa.explorerspeed import run, save
+    board = run(tuple(map(int, sizes.split(','))), not no_browser)
+    print(board.reset_index().to_string(index=False, na_rep='', float_format='{:.3g}'.format))
+    if out: save(board, out, f'rssqa bench explorer --sizes {sizes}' + ' --no-browser' * no_browser)
 
 # %% ../nbs/80_cli.ipynb #39ea3b0d
 @bench_app.command('clip')

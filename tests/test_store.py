@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from rssqa.core import MissingFeatures, SchemaError
-from rssqa.store import Store, extract, feature_table, get_vectors, put_vectors
+from rssqa.core import Incompatible, MissingFeatures, SchemaError, UnknownName
+from rssqa.store import Store, extract, feature_table, get_vectors, index_vectors, nearest, put_vectors
 from worlds import world
 
 
@@ -192,3 +192,52 @@ def test_nothing_to_extract(store):
     toy = Toy()
     extract(world().tiles[:0], toy, store)
     assert toy.seen == 0
+
+
+# ---------------------------------------------------------------- nearest
+
+def clusters(n=1200, d=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(12, d))[np.arange(n) % 12] * 3 + rng.normal(size=(n, d))).astype(np.float16).astype(np.float32)
+
+
+def by_hand(x, q, metric): return ((x - q)**2).sum(1) if metric == 'l2' else 1 - x @ q / np.linalg.norm(x, axis=1) / np.linalg.norm(q)
+
+
+@pytest.mark.parametrize('metric', ['cosine', 'l2'])
+def test_nearest_is_what_numpy_finds(metric, store):
+    x = clusters(400)
+    put_vectors(store, 'v', range(400), x)
+    for i in (0, 17, 399):
+        found, d = nearest(store, 'v', x[i], 9, metric), by_hand(x, x[i], metric)
+        assert list(found.key) == [str(j) for j in np.argsort(d, kind='stable')[:9]]
+        assert np.allclose(found.distance, np.sort(d)[:9], atol=2e-2 if metric == 'l2' else 1e-3)
+    assert len(nearest(store, 'v', x[0], 10_000)) == 400
+
+
+def test_an_index_finds_nearly_the_same_and_all_that_came_later(store):
+    x = clusters()
+    put_vectors(store, 'v', range(len(x)), x)
+    assert not index_vectors(store, 'v') and index_vectors(store, 'v', least=1000)
+    exact = [set(nearest(store, 'v', q, 10, exact=True).key) for q in x[:40]]
+    recall = np.mean([len(set(nearest(store, 'v', q, 10).key) & e) / 10 for q, e in zip(x[:40], exact)])
+    assert recall > .95
+    new = np.full((1, 8), 50, np.float32)
+    put_vectors(store, 'v', ['late'], new)
+    assert nearest(Store(store.root), 'v', new[0], 1, 'cosine').key[0] == 'late'
+
+
+def test_nearest_sees_rows_of_another_process(store):
+    put_vectors(store, 'v', 'ab', np.eye(2, dtype=np.float32))
+    assert list(nearest(store, 'v', [1, 0], 1).key) == ['a']
+    code = f"import numpy as np; from rssqa.store import *; put_vectors(Store({store.root!r}), 'v', ['c'], np.array([[3, .1]], np.float32))"
+    subprocess.run([sys.executable, '-c', code], check=True, timeout=60)
+    assert set(nearest(store, 'v', [1, .05], 2).key) == {'a', 'c'}
+
+
+def test_questions_that_cannot_be_answered_say_why(store):
+    put_vectors(store, 'v', 'ab', np.eye(2, dtype=np.float32))
+    with pytest.raises(MissingFeatures, match='no table w.*The store has v'): nearest(store, 'w', [1, 0])
+    with pytest.raises(Incompatible, match='3 numbers.*expected 2'): nearest(store, 'v', [1, 0, 0])
+    with pytest.raises(Incompatible, match='1 of them finite'): nearest(store, 'v', [1, np.nan])
+    with pytest.raises(UnknownName, match='Did you mean cosine'): nearest(store, 'v', [1, 0], metric='cosin')
