@@ -382,7 +382,7 @@ def _arrow(table):
     import pyarrow as pa
     return pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata()
 
-# %% ../nbs/61_explorer.ipynb #0f685d5b
+# %% ../nbs/61_explorer.ipynb #63ba45d9
 CLUES = dict( # clue -> columns, the first one that the table has counts; +1 where large is bad
     dispersion=(('entropy_t', 1), ('entropy', 1), ('conf_t', -1), ('conf', -1)), disagreement=(('agree_majority', -1), ('agree_mean', -1)))
 SAYS = dict(dispersion=('its pixels are less certain', 'its pixels are more certain'), disagreement=('it disagrees with the other methods more', 'it agrees with the other methods more'),
@@ -443,7 +443,7 @@ class ExplorerState(Picked):
         rows, distance = space.near(space.of(row), k, allowed & self._like(row, 'method') if isinstance(space, InStore) else allowed)
         return self.select(rows, distance, f'nearest to {self.name(row)}').selection()
 
-    def search(self, text: str, k: int = 50) -> pd.DataFrame: # k rows with `score` = cosine, best first; they become the selection
+    def search(self, text: str, k: int = 20) -> pd.DataFrame: # k rows with `score` = cosine, best first; they become the selection
         "Select the shown images that answer a sentence best, one map each."
         encoder = self._open()
         if not hasattr(encoder, 'encode_text') or not isinstance(self.vectors(), InStore):
