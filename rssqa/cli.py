@@ -177,18 +177,19 @@ def paper(
         save_predictions(compute(x, tables, data, tuple(map(int, seeds.split(','))), workers), prediction_file(x, tables))
         for path in write(x, tables, out): print(path)
 
-# %% ../nbs/80_cli.ipynb #bd374e24
+# %% ../nbs/80_cli.ipynb #ffb528bd
 @bench_app.command()
 def speed(
     quick: Annotated[bool, typer.Option('--quick', help='Tiny sizes, to see that it runs; the numbers mean nothing.')] = False,
     tables: Annotated[Path, typer.Option(help='Folder of the committed tables; without it, fits run on synthetic scenes.')] = Path('data/tables'),
+    only: Annotated[Optional[str], typer.Option(help='Steps, separated by semicolons; default all.')] = None,
     out: Annotated[Optional[Path], typer.Option(help='CSV file to write.')] = None,
 ):
     "Time building, scoring and fitting; print ratios and peak memory."
     from rssqa.speed import as_text, run, save
-    board = run(quick, tables)
+    board = run(quick, tables, tuple(only.split(';')) if only else ())
     print(as_text(board))
-    if out: save(board, out, 'rssqa bench speed' + ' --quick' * quick)
+    if out: save(board, out, 'rssqa bench speed' + ' --quick' * quick + (f' --only "{only}"' if only else ''))
 
 # %% ../nbs/80_cli.ipynb #fb677be9
 @bench_app.command('encoders')

@@ -7,7 +7,7 @@ __all__ = ['QUICK', 'STEPS', 'TABLES', 'in_turns', 'line', 'Size', 'workplace', 
            'eightfold', 'model_speed', 'score_speed', 'known_rows', 'enlarged', 'fit_speed', 'peak_mb', 'fit_peak',
            'fit_memory', 'cache_speed', 'training_speed', 'run', 'as_text', 'save']
 
-# %% ../nbs/74_speed.ipynb #1ab446db
+# %% ../nbs/74_speed.ipynb #827716d1
 import os, re, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from joblib import parallel_config
 from .bench import OURS, contenders, machine, save_results
 from .cliptrain import ClipRecipe, KeptViews, PairViews, positions, train_clip
 from .confidence import agreement, label_free, tap_columns
-from .core import pick_device, progress, say
+from .core import pick_device, progress, say, unknown
 from .encoders import load_encoder
 from .data import DatasetSpec, folder_spec, read_image, read_mask, scan
 from .jury import JuryModel, save_jury
@@ -321,7 +321,7 @@ def training_speed(
     plain, whole = rate(_Same), rate(lambda views, recipe: views)
     return [line(f'training on {device}, with reading and cutting', whole, 'images/s', 'the same batch again and again', plain, 0.9)]
 
-# %% ../nbs/74_speed.ipynb #2e1053e4
+# %% ../nbs/74_speed.ipynb #51c733d5
 STEPS = {'building the table': sqed_speed, 'fitting model and jury': model_speed, 'scoring a map': score_speed, 'fitting on many rows': fit_speed, 'weighing a fit': fit_memory,
          'reading vectors back': cache_speed, 'training a CLIP': training_speed}
 TABLES = 'data/tables'
@@ -330,14 +330,16 @@ TABLES = 'data/tables'
 def run(
     quick: bool = False, # tiny sizes
     tables=TABLES, # folder of the published tables; where it is missing, or if quick, the table that was built serves
+    only: tuple[str, ...] = (), # of STEPS; empty for all. Fitting and scoring need the table that is built first
 ) -> pd.DataFrame: # one row a measurement: value, unit, against, baseline, ratio, target, met
     "Measure speed and memory."
+    if wrong := set(only) - set(STEPS): raise unknown('step', sorted(wrong)[0], STEPS)
     size, lines = QUICK if quick else Size(), []
     with TemporaryDirectory() as home:
         say('── making scenes and networks')
         place = workplace(home, size)
         place.tables = None if quick or not (Path(tables)/'open.parquet').exists() else tables
-        for words, step in STEPS.items():
+        for words, step in STEPS.items() if not only else [(w, STEPS[w]) for w in only]:
             say(f'── {words}')
             lines += step(place, size)
     return pd.DataFrame(lines).set_index('what')

@@ -72,3 +72,9 @@ def test_an_enlarged_table_brings_its_features(rows, tmp_path):
     for method, found in stored_taps(new, many).items():
         at = pd.Index(table.image_id[table.method == method]).get_indexer(original(many.image_id[many.method == method]))
         assert np.array_equal(found, taps[method][at])
+
+
+def test_steps_are_chosen_by_name():
+    from rssqa.core import UnknownName
+    from rssqa.speed import run
+    with pytest.raises(UnknownName, match='(?i)reading vectors back'): run(True, only=('reading vectors',))
