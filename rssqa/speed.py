@@ -62,7 +62,7 @@ def line(
     ratio = value / baseline if unit.endswith('/s') else baseline / value
     return dict(what=what, value=value, unit=unit, against=against, baseline=baseline, ratio=ratio, target=target, met='' if np.isnan(target) else 'yes' if ratio >= target else 'no')
 
-# %% ../nbs/74_speed.ipynb #b4087961
+# %% ../nbs/74_speed.ipynb #1e8c81b5
 @dataclass(frozen=True)
 class Size:
     "How much is measured."
@@ -74,12 +74,13 @@ class Size:
     builds: int = 2 # laps of build_sqed and the plain loop
     laps: int = 3 # of scores
     train: int = 6 # steps of training a CLIP
+    threads: tuple = (1, os.cpu_count() or 1) # of a network, the faster number is used
     rows: int = 10_000 # of the table that the model is fitted on
     many: int = 100_000 # of the table whose fit is weighed
     options: dict = field(default_factory=dict) # of QualityModel
 
 
-QUICK = Size('nano', ('pspnet', 'segformer'), scenes=2, side=64, plain=2, builds=1, laps=1, train=2, rows=24, many=48, options=dict(epochs=2, members=1))
+QUICK = Size('nano', ('pspnet', 'segformer'), scenes=2, side=64, plain=2, builds=1, laps=1, train=2, threads=(1,), rows=24, many=48, options=dict(epochs=2, members=1))
 
 
 @contextmanager
@@ -91,11 +92,11 @@ def _threads(n):
     finally: torch.set_num_threads(before)
 
 
-def _fastest(folder, x): # number of threads with which a network segments a tile fastest
+def _fastest(folder, x, threads): # number of threads with which a network segments a tile fastest
     network = load_segmenter(folder)
     def once(n):
         with _threads(n): network(x)
-    seconds = in_turns({n: lambda n=n: once(n) for n in {1, os.cpu_count() or 1}}, 5)
+    seconds = in_turns({n: lambda n=n: once(n) for n in set(threads)}, 5)
     return min(seconds, key=seconds.get)
 
 
@@ -110,7 +111,7 @@ def workplace(
     spec = folder_spec(folder)
     fleet = manifest([train(m, learned, spec, home/'networks', recipe) for m in progress(size.methods, 'making networks', unit='network')])
     tiles = scan(folder).assign(fold=0)
-    threads = _fastest(fleet.folder[0], torch.as_tensor(read_image(tiles.iloc[0]))[None])
+    threads = _fastest(fleet.folder[0], torch.as_tensor(read_image(tiles.iloc[0]))[None], size.threads)
     return SimpleNamespace(home=home, spec=spec, tiles=tiles, fleet=fleet, threads=threads)
 
 # %% ../nbs/74_speed.ipynb #31f853c0

@@ -1,4 +1,4 @@
-"""A real browser on a real JupyterLab, one of each for a whole test run: fixtures `lab`, `chromium` and `page`.
+"""A real browser on a real JupyterLab, one of each for a module: fixtures `lab`, `chromium` and `page`.
 
 Playwright drives the Chromium that is installed; no browser is downloaded. Where there is none, the tests skip and say so.
 """
@@ -18,7 +18,7 @@ def lab(tmp_path_factory):
     lab.stop()
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')      # Playwright's loop must have ended before another module starts its own
 def chromium():
     if not CHROMIUM: pytest.skip(WHY)
     from playwright.sync_api import sync_playwright
