@@ -229,10 +229,10 @@ def projection_(
         told = board.set_index('variant').assign(identical=board.identical.map({True: 'yes', False: 'no'}).to_numpy())
         save_results(told, out, PROTOCOL, '', seed, f'rssqa bench projection --rows {rows} --dims {dims} --seed {seed}')
 
-# %% ../nbs/80_cli.ipynb #19dde0fa
+# %% ../nbs/80_cli.ipynb #3ce30ec4
 @bench_app.command('explorer')
 def explorer_(
-    sizes: Annotated[str, typer.Option(help='Numbers of maps, separated by commas.')] = '10000,100000,1000000',
+    sizes: Annotated[str, typer.Option(help='Numbers of maps, separated by commas.')] = '1000,10000,100000,1000000',
     no_browser: Annotated[bool, typer.Option('--no-browser', help='Only what the kernel does.')] = False,
     out: Annotated[Optional[Path], typer.Option(help='CSV file to write.')] = None,
 ):
@@ -306,7 +306,7 @@ def lab_(
     print(table.T.to_string(header=False))
     if out: table.assign(threads=1, seed=0, commit=commit(), command=f'rssqa bench lab --turns {turns}').to_csv(out, index=False)
 
-# %% ../nbs/80_cli.ipynb #59ed48fd
+# %% ../nbs/80_cli.ipynb #a691ed1b
 def apps() -> dict[str, Path]:
     "Find the packaged notebooks, in an installation or in a checkout."
     import rssqa
@@ -318,7 +318,7 @@ def apps() -> dict[str, Path]:
 @app.command('app')
 def app_(
     name: Annotated[str, typer.Argument(help='lab, recommender, pairs or explorer.')],
-    data: Annotated[Optional[Path], typer.Option(help='recommender: folder of images; pairs: table of rssqa.purify.review_table; explorer: see its page.')] = None,
+    data: Annotated[Optional[Path], typer.Option(help='recommender: folder of images; pairs: table of rssqa.purify.review_table; explorer: table, or folder of rssqa demo.')] = None,
     out: Annotated[Optional[Path], typer.Option(help='pairs: table of verdicts, .csv or .parquet.')] = None,
     pack: Annotated[Optional[Path], typer.Option(help='Folder of a pack.')] = None,
     dataset: Annotated[Optional[str], typer.Option(help='Class table, where the pack knows several.')] = None,

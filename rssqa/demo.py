@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'SCENES', 'SHORT', 'Plan', 'synthetic_plan', 'real_plan', 'run', 'as_text', 'summary']
 
-# %% ../nbs/71_demo.ipynb #4369674c
+# %% ../nbs/71_demo.ipynb #5242ff11
 import os, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,11 +17,12 @@ import pandas as pd
 from .bench import OURS, VIEWS, compare, save_results, verdict
 from .core import DataNotFound, cache_dir, digest, real_dir, say, write_json
 from .data import folder_spec, folds, read_image, read_mask, scan
+from .explorer import save_run
 from .methods.training import Recipe, cross_fit
 from .metrics import single_best
 from .quality import QualityModel, save_model
 from .recommend import write_pack
-from .sqed import build_sqed, save_sqed, stored_mask
+from .sqed import build_sqed, stored_mask
 from .store import Store, extract
 from .synth import LOOKS, write_scenes
 
@@ -126,10 +127,10 @@ def _cases(table, tiles, specs, store, n=8):
                         title=f'{row.dataset} · {row.method}', predicted=row.predicted))
     return out
 
-# %% ../nbs/71_demo.ipynb #c2718c78
+# %% ../nbs/71_demo.ipynb #46d8d2b2
 def run(
     plan: Plan,
-    out='rssqa-demo', # folder for report.html, results.csv and sqed.parquet
+    out='rssqa-demo', # folder for report.html, results.csv, and the table that the Explorer opens
     workers: int = None, # processes; default one per core
     seed: int = 0,
 ) -> pd.DataFrame: # one row a predictor
@@ -142,13 +143,13 @@ def run(
     with _stage(plan, 'comparing predictors'): board, predicted = compare(table, str(store.root), sem, seed=seed, workers=workers or os.cpu_count() or 1)
     with _stage(plan, 'fitting the model that is kept'): _fit(plan, table, store, sem, fleet, board, seed)
     table = table.assign(predicted=predicted[OURS])
-    save_sqed(table, out/'sqed.parquet')
+    save_run(out, table, tiles, store, sem, plan.encoder, 'float32')
     command = _command()
     save_results(board, out/'results.csv', '5-fold cross-validation by scene', plan.title, seed, command)
     with _stage(plan, 'writing the report'): _report(plan, out/'report.html', table, board, tiles, specs, store, sem, seed, command, begun)
     return board
 
-# %% ../nbs/71_demo.ipynb #809f9023
+# %% ../nbs/71_demo.ipynb #69954cbb
 def _command(): # as typed, without the folders of this machine
     if Path(sys.argv[0]).stem != 'rssqa': return 'rssqa.demo.run'
     return ' '.join(['rssqa', *(f'…/{Path(a).name}' if Path(a).is_absolute() else a for a in sys.argv[1:])])
@@ -184,4 +185,4 @@ def summary(
     "Say in a few lines what came out and where it lies."
     row = board.loc[OURS]
     single = f'Always using the method that is best on average is right for {row.top1_single:.0%} of the images and loses {row.regret_single:.3f} OA; following {OURS} is right for {row.top1:.0%} and loses {row.regret:.3f}.'
-    return f'{as_text(board)}\n\n{verdict(board)}\n{single}\n{sum(plan.seconds.values()) / 60:.1f} minutes. Report: {Path(out)/"report.html"}'
+    return f'{as_text(board)}\n\n{verdict(board)}\n{single}\n{sum(plan.seconds.values()) / 60:.1f} minutes. Report: {Path(out)/"report.html"}\nLook around: rssqa app explorer --data {out}'

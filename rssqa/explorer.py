@@ -5,24 +5,27 @@
 # %% auto #0
 __all__ = ['GAP', 'BLANK', 'COMMON', 'ASIDE', 'WRITERS', 'CLUES', 'SAYS', 'SAMPLE', 'REMEMBERED', 'SKILL', 'is_number', 'limits',
            'binned', 'tallied', 'paint_tile', 'case_reader', 'InMemory', 'InStore', 'standardised', 'Cloud', 'Picked',
-           'sharpness', 'ExplorerState', 'why', 'why_text', 'snapshot', 'example']
+           'sharpness', 'ExplorerState', 'why', 'why_text', 'snapshot', 'example', 'save_run', 'open_run']
 
-# %% ../nbs/61_explorer.ipynb #4d732865
+# %% ../nbs/61_explorer.ipynb #97f2f8f3
 import io, json
 from collections import OrderedDict
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Callable
 
 import numpy as np
 import pandas as pd
 
 from .confidence import agreement, label_free
-from .core import DataNotFound, Incompatible, MissingFeatures, SchemaError, as_image, atomic, unknown
+from .branches import Branches
+from .core import DataNotFound, Incompatible, MissingFeatures, SchemaError, as_image, atomic, read_json, unknown, write_json
 from .data import read_image, read_mask, spec_of
-from .sqed import label_free_columns, stored_mask
+from .sqed import label_free_columns, load_sqed, save_sqed, stored_mask
 from .store import Store, feature_table, get_vectors, nearest, put_vectors
-from .projection import project, separation, separation_text
+from .projection import separation, separation_text, stages
 from .viz import MARKERS, OA_MAP, PALETTE, UNKNOWN, Display, case_oa, case_panels, plot_embedding
 
 # %% ../nbs/61_explorer.ipynb #b5ce9597
@@ -172,7 +175,7 @@ class InStore:
             if first.sum() >= k or ask >= total: return rows[first][:k], distance[first][:k]
             ask *= 4
 
-# %% ../nbs/61_explorer.ipynb #355f2c1e
+# %% ../nbs/61_explorer.ipynb #a945a31c
 COMMON = ('image_id', 'dataset', 'scene', 'method', 'oa', 'predicted', 'gap')
 ASIDE = {'u', 'v', 'x', 'y', 'w', 'h', 'path', 'mask_path', 'confusion', 'method_fp', 'image_id'}   # nobody colours by these
 
@@ -211,26 +214,53 @@ class Cloud:
         method: str = None, # 'umap', 'tsne' or 'pca'; default umap up to 20,000 rows, pca above
         numbers: dict = None, # what `separation` measured; None: measured here where features are projected
         seed: int = 0,
-        **options, # for rssqa.viz.project
+        draft: bool = False, # places of PCA now, those of `method` with `settle`
+        **options, # for rssqa.projection.project
     ):
         if not len(table): raise SchemaError('cannot explore', 'the table is empty, expected at least one row', 'check the filter or the path it came from')
         if features is not None and len(features) != len(table):
             raise Incompatible('cannot explore', f'found {len(features)} feature rows and {len(table)} table rows', 'pass the table that the features came from')
-        self.table, self.seed, self.numbers, self._cache = table.reset_index(drop=True), seed, numbers, {}
+        self.table, self.seed, self.numbers, self._cache, self.coming = table.reset_index(drop=True), seed, numbers, {}, ''
+        self._lock, self._found = Lock(), None
         if {'oa', 'predicted'} <= set(table): self.table = self.table.assign(gap=self.table.predicted - self.table.oa)
         self.made, self.attrs = 'places of the table', table.attrs if 'method' in table.attrs else {}
         if features is not None or not {'u', 'v'} <= set(table): self._project(features, method, options)
-        self.placed = np.isfinite(self.table[['u', 'v']].to_numpy(float)).all(1)
-        if not self.placed.any(): raise SchemaError('cannot place the maps', 'u and v are missing in all rows', 'project the features again')
+        else: self.place(self.table)
+        if not draft: self.settle()
 
-    def _project(self, features, method, options):
-        x = standardised(self.table) if features is None else np.asarray(features)
-        if not x.shape[-1]: raise SchemaError('cannot place the maps', 'the table has neither u and v nor label-free columns', 'pass features, or columns u and v')
-        emb = project(x, method or ('umap' if len(x) <= 20_000 else 'pca'), self.seed, max_points=len(x), **options)
+    def _project(self, features, method, options): # PCA at once
+        self._x = standardised(self.table) if features is None else np.asarray(features)
+        if not self._x.shape[-1]: raise SchemaError('cannot place the maps', 'the table has neither u and v nor label-free columns', 'pass features, or columns u and v')
+        method = method or ('umap' if len(self._x) <= 20_000 else 'pca')
+        self._stages = stages(self._x, method, self.seed, max_points=len(self._x), **options)
+        self.place(next(self._stages))
+        self.coming = method
+
+    def wanted(self) -> tuple: # frame as from `project`, what `separation` measured
+        "Compute the places that were asked for, and measure them; changes nothing."
+        with self._lock:                                                     # a thread may be at it
+            if self._found is None:
+                emb = next(self._stages, self.table)                         # PCA comes once
+                self._found = emb, self.numbers or _measure(self._x, self.table.assign(u=emb.u.to_numpy(), v=emb.v.to_numpy()), self.seed)
+            return self._found
+
+    def place(self,
+        emb: pd.DataFrame, # u, v; attrs say how it was made
+        numbers: dict = None, # what `separation` measured
+    ) -> None:
+        "Give every map its place."
         self.table = self.table.assign(u=emb.u.to_numpy(), v=emb.v.to_numpy())
-        self.attrs = emb.attrs
-        self.made = ', '.join([emb.attrs['method'], *(f'{k} {v}' for k, v in emb.attrs.items() if k not in ('method', 'n', 'of'))])
-        if self.numbers is None: self.numbers = _measure(x, self.table, self.seed)
+        self.placed, self.coming, self.numbers = np.isfinite(self.table[['u', 'v']].to_numpy(float)).all(1), '', numbers or self.numbers
+        for c in 'uv': self._cache.pop(c, None)
+        if not self.placed.any(): raise SchemaError('cannot place the maps', 'u and v are missing in all rows', 'project the features again')
+        if 'method' in emb.attrs:
+            self.attrs = emb.attrs
+            self.made = ', '.join([emb.attrs['method'], *(f'{k} {v}' for k, v in emb.attrs.items() if k not in ('method', 'n', 'of'))])
+
+    def settle(self) -> 'Cloud':
+        "Wait for the places that were asked for."
+        if self.coming: self.place(*self.wanted())
+        return self
 
     def __len__(self): return len(self.table)
 
@@ -258,10 +288,10 @@ class Cloud:
 
     def header(self) -> str:
         "Say how many maps there are, how they were placed, and what was measured behind the picture."
-        lost = len(self.table) - int(self.placed.sum())
-        return f'{len(self.table):,} maps · {self.made}' + (f' · {lost:,} without a place not drawn' if lost else '') + '\n' + separation_text(self.numbers)
+        lost, soon = len(self.table) - int(self.placed.sum()), f', {self.coming} is on its way' if self.coming not in ('', self.attrs.get('method')) else ''
+        return f'{len(self.table):,} maps · {self.made}{soon}' + (f' · {lost:,} without a place not drawn' if lost else '') + '\n' + ('separation is being measured' if self.coming else separation_text(self.numbers))
 
-# %% ../nbs/61_explorer.ipynb #e260cf61
+# %% ../nbs/61_explorer.ipynb #9167a43b
 WRITERS = dict(csv=lambda t, path: t.to_csv(path, index=False), parquet=lambda t, path: t.to_parquet(path, index=False))
 
 
@@ -273,8 +303,8 @@ def _flat(table): # lists, which CSV has not, as JSON
 class Picked(Cloud):
     "A cloud with a filter, a selection, a point that is looked at, and observers."
     def __init__(self, table, features=None, **options): # as Cloud
+        self.rules, self._observers = {}, []
         super().__init__(table, features, **options)
-        self.rules, self.mask, self._observers = {}, self.placed.copy(), []
         self.chosen, self.score, self.reason = np.empty(0, np.int64), None, ''
         self.hovered = self.focus = None
         self.color_by = next((c for c in ('oa', 'predicted', *self.columns()) if c in self.table), 'u')
@@ -282,7 +312,7 @@ class Picked(Cloud):
 
     def __repr__(self): return f'{len(self):,} maps, {int(self.mask.sum()):,} shown, {len(self.rows()):,} selected'
 
-    def observe(self, function: Callable) -> Callable: # of one argument: 'filter', 'selection', 'focus', 'color' or 'histogram'
+    def observe(self, function: Callable) -> Callable: # of one argument: 'filter', 'selection', 'focus', 'color', 'histogram' or 'places'
         "Call a function after every change; return a function that stops this."
         self._observers.append(function)
         return lambda: self._observers.remove(function)
@@ -294,9 +324,17 @@ class Picked(Cloud):
         "Show only rows that pass every rule; earlier rules stay."
         passed = {column: self._passes(self.need(column), rule) for column, rule in rules.items() if rule is not None}   # refuse before changing anything
         self.rules = {c: r for c, r in self.rules.items() if c not in rules} | {c: (rules[c], passed[c]) for c in passed}
-        self.mask = np.logical_and.reduce([self.placed, *(hit for _, hit in self.rules.values())])
+        self._sift()
         self._tell('filter')
         return self
+
+    def _sift(self): self.mask = np.logical_and.reduce([self.placed, *(hit for _, hit in self.rules.values())])
+
+    def place(self, emb, numbers=None): # as in Cloud
+        "Give every map its place."
+        super().place(emb, numbers)
+        self._sift()
+        self._tell('places')
 
     def _passes(self, column, rule): # -> (N,) bool
         if isinstance(rule, tuple) and len(rule) == 2 and is_number(self.table[column]):
@@ -382,7 +420,7 @@ def _arrow(table):
     import pyarrow as pa
     return pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata()
 
-# %% ../nbs/61_explorer.ipynb #63ba45d9
+# %% ../nbs/61_explorer.ipynb #b039f6cb
 CLUES = dict( # clue -> columns, the first one that the table has counts; +1 where large is bad
     dispersion=(('entropy_t', 1), ('entropy', 1), ('conf_t', -1), ('conf', -1)), disagreement=(('agree_majority', -1), ('agree_mean', -1)))
 SAYS = dict(dispersion=('its pixels are less certain', 'its pixels are more certain'), disagreement=('it disagrees with the other methods more', 'it agrees with the other methods more'),
@@ -406,7 +444,7 @@ class ExplorerState(Picked):
         features: np.ndarray = None, # (N,D) to project; neighbours are sought here where there is no store
         store: Store = None, # where the images' vectors are
         sem: str = None, # their table in the store; default: that of `encoder`
-        encoder=None, # SemanticEncoder or its name, for questions in words
+        encoder=None, # SemanticEncoder, its name or a function that loads it, for questions in words
         images: Callable = None, # row -> dict(image, mask, truth, palette, classes), see case_reader
         **options, # for Cloud
     ):
@@ -419,6 +457,7 @@ class ExplorerState(Picked):
         if isinstance(self.encoder, str):
             from rssqa.encoders import load_encoder
             self.encoder = load_encoder(self.encoder)
+        elif isinstance(self.encoder, Callable): self.encoder = self.encoder()
         return self.encoder
 
     def vectors(self): # -> InStore or InMemory
@@ -653,3 +692,36 @@ def example(
         put_vectors(store, name, ids, encoder.encode_image(torch.as_tensor(np.stack([cases[i]['image'] for i in ids]))).pooled.float().cpu().numpy())
     read = lambda row: cases[row.image_id] | dict(mask=maps[row.image_id][row.method], palette=COLOURS, classes=CLASSES)
     return ExplorerState(table.assign(predicted=_predicted(table)), store=store, sem=name, encoder=encoder, images=read, method=method, **options)
+
+# %% ../nbs/61_explorer.ipynb #be3ed9fc
+def save_run(
+    folder, # made if it is not there
+    table: pd.DataFrame, # an SQED table
+    tiles: pd.DataFrame, # its images, see rssqa.data.scan
+    store: Store, # of its maps and vectors
+    sem: str, # name of the table of vectors
+    encoder: str = '', # that made them: a name or a folder
+    dtype: str = 'auto', # of the encoder, see rssqa.encoders.load_encoder
+) -> Path: # folder, with sqed.parquet, tiles.parquet and run.json
+    "Leave what `open_run` needs."
+    folder, root = Path(folder), store.root if '://' in store.root else str(Path(store.root).resolve())
+    save_sqed(table, folder/'sqed.parquet')
+    with atomic(folder/'tiles.parquet') as tmp: tiles[tiles.image_id.isin(table.image_id)].to_parquet(tmp, index=False)
+    write_json(folder/'run.json', dict(store=root, sem=sem, encoder=encoder, dtype=dtype))
+    return folder
+
+
+def open_run(
+    folder, # of save_run
+    **options, # for ExplorerState
+) -> ExplorerState:
+    "Open a run, with its images, maps, vectors and words."
+    from rssqa.encoders import load_encoder
+    folder = Path(folder)
+    if not (folder/'run.json').exists(): raise DataNotFound(f'no run in {folder}', 'expected run.json, sqed.parquet and tiles.parquet', 'pass the folder that rssqa demo wrote, or save_run')
+    known, table, tiles = read_json(folder/'run.json'), load_sqed(folder/'sqed.parquet'), pd.read_parquet(folder/'tiles.parquet')
+    if '://' not in known['store'] and not Path(known['store']).is_dir(): raise DataNotFound(f'the maps of {folder} are gone', f'expected a store in {known["store"]}', 'run it again')
+    store, sem = Store(known['store']), known['sem']
+    features = Branches(store.root, sem).fit(table).transform(table).side_by_side()
+    words = partial(load_encoder, known['encoder'], dtype=known['dtype']) if known['encoder'] else None
+    return ExplorerState(table, features, store=store, sem=sem, encoder=words, images=case_reader(tiles, store), **options)

@@ -1,10 +1,12 @@
-"""A real browser on a real JupyterLab, one of each for a module: fixtures `lab`, `chromium` and `page`.
+"""A real browser for the tests: fixtures `chromium`, `lab` (a JupyterLab) and `page`, and `opened` for pages from a file or a server.
 
 Playwright drives the Chromium that is installed; no browser is downloaded. Where there is none, the tests skip and say so.
 """
+from contextlib import contextmanager
+
 import pytest
 
-from rssqa.explorerspeed import CHROMIUM, FLAGS, Lab, drag, run_all  # noqa: F401 (tests take them from here)
+from rssqa.explorerspeed import CHROMIUM, FLAGS, JupyterLab, drag, run_all  # noqa: F401 (tests take them from here)
 
 NOISE = ('favicon', 'ERR_INTERNET_DISCONNECTED', 'ERR_NAME_NOT_RESOLVED')
 WHY = 'no chromium on the path: the views are not tried in a browser'
@@ -13,7 +15,7 @@ WHY = 'no chromium on the path: the views are not tried in a browser'
 @pytest.fixture(scope='session')
 def lab(tmp_path_factory):
     if not CHROMIUM: pytest.skip(WHY)
-    lab = Lab(tmp_path_factory.mktemp('lab')/'home')
+    lab = JupyterLab(tmp_path_factory.mktemp('lab')/'home')
     yield lab
     lab.stop()
 
@@ -28,13 +30,31 @@ def chromium():
         browser.close()
 
 
+def overhear(page, kinds=('error',), noise=NOISE):
+    "Remember what the console of a page complains of, in `page.faults`."
+    page.faults = []
+    page.on('console', lambda m: page.faults.append(m.text) if m.type in kinds and not any(n in m.text for n in noise) else None)
+    page.on('pageerror', lambda e: page.faults.append(str(e)))
+    return page
+
+
 @pytest.fixture
 def page(chromium):
-    "A page that remembers what its console complained of, in `page.faults`."
-    page = chromium.new_page(viewport=dict(width=1500, height=1000))
+    "A page for JupyterLab."
+    page = overhear(chromium.new_page(viewport=dict(width=1500, height=1000)))
     page.set_default_timeout(180_000)
-    page.faults = []
-    page.on('console', lambda m: page.faults.append(m.text) if m.type == 'error' and not any(n in m.text for n in NOISE) else None)
-    page.on('pageerror', lambda e: page.faults.append(str(e)))
     yield page
     page.close()
+
+
+@contextmanager
+def opened(chromium, address, width=1200, height=860, **options):
+    "Open a page from a file, with the network off; afterwards nothing may have gone wrong on its console, and nobody was asked for anything."
+    context, asked = chromium.new_context(offline=True, viewport=dict(width=width, height=height), **options), []
+    page = overhear(context.new_page(), ('error', 'warning'), ())
+    page.on('request', lambda r: asked.append(r.url))
+    try:
+        page.goto(address)
+        yield page
+        assert page.faults == [] and [a for a in asked if not a.startswith(('file:', 'data:', 'blob:'))] == []
+    finally: context.close()

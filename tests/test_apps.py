@@ -1,4 +1,6 @@
 """An app is a packaged notebook that Voila shows: it renders without a fault, hears a button and a key, and saves."""
+import base64
+import io
 import os
 import signal
 import socket
@@ -6,12 +8,19 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
-from headless import browser, chromium
+from browser import chromium, overhear  # noqa: F401 (a fixture)
 from rssqa.cli import apps, main
+from rssqa.encoders import load_encoder
+from rssqa.explorer import save_run
+from rssqa.store import Store, extract
+from worlds import world
 
 
 OF_VOILA = 'The getter for the shared module is not a function'   # Voila says so while it loads extensions of JupyterLab that it does not use
@@ -41,34 +50,64 @@ def answers(address):
 def verdicts(path): return pd.read_csv(path, keep_default_na=False).verdict.tolist() if path.exists() else []
 
 
-def test_the_pair_reviewer_runs_as_an_app(tmp_path):
-    chromium()
-    port, out = free_port(), tmp_path/'verdicts.csv'
-    process = subprocess.Popen([sys.executable, '-c', 'from rssqa.cli import main; main()', 'app', 'pairs', '--out', str(out), '--port', str(port), '--no-browser'],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path, start_new_session=True)
+@contextmanager
+def served(chromium, folder, *options):
+    "-> the page of an app, as `rssqa app` shows it."
+    port = free_port()
+    process = subprocess.Popen([sys.executable, '-c', 'from rssqa.cli import main; main()', 'app', *options, '--port', str(port), '--no-browser'],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, start_new_session=True)
     try:
         wait_for(lambda: answers(f'http://127.0.0.1:{port}'), process=process)
-        with browser() as started:
-            page, faults = started.new_page(), []
-            page.on('pageerror', lambda e: faults.append(str(e)))
-            page.on('console', lambda m: faults.append(m.text) if m.type == 'error' and OF_VOILA not in m.text else None)
-            page.route(lambda url: f'127.0.0.1:{port}' not in url and url.startswith('http'), lambda route: route.fulfill(status=200, body='', content_type='text/css'))   # Voila asks for an icon font
-            page.goto(f'http://127.0.0.1:{port}', wait_until='commit', timeout=90_000)
-            page.get_by_role('button', name='Right').wait_for(timeout=90_000)
-            page.get_by_text('0 judged, 0 skipped, 8 left').wait_for()
-            page.get_by_role('button', name='Right').click()
-            page.get_by_text('1 judged, 0 skipped, 7 left').wait_for()
-            page.get_by_text('Keys, after a click').wait_for()
-            page.keyboard.press('w')                                       # the button that was clicked has the focus
-            page.get_by_text('2 judged, 0 skipped, 6 left').wait_for()
-            page.keyboard.press('s')
-            page.get_by_text('2 judged, 1 skipped, 5 left').wait_for()
-            assert verdicts(out)[:3] == ['right', 'wrong', '']
-            assert page.locator('img').first.evaluate('i => i.naturalWidth') == 280 and faults == []
+        page = overhear(chromium.new_page(viewport=dict(width=1500, height=1000)), noise=(OF_VOILA,))
+        page.set_default_timeout(90_000)
+        page.route(lambda url: f'127.0.0.1:{port}' not in url and url.startswith('http'), lambda route: route.fulfill(status=200, body='', content_type='text/css'))   # Voila asks for an icon font
+        page.goto(f'http://127.0.0.1:{port}', wait_until='commit')
+        yield page
+        assert page.faults == []
+        page.close()
     finally:
         os.killpg(process.pid, signal.SIGTERM)                             # the verb, Voila and its kernel
         try: process.wait(10)
         except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL); process.wait()
+
+
+def test_the_pair_reviewer_runs_as_an_app(chromium, tmp_path):
+    out = tmp_path/'verdicts.csv'
+    with served(chromium, tmp_path, 'pairs', '--out', str(out)) as page:
+        page.get_by_text('0 judged, 0 skipped, 8 left').wait_for()
+        page.get_by_role('button', name='Right').click()
+        page.get_by_text('1 judged, 0 skipped, 7 left').wait_for()
+        page.get_by_text('Keys, after a click').wait_for()
+        page.keyboard.press('w')                                           # the button that was clicked has the focus
+        page.get_by_text('2 judged, 0 skipped, 6 left').wait_for()
+        page.keyboard.press('s')
+        page.get_by_text('2 judged, 1 skipped, 5 left').wait_for()
+        assert verdicts(out)[:3] == ['right', 'wrong', '']
+        assert page.locator('img').first.evaluate('i => i.naturalWidth') == 280
+
+
+def test_the_explorer_opens_a_run_as_an_app(chromium, tmp_path):
+    w = world()
+    store = Store(w.home/'store')
+    save_run(tmp_path/'run', w.sqed, w.tiles, store, extract(w.tiles, load_encoder('tiny-clip', dtype='float32'), store), 'tiny-clip', 'float32')
+    with served(chromium, tmp_path, 'explorer', '--data', str(tmp_path/'run')) as page:
+        page.get_by_text(f'{len(w.sqed)} of {len(w.sqed)} shown').wait_for()
+        page.get_by_text('umap, seed 0').wait_for()                        # the places of PCA have given way
+        page.get_by_placeholder('flooded road').fill('a town with houses')
+        page.keyboard.press('Enter')
+        page.get_by_text('most like "').wait_for()
+        page.locator('select[size="7"] option').first.wait_for(state='attached')
+        page.locator('select[size="7"]').focus()
+        page.keyboard.press('ArrowDown')
+        tile = page.locator('.rssqa-explorer img')
+        tile.wait_for()
+        seen = Image.open(io.BytesIO(base64.b64decode(tile.get_attribute('src').partition(',')[2])))
+        part = np.asarray(seen.convert('RGB'), float)[20:108].reshape(88, -1, 3)
+        assert seen.size == (392, 128) and all(part[:, k * 132 + 10:k * 132 + 118].std() > 10 for k in range(3))   # image, map and error are there
+        page.get_by_role('button', name='Select shown').click()
+        page.get_by_text(f'{len(w.sqed)} selected').first.wait_for()
+        page.get_by_role('button', name='Save').click()
+        page.get_by_text(f'{len(w.sqed)} maps written to selection.csv').wait_for()
 
 
 def test_apps_are_found_and_mistakes_explained(capsys, monkeypatch, tmp_path):

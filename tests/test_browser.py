@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from browser import chromium, drag, lab, page, run_all
+from rssqa.explorerspeed import browser_waits
 from test_house import ROOT
 
 TELL = '''import base64, json, os
@@ -113,3 +114,67 @@ def test_lasso_hover_search_and_keyboard(page, app):
     page.wait_for_function('[...document.querySelectorAll(".rssqa-explorer div")].some(e => e.textContent.includes("nearest judged maps"))')
     if 'RSSQA_SHOTS' in os.environ: page.screenshot(path=os.environ['RSSQA_SHOTS'] + '/words.png')
     assert page.faults == []
+
+
+STATES = ('''import numpy as np, pandas as pd
+from rssqa.explorerspeed import cloud
+from rssqa.explorerview import Explorer
+
+def nothing(row): raise FileNotFoundError(f'{row.image_id}.png is not there')''',
+          "nan = Explorer(cloud(40).assign(oa=np.nan, predicted=np.nan), images=nothing, height=240)\nnan",
+          "one = Explorer(cloud(1), height=240)\none",
+          "rng = np.random.default_rng(0)\nsoon = Explorer(cloud(3000).drop(columns=['u', 'v']), rng.normal(size=(3000, 64)).cumsum(0), height=240)\nsoon")
+TELL_STATES = '''import json, os
+from pathlib import Path
+
+def tell(what=''):
+    Path('.seen').write_text(json.dumps(dict(nan=len(nan.selection()), one=len(one.selection()), soon=len(soon.selection()), coming=soon.state.coming, lost=int(soon.state.chosen.sum()))))
+    os.replace('.seen', 'seen.json')
+
+for w in (nan, one, soon): w.state.observe(tell)
+tell()'''
+
+
+def test_poor_states_are_told_and_umap_takes_the_place_of_pca(page, lab):
+    (lab.home/'seen.json').unlink(missing_ok=True)
+    run_all(page, lab.url(lab.write('states.ipynb', *STATES, TELL_STATES)))
+    nan, one, soon = (page.locator('.rssqa-explorer').nth(k) for k in range(3))
+    said = lambda window: window.locator('[role=status]')
+    early = soon.get_by_text('umap is on its way')
+    early.wait_for()
+    soon.get_by_role('button', name='Select shown').click()               # the window answers while UMAP is at work
+    page.wait_for_function('[...document.querySelectorAll("[role=status]")].some(e => e.textContent.includes("3,000 selected"))')
+    before = early.count()
+    soon.get_by_text('umap, seed 0').wait_for()
+    assert before == 1 and early.count() == 0 and told(lab, lambda s: s['soon'] == 3000 and not s['coming'])['lost'] == 2999 * 1500
+
+    # nobody knows a score, and there is no picture
+    nan.scroll_into_view_if_needed()
+    assert 'unknown (40)' in nan.inner_text() and 'OA' not in nan.locator('select[size="7"]').inner_text()
+    nan.get_by_role('button', name='Save').click()
+    page.wait_for_function('[...document.querySelectorAll("[role=status]")].some(e => /othing is selected/.test(e.textContent))')
+    nan.get_by_role('button', name='Select shown').click()
+    told(lab, lambda s: s['nan'] == 40)
+    nan.locator('select[size="7"]').focus(); page.keyboard.press('ArrowDown')
+    nan.locator('img').wait_for()
+    nan.get_by_role('button', name='Why?').click()
+    nan.get_by_text('no score').wait_for()
+
+    # a lasso round nothing, and one point alone
+    one.scroll_into_view_if_needed()
+    one.get_by_title('Activate lasso selection').click()
+    box = one.locator('canvas').first.bounding_box()
+    drag(page, [(box['x'] + dx, box['y'] + dy) for dx, dy in ((4, 4), (40, 4), (40, 40), (4, 40), (4, 4))])
+    assert '1 of 1 shown, 0 selected' in said(one).inner_text()
+    drag(page, [(box['x'] + dx, box['y'] + dy) for dx, dy in ((4, 4), (box['width'] - 4, 4), (box['width'] - 4, box['height'] - 4), (4, box['height'] - 4), (4, 4))])
+    told(lab, lambda s: s['one'] == 1)
+    if 'RSSQA_SHOTS' in os.environ: page.screenshot(path=os.environ['RSSQA_SHOTS'] + '/states.png')
+    assert page.faults == []
+
+
+def test_a_million_maps_answer_a_lasso(page, lab):
+    waits = browser_waits(lab, page, 1_000_000, laps=1)
+    assert 0 < waits['lasso'] < 60 and 0 < waits['paint'] < 60            # how long it takes is for the benchmark
+    words = page.locator('[role=status]').inner_text()
+    assert '1,000,000 of 1,000,000 shown' in words and 200_000 < int(words.split(', ')[1].split()[0].replace(',', '')) < 800_000
+    assert [f for f in page.faults if 'Failed to initialize model' not in f] == []   # anywidget says so after two seconds, and goes on

@@ -38,7 +38,7 @@ def demo():
 
 def test_demo_writes_report_table_and_pack(demo):
     plan, board, home = demo
-    assert {p.name for p in (home/'out').iterdir()} == {'report.html', 'results.csv', 'sqed.parquet'}
+    assert {p.name for p in (home/'out').iterdir()} == {'report.html', 'results.csv', 'run.json', 'sqed.parquet', 'tiles.parquet'}
     table = pd.read_parquet(home/'out'/'sqed.parquet')
     assert len(table) == 48 * 3 and set(table.dataset) == {'town', 'flood'} and table.predicted.between(0, 1).all()
     saved = pd.read_csv(home/'out'/'results.csv')
@@ -51,7 +51,7 @@ def test_demo_writes_report_table_and_pack(demo):
 def test_demo_reports_every_predictor_beside_ours(demo):
     plan, board, home = demo
     text = summary(board, plan, home/'out')
-    assert as_text(board).splitlines()[2].startswith(OURS) and all(name in text for name in board.index) and 'minutes' in text
+    assert as_text(board).splitlines()[2].startswith(OURS) and all(name in text for name in board.index) and 'minutes' in text and f'rssqa app explorer --data {home/"out"}' in text
     assert board.loc['mean of dataset and method', 'gap_closed'] == pytest.approx(0, abs=0.35)
 
 

@@ -1,5 +1,5 @@
 """The Explorer without a browser: the state's answers, and a window that follows it."""
-import base64, io, json, subprocess, sys, time, warnings
+import base64, io, json, shutil, subprocess, sys, time, warnings
 
 import numpy as np
 import pandas as pd
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from rssqa.core import DataNotFound, Incompatible, MissingFeatures, SchemaError, UnknownName
-from rssqa.explorer import ExplorerState, InMemory, InStore, Picked, binned, case_reader, paint_tile, sharpness, snapshot, tallied, why, why_text
+from rssqa.explorer import ExplorerState, InMemory, InStore, Picked, binned, case_reader, open_run, paint_tile, save_run, sharpness, snapshot, tallied, why, why_text
 from rssqa.explorerspeed import cloud
 from rssqa.explorerview import Explorer, SHADES, bars_svg, encode, explore, legend_html
 from rssqa.store import Store, put_vectors
@@ -375,7 +375,103 @@ def test_explore_opens_files_and_refuses_others(tmp_path):
     table().to_parquet(tmp_path/'t.parquet'); table().to_csv(tmp_path/'t.csv', index=False)
     assert len(explore(tmp_path/'t.parquet').state) == len(explore(str(tmp_path/'t.csv')).state) == 60
     with pytest.raises(DataNotFound): explore(tmp_path/'no.parquet')
-    with pytest.raises(Incompatible, match="suffix '.xlsx'"): explore('t.xlsx')
+    (tmp_path/'t.xlsx').write_bytes(b'')
+    with pytest.raises(Incompatible, match="suffix '.xlsx'"): explore(tmp_path/'t.xlsx')
+    with pytest.raises(DataNotFound, match='no run in'): explore(tmp_path)
+
+
+# ---------------------------------------------------------------- PCA first, and runs
+
+def drafted(n=80, **options):
+    rng = np.random.default_rng(0)
+    t = pd.concat([table(), table(n - 60, 1)], ignore_index=True).drop(columns=['u', 'v'])
+    return t, rng.normal(size=(n, 12)) + 3 * t.oa.to_numpy()[:, None], dict(method='tsne') | options
+
+
+def test_a_draft_settles_where_the_plain_state_stands():
+    t, x, options = drafted()
+    soon, told = Picked(t, x, draft=True, **options), []
+    assert soon.coming == 'tsne' and 'tsne is on its way' in soon.header() and np.allclose(soon.table[['u', 'v']], Picked(t, x, method='pca').table[['u', 'v']])
+    soon.filter(dataset='coast').select([1, 2, 3])
+    soon.observe(told.append)
+    soon.settle(); soon.settle()
+    plain = Picked(t, x, **options)
+    assert told == ['places'] and np.array_equal(soon.table, plain.table) and soon.header() == plain.header()
+    assert soon.numbers == plain.numbers and list(soon.chosen) == [1, 2, 3] and np.array_equal(soon.mask, t.dataset == 'coast')
+    assert np.array_equal(soon.values('u'), plain.values('u'))
+
+
+def test_a_draft_of_pca_only_measures():
+    t, x, _ = drafted()
+    soon = Picked(t, x, draft=True, method='pca')
+    before = soon.table.u.to_numpy()
+    assert 'being measured' in soon.header() and soon.settle().numbers and np.array_equal(before, soon.table.u)
+
+
+def test_two_who_wait_get_the_same_places():
+    from concurrent.futures import ThreadPoolExecutor
+    t, x, options = drafted()
+    soon = Picked(t, x, draft=True, **options)
+    with ThreadPoolExecutor(3) as pool: found = [f.result() for f in [pool.submit(soon.wanted) for _ in range(3)]]
+    assert all(f is found[0] for f in found) and found[0][0].attrs['method'] == 'tsne'
+
+
+def test_the_window_shows_pca_and_then_what_was_asked_for():
+    import asyncio
+    t, x, options = drafted()
+
+    async def live():
+        window = Explorer(t, x, **options)
+        seen = window.screens['header'].value, window.scatter.widget.points.copy()
+        window.scatter.widget.selection = np.array([5, 6], 'uint32')
+        window.controls['dataset'].value = ('coast',)
+        await window._task
+        return window, *seen
+
+    window, header, points = asyncio.run(live())
+    plain = Picked(t, x, **options)
+    assert 'tsne is on its way' in header and 'on its way' not in window.screens['header'].value and 'perplexity' in window.screens['header'].value
+    assert not np.allclose(points[:, :2], window.scatter.widget.points[:, :2]) and np.array_equal(window.state.table[['u', 'v']], plain.table[['u', 'v']])
+    assert list(window.scatter.widget.selection) == [5, 6] and np.array_equal(window.scatter.widget.filter, np.flatnonzero(t.dataset == 'coast'))
+    assert Explorer(t, x, **options).state.coming == ''                     # without a loop nobody could look meanwhile
+
+
+def test_a_projection_that_fails_leaves_the_window_with_pca(monkeypatch):
+    import asyncio
+    from rssqa.projection import DRAWERS
+    t, x, options = drafted()
+    monkeypatch.setitem(DRAWERS, 'tsne', lambda *args, **more: 1 / 0)
+
+    async def live():
+        window = Explorer(t, x, **options)
+        await window._task
+        return window
+
+    window = asyncio.run(live())
+    assert 'tsne failed, the places of PCA stay' in words(window) and window.state.attrs['method'] == 'pca'
+    window.scatter.widget.selection = np.array([5, 6], 'uint32')
+    assert '2 selected' in words(window)
+
+
+def test_a_run_is_opened_again(tmp_path):
+    from worlds import world
+    w = world()
+    store = Store(tmp_path/'store')
+    for name in Store(w.home/'store').names(): store.put(name, Store(w.home/'store').get(name))
+    put_vectors(store, 'sem/words@abcdef01', ids := w.sqed.image_id.unique(), np.random.default_rng(0).normal(size=(len(ids), 4)))
+    assert {p.name for p in save_run(tmp_path/'run', w.sqed, w.tiles, store, 'sem/words@abcdef01').iterdir()} == {'sqed.parquet', 'tiles.parquet', 'run.json'}
+    s = open_run(tmp_path/'run', method='pca')
+    case, fault = s.case(3)
+    assert not fault and set(case) == {'image', 'mask', 'truth', 'palette', 'classes'} and len(s) == len(w.sqed)
+    assert s.neighbours(0, 3).image_id.nunique() == 3 and 'picture trustworthy' in s.header()
+    with pytest.raises(Incompatible, match='in words'): s.search('water')    # no encoder was named
+    code = ("import sys, numpy as np, pandas as pd\nfrom rssqa.store import Store, put_vectors\nstore = Store(sys.argv[1])\n"
+            "put_vectors(store, 'sem/words@abcdef01', ['new'], np.ones((1, 4)))\nstore.tidy('sem/words@abcdef01'); store.tidy('masks')")
+    subprocess.run([sys.executable, '-c', code, str(tmp_path/'store')], check=True)   # another process writes and tidies
+    assert s.neighbours(1, 3).image_id.nunique() == 3 and s.case(4)[1] == '' and s.vectors().store.keys('sem/words@abcdef01').isin(['new']).any()
+    shutil.rmtree(tmp_path/'store')
+    with pytest.raises(DataNotFound, match='maps of .* are gone'): open_run(tmp_path/'run')
+    with pytest.raises(DataNotFound, match='no run'): open_run(tmp_path/'nothing')
 
 
 def test_case_reader_reads_what_the_pipeline_stored():

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.path import Path as Loop
 from PIL import Image
 
-from headless import browser, opened
+from browser import chromium, opened  # noqa: F401 (a fixture)
 from rssqa.core import Incompatible, SchemaError, UnknownName
 from rssqa.page import CSP, LIMIT, MISSING, drawn, plane, to_html
 from rssqa.synth import LOOKS, scene
@@ -116,11 +116,11 @@ def test_mistakes_say_what_to_do(tmp_path):
 # ---------------------------------------------------------------- in a browser
 
 @pytest.fixture(scope='module')
-def page(tmp_path_factory):
+def page(tmp_path_factory, chromium):
     emb, x, table = points()
     images = {f'im-{i:04d}': scene(list(LOOKS)[i % 4], i, 64).image for i in range(40)}
     path = to_html(emb, tmp_path_factory.mktemp('page')/'p.html', numbers=separation(x, table.oa, table.dataset, table.scene, emb[['u', 'v']]), images=images, title='Scenes')
-    with browser() as started, opened(started, path.as_uri(), accept_downloads=True) as seen:
+    with opened(chromium, path.as_uri(), accept_downloads=True) as seen:
         seen.wait_for_selector('.plane[data-ready]')
         yield seen, emb.sample(len(emb), random_state=0).reset_index(drop=True)
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from headless import browser, opened
+from browser import chromium, opened  # noqa: F401 (a fixture)
 from rssqa import report
 from rssqa.core import SchemaError
 from rssqa.projection import project, separation
@@ -118,10 +118,10 @@ def test_the_map_holds_the_points_and_their_thumbnails(page):
     assert f'a{EVIL}' in columns['dataset']['levels'] and 'n = 24' in page and 'pca, seed 0' in page
 
 
-def test_the_map_answers_in_a_browser(tmp_path):
+def test_the_map_answers_in_a_browser(tmp_path, chromium):
     t, emb, comparison, facts = toy()
     path = report.write_report(tmp_path/'report.html', t, emb, comparison, [case()], facts, {'i3': np.ones((3, 8, 8), np.float32)})
-    with browser() as started, opened(started, path.as_uri()) as seen:
+    with opened(chromium, path.as_uri()) as seen:
         seen.wait_for_selector('.plane[data-ready]')
         seen.locator('canvas.points').scroll_into_view_if_needed()
         i = int(np.flatnonzero(emb.sample(24, random_state=0).image_id == 'i3')[0])
