@@ -175,7 +175,7 @@ class InStore:
             if first.sum() >= k or ask >= total: return rows[first][:k], distance[first][:k]
             ask *= 4
 
-# %% ../nbs/61_explorer.ipynb #a945a31c
+# %% ../nbs/61_explorer.ipynb #34a1d8a6
 COMMON = ('image_id', 'dataset', 'scene', 'method', 'oa', 'predicted', 'gap')
 ASIDE = {'u', 'v', 'x', 'y', 'w', 'h', 'path', 'mask_path', 'confusion', 'method_fp', 'image_id'}   # nobody colours by these
 
@@ -289,7 +289,7 @@ class Cloud:
     def header(self) -> str:
         "Say how many maps there are, how they were placed, and what was measured behind the picture."
         lost, soon = len(self.table) - int(self.placed.sum()), f', {self.coming} is on its way' if self.coming not in ('', self.attrs.get('method')) else ''
-        return f'{len(self.table):,} maps · {self.made}{soon}' + (f' · {lost:,} without a place not drawn' if lost else '') + '\n' + ('separation is being measured' if self.coming else separation_text(self.numbers))
+        return f'{len(self.table):,} {"map" if len(self.table) == 1 else "maps"} · {self.made}{soon}' + (f' · {lost:,} without a place not drawn' if lost else '') + '\n' + ('separation is being measured' if self.coming else separation_text(self.numbers))
 
 # %% ../nbs/61_explorer.ipynb #9167a43b
 WRITERS = dict(csv=lambda t, path: t.to_csv(path, index=False), parquet=lambda t, path: t.to_parquet(path, index=False))
