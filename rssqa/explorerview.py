@@ -352,19 +352,20 @@ def summary_html(facts: dict) -> str: # from ExplorerState.summary
     parts = [f'{html.escape(k)}: ' + ', '.join(f'{html.escape(v)} {n:,}' for v, n in facts[k].items()) for k in ('dataset', 'method') if k in facts]
     return f'<div style="font-size:12px;line-height:1.4"><b>{facts["n"]:,}</b> of {facts["of"]:,}' + ''.join(f' · {m}' for m in means) + '<br>' + '<br>'.join(parts) + '</div>'
 
-# %% ../nbs/61b_explorerview.ipynb #6b28c496
+# %% ../nbs/61b_explorerview.ipynb #5b8751fd
 READERS = {'.parquet': pd.read_parquet, '.csv': pd.read_csv}
 
 
 def explore(
     source=None, # DataFrame, ExplorerState, .parquet or .csv file, folder of a run; None: synthetic scenes
-    **options, # for Explorer; for `open_run` or `example` where they make the state
+    height: int = 440, # of the scatter, pixels
+    **options, # for ExplorerState
 ) -> Explorer:
     "Open the Explorer."
-    if source is None: return Explorer(example(**options))
-    if not isinstance(source, (str, os.PathLike)): return Explorer(source, **options)
+    if source is None: return Explorer(example(**options), height=height)
+    if not isinstance(source, (str, os.PathLike)): return Explorer(source, height=height, **options)
     path = Path(source)
     if not path.exists(): raise DataNotFound(f'nothing at {path}', 'expected a table or the folder of a run', 'check the path')
-    if path.is_dir(): return Explorer(open_run(path, **dict(draft=True) | options))
+    if path.is_dir(): return Explorer(open_run(path, **dict(draft=True) | options), height=height)
     if path.suffix not in READERS: raise Incompatible(f'cannot open {path.name}', f'found suffix {path.suffix!r}, expected {" or ".join(READERS)}', 'save the table in one of these')
-    return Explorer(READERS[path.suffix](path), **options)
+    return Explorer(READERS[path.suffix](path), height=height, **options)

@@ -460,6 +460,7 @@ def test_a_run_is_opened_again(tmp_path):
     for name in Store(w.home/'store').names(): store.put(name, Store(w.home/'store').get(name))
     put_vectors(store, 'sem/words@abcdef01', ids := w.sqed.image_id.unique(), np.random.default_rng(0).normal(size=(len(ids), 4)))
     assert {p.name for p in save_run(tmp_path/'run', w.sqed, w.tiles, store, 'sem/words@abcdef01').iterdir()} == {'sqed.parquet', 'tiles.parquet', 'run.json'}
+    assert explore(tmp_path/'run', height=300, method='pca').scatter.height() == 300
     s = open_run(tmp_path/'run', method='pca')
     case, fault = s.case(3)
     assert not fault and set(case) == {'image', 'mask', 'truth', 'palette', 'classes'} and len(s) == len(w.sqed)
