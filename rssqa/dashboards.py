@@ -6,7 +6,7 @@
 __all__ = ['VERDICTS', 'KEYS_JS', 'write_table', 'read_table', 'Recommender', 'class_table', 'view_recommender', 'PairReviewer',
            'marked', 'view_reviewer', 'app_settings', 'example_review']
 
-# %% ../nbs/61e_dashboards.ipynb #3e27a81c
+# %% ../nbs/61e_dashboards.ipynb #3f4c87b1
 import html, os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,21 +15,23 @@ import numpy as np
 import pandas as pd
 
 from .core import BadImage, DataNotFound, Incompatible, Problem, SchemaError, as_image, atomic, datasets, unknown
+from .data import colourise
+from .explorer import WRITERS
 from .lab import as_png, class_key, interval_rows, with_intervals
 from .purify import agreement
 from .recommend import SUFFIXES, Pack, default_pack, rank
 from .synth import CLASSES, PALETTE
 from .viz import PALETTE as MARKS
 
-# %% ../nbs/61e_dashboards.ipynb #b3013375
+# %% ../nbs/61e_dashboards.ipynb #eb54c9ff
 def write_table(
     table: pd.DataFrame, # any
     path, # .csv or .parquet
 ) -> Path:
     "Write a table, all or nothing."
-    path = Path(path)
-    if path.suffix not in ('.csv', '.parquet'): raise Incompatible(f'cannot write {path}', f'found suffix {path.suffix!r}, expected .csv or .parquet', 'rename the output')
-    with atomic(path) as tmp: table.to_csv(tmp, index=False) if path.suffix == '.csv' else table.to_parquet(tmp, index=False)
+    path, kind = Path(path), Path(path).suffix.lstrip('.')
+    if kind not in WRITERS: raise Incompatible(f'cannot write {path}', f'found suffix {path.suffix!r}, expected .csv or .parquet', 'rename the output')
+    with atomic(path) as tmp: WRITERS[kind](table, tmp)
     return path
 
 
@@ -141,14 +143,8 @@ def class_table(
     hexes = [MARKS[i % len(MARKS)] for i in range(len(names))]
     return names, [tuple(int(h[j:j + 2], 16) for j in (1, 3, 5)) for h in hexes]
 
-# %% ../nbs/61e_dashboards.ipynb #96f92179
+# %% ../nbs/61e_dashboards.ipynb #365dd165
 def _error(words): return f'<p style="color:#b3261e;margin:4px 0">{html.escape(words)}</p>'
-
-
-def _colours(mask, palette): # (H,W) -> (H,W,3) uint8
-    table = np.zeros((256, 3), np.uint8)
-    table[:len(palette)] = palette
-    return table[mask]
 
 
 def _guarded(view, action): # run what a button means; say what went wrong
@@ -216,7 +212,7 @@ def _show_maps(view, ranked):
     names, palette = class_table(state.pack, state.dataset)
     box = lambda png, words: w.VBox([w.Image(value=png, format='png', layout=layout), w.HTML(words)], layout=w.Layout(margin='0 10px 6px 0'))
     parts = [box(as_png(as_image(state.images[state.names[state.at]]), 220), '<b>image</b>')]
-    for i, r in enumerate(ranked.itertuples()): parts.append(box(as_png(_colours(r.mask, palette), 220), f'<b>{html.escape(r.method)}</b>{" · recommended" if i == 0 else ""}<br>predicted OA {r.predicted:.3f}' if np.isfinite(r.predicted) else f'<b>{html.escape(r.method)}</b><br>no prediction'))
+    for i, r in enumerate(ranked.itertuples()): parts.append(box(as_png(colourise(r.mask, palette), 220), f'<b>{html.escape(r.method)}</b>{" · recommended" if i == 0 else ""}<br>predicted OA {r.predicted:.3f}' if np.isfinite(r.predicted) else f'<b>{html.escape(r.method)}</b><br>no prediction'))
     view.maps.children = parts
     why = sorted(set(ranked.reason) - {''})
     view.numbers.value = interval_rows(ranked) + (f'<p style="color:#5c6670;margin:2px 0">no interval: {html.escape("; ".join(why))}</p>' if why else '') + class_key(names, palette)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'SCENES', 'SHORT', 'Plan', 'synthetic_plan', 'real_plan', 'run', 'as_text', 'summary']
 
-# %% ../nbs/71_demo.ipynb #5242ff11
+# %% ../nbs/71_demo.ipynb #0302f043
 import os, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ import pandas as pd
 from .bench import OURS, VIEWS, compare, save_results, verdict
 from .core import DataNotFound, cache_dir, digest, real_dir, say, write_json
 from .data import folder_spec, folds, read_image, read_mask, scan
-from .explorer import save_run
+from .explorer import known_without_labels, save_run
 from .methods.training import Recipe, cross_fit
 from .metrics import single_best
 from .quality import QualityModel, save_model
@@ -95,7 +95,7 @@ def _looks(table): # the looks of the synthetic set count as datasets of the tab
     looks = table.scene.astype(str).str.extract(rf'^({"|".join(LOOKS)})\d+$', expand=False)
     return table.assign(dataset=np.where(table.dataset == 'synthetic', looks, table.dataset))
 
-# %% ../nbs/71_demo.ipynb #cfa6b5f5
+# %% ../nbs/71_demo.ipynb #c35f410b
 def _features(plan, tiles, store):
     from rssqa.encoders import load_encoder
     return extract(tiles, load_encoder(plan.encoder, dtype='float32'), store)
@@ -110,9 +110,8 @@ def _fit(plan, table, store, sem, fleet, board, seed):
 
 
 def _picture(table, store, sem, seed): # the plane of what is known without labels, and its numbers
-    from rssqa.branches import Branches
     from rssqa.projection import project, separation
-    known = Branches(str(store.root), sem).fit(table).transform(table).side_by_side()
+    known = known_without_labels(table, store, sem)
     emb = project(known, 'umap', seed, table=table[['image_id', 'dataset', 'scene', 'method', 'oa', 'predicted']])
     return emb, separation(known, table.oa, table.dataset, table.scene, uv=emb[['u', 'v']].to_numpy() if len(emb) == len(table) else None, seed=seed)
 

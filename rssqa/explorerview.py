@@ -6,7 +6,7 @@
 __all__ = ['SHADES', 'TIP', 'FEW', 'MANY', 'LISTED', 'HINT', 'STYLE', 'KEYS', 'FILTERS', 'READERS', 'encode', 'legend_html',
            'bars_svg', 'make_scatter', 'move', 'recolour', 'Explorer', 'summary_html', 'explore']
 
-# %% ../nbs/61b_explorerview.ipynb #2e4485fb
+# %% ../nbs/61b_explorerview.ipynb #40ee6432
 import asyncio, base64, html, os
 from pathlib import Path
 
@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from .core import DataNotFound, Incompatible, Problem
-from .explorer import ExplorerState, example, is_number, limits, open_run, snapshot, why, why_text
-from .viz import OA_MAP, PALETTE, UNKNOWN
+from .explorer import ExplorerState, example, open_run, snapshot, why, why_text
+from .viz import OA_MAP, PALETTE, UNKNOWN, is_number, limits
 
 # %% ../nbs/61b_explorerview.ipynb #3d6ee51a
 def _mixed(colour, other, share): # '#rrggbb' twice -> '#rrggbb'

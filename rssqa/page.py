@@ -6,7 +6,7 @@
 __all__ = ['MISSING', 'SIDES', 'PLANE_CSS', 'PLANE_JS', 'LABELS', 'ACCURACIES', 'FILTERS', 'PART', 'LIMIT', 'CSP', 'SHELL',
            'plane', 'drawn', 'measured', 'to_html']
 
-# %% ../nbs/60e_page.ipynb #afc63cea
+# %% ../nbs/60e_page.ipynb #e4b1852e
 import base64, html, io, json, math, re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +16,9 @@ import pandas as pd
 
 from .core import Incompatible, SchemaError, as_image, atomic, unknown
 from .projection import separation_text
-from .viz import OA_MAP, PALETTE, UNKNOWN, _is_scale, _limits, _made, _need
+from .viz import OA_MAP, PALETTE, UNKNOWN, _need, how_made, is_number, limits
 
-# %% ../nbs/60e_page.ipynb #aef35d53
+# %% ../nbs/60e_page.ipynb #7a8862f3
 MISSING = 65535 # the code of what is not there
 
 
@@ -32,7 +32,7 @@ def _numbers(values): # -> what the page holds of a column of numbers
     whole = bool((x[known] == np.round(x[known])).all()) and hi - lo < MISSING
     step = 1. if whole else (hi - lo) / (MISSING - 1) or 1.
     code = np.where(known, np.round((np.where(known, x, lo) - lo) / step), MISSING)
-    return dict(kind='number', lo=lo, step=step, whole=whole, scale=[float(v) for v in _limits(x)] if known.any() else [0, 1],
+    return dict(kind='number', lo=lo, step=step, whole=whole, scale=limits(x),
                 missing=int((~known).sum()), data=_b64(code))
 
 
@@ -46,7 +46,7 @@ def _names(values): # -> what the page holds of a column of names
     return dict(kind='name', levels=[str(levels[i]) for i in order], missing=int((code == MISSING).sum()), data=_b64(code))
 
 
-def _column(values): return _numbers(values) if _is_scale(values) else _names(values)
+def _column(values): return _numbers(values) if is_number(values) else _names(values)
 
 # %% ../nbs/60e_page.ipynb #fe667661
 SIDES = (64, 56, 48, 40, 32, 24, 16) # pixels of a thumbnail
@@ -292,7 +292,7 @@ document.querySelectorAll('.plane').forEach(plane);
 addEventListener('scroll', () => document.querySelectorAll('.plane .tip').forEach(t => t.hidden = true), { passive: true });
 '''
 
-# %% ../nbs/60e_page.ipynb #f51162a7
+# %% ../nbs/60e_page.ipynb #328eb789
 LABELS = dict(oa='OA', predicted='predicted OA', miou='mIoU', mf1='mean F1', image_id='image', gsd_m='GSD (m)', level='damage level', kind='damage', low='interval from', high='interval to')
 ACCURACIES = ('oa', 'predicted')
 FILTERS = ('dataset', 'method')
@@ -308,7 +308,7 @@ Keys in the plot: arrows move, + − 0 zoom, n and p step through the points, En
 
 
 def _usable(data, columns): # names of the columns that a page can hold
-    plain = lambda s: _is_scale(s) or not s.dropna().head(50).map(lambda x: hasattr(x, '__len__') and not isinstance(x, str)).any()
+    plain = lambda s: is_number(s) or not s.dropna().head(50).map(lambda x: hasattr(x, '__len__') and not isinstance(x, str)).any()
     if columns is not None:
         _need(data, columns, 'a page')
         return list(dict.fromkeys(columns))
@@ -320,7 +320,7 @@ def _placed(emb, max_points): # -> rows that have a place, shuffled, with their 
     _need(emb, ['u', 'v'], 'a page')
     data = emb.assign(_row=np.arange(len(emb))).reset_index(drop=True)
     data = data[np.isfinite(data[['u', 'v']].astype(float)).all(axis=1)]
-    if not len(data): raise SchemaError('cannot draw a page', f'none of {len(emb)} points has a place', 'project the features first, see rssqa.viz.project')
+    if not len(data): raise SchemaError('cannot draw a page', f'none of {len(emb)} points has a place', 'project the features first, see rssqa.projection.project')
     return data.sample(min(len(data), max_points), random_state=0)
 
 
@@ -347,7 +347,7 @@ def _menu(column): # a filter
 
 
 def plane(
-    emb: pd.DataFrame, # u, v and other columns, from `viz.project(..., table=...)`
+    emb: pd.DataFrame, # u, v and other columns, from `projection.project(..., table=...)`
     color: str = 'oa', # column that colours the points at first
     images=None, # thumbnails: dict image_id -> image, or one image (or None) a row
     columns: list | None = None, # to show and to colour by; default all that a page can hold
@@ -365,7 +365,7 @@ def plane(
     (u, wide), (v, high) = _axis(data.u), _axis(data.v)
     longest = max(wide, high) or 1
     told = dict(n=len(data), u=_b64(u), v=_b64(v), wide=max(wide / longest, .05), high=max(high / longest, .05), columns=cols, color=color, file=file,
-                means=[c for c in ACCURACIES if c in names and _is_scale(data[c])], palette=PALETTE, unknown=UNKNOWN, ramp=_ramp(),
+                means=[c for c in ACCURACIES if c in names and is_number(data[c])], palette=PALETTE, unknown=UNKNOWN, ramp=_ramp(),
                 alt=f'Scatter plot of {len(data):,} points.')
     kept, which = _pictures(data, images)
     filters = ''.join(_menu(c) for c in cols if c['name'] in FILTERS and c['kind'] == 'name' and len(c['levels']) > 1)
@@ -374,18 +374,18 @@ def plane(
     told |= dict(thumbs=_thumbnails(kept, room - bare), thumbAt=_b64(which) if kept else '')
     return _filled(PART, filters=filters, data=_safe(told))
 
-# %% ../nbs/60e_page.ipynb #c97b2fa7
+# %% ../nbs/60e_page.ipynb #3f02957e
 def drawn(
-    emb: pd.DataFrame, # from `viz.project`
+    emb: pd.DataFrame, # from `projection.project`
     max_points: int = 20_000, # as in `plane`
 ) -> str:
     "Say how many points a page draws, and how they were projected."
     placed = int(np.isfinite(emb[['u', 'v']].astype(float)).all(axis=1).sum())
     of, lost = max(emb.attrs.get('of', 0), len(emb)), len(emb) - placed
     n = min(placed, max_points)
-    return f'n = {n:,}' + (f' of {of:,}' if n < of else '') + (f', {lost:,} without a place' if lost else '') + f' · {_made(emb.attrs)}'
+    return f'n = {n:,}' + (f' of {of:,}' if n < of else '') + (f', {lost:,} without a place' if lost else '') + f' · {how_made(emb.attrs)}'
 
-# %% ../nbs/60e_page.ipynb #58661f85
+# %% ../nbs/60e_page.ipynb #225c4db5
 LIMIT = 3_000_000 # bytes of one page
 CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 SHELL = '''<!doctype html>
@@ -400,14 +400,8 @@ p { margin: .2em 0 .7em; max-width: 110ch; overflow-wrap: anywhere } .soft, foot
 '''
 
 
-def _version():
-    from importlib.metadata import PackageNotFoundError, version
-    try: return version('rssqa')
-    except PackageNotFoundError: return 'unknown'
-
-
 def measured(
-    numbers: dict | None, # from `viz.separation`
+    numbers: dict | None, # from `projection.separation`
 ) -> str: # one sentence
     "Say what separation was measured, with the warning that a picture needs."
     text = separation_text(numbers)
@@ -415,10 +409,10 @@ def measured(
 
 
 def to_html(
-    emb: pd.DataFrame, # u, v and other columns, from `viz.project(..., table=...)`
+    emb: pd.DataFrame, # u, v and other columns, from `projection.project(..., table=...)`
     path, # of the file
     color: str = 'oa', # column that colours the points at first
-    numbers: dict | None = None, # what `viz.separation` measured
+    numbers: dict | None = None, # what `projection.separation` measured
     images=None, # thumbnails: dict image_id -> image, or one image (or None) a row
     title: str = 'Features and accuracy',
     columns: list | None = None, # default: all that a page can hold
@@ -426,7 +420,8 @@ def to_html(
     max_points: int = 20_000, # more are sampled
 ) -> Path:
     "Write a projection as one HTML file that needs nothing else."
-    head = dict(csp=CSP, title=html.escape(title), css=PLANE_CSS, drawn=html.escape(drawn(emb, max_points)) if len(emb) and {'u', 'v'} <= set(emb) else '', measured=html.escape(measured(numbers)), version=_version(), script=PLANE_JS)
+    from rssqa import __version__
+    head = dict(csp=CSP, title=html.escape(title), css=PLANE_CSS, drawn=html.escape(drawn(emb, max_points)) if len(emb) and {'u', 'v'} <= set(emb) else '', measured=html.escape(measured(numbers)), version=__version__, script=PLANE_JS)
     room = limit - len(_filled(SHELL, **head, part='').encode())
     page = _filled(SHELL, **head, part=plane(emb, color, images, columns, room, max_points, Path(path).stem + '-selection.csv'))
     with atomic(path) as tmp: tmp.write_text(page, encoding='utf-8')
