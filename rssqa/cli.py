@@ -306,7 +306,7 @@ def lab_(
     print(table.T.to_string(header=False))
     if out: table.assign(threads=1, seed=0, commit=commit(), command=f'rssqa bench lab --turns {turns}').to_csv(out, index=False)
 
-# %% ../nbs/80_cli.ipynb #a691ed1b
+# %% ../nbs/80_cli.ipynb #b32ef275
 def apps() -> dict[str, Path]:
     "Find the packaged notebooks, in an installation or in a checkout."
     import rssqa
@@ -332,7 +332,7 @@ def app_(
     if data and not data.exists(): raise Incompatible(f'no file or folder {data}', '', 'check the path')
     if not importlib.util.find_spec('voila'): raise Incompatible('cannot start an app', 'Voila is not installed', 'run pip install "rssqa[apps]"')
     said = dict(data=data and data.resolve(), out=out and out.resolve(), pack=pack and pack.resolve(), dataset=dataset)
-    env = os.environ | {f'RSSQA_APP_{k.upper()}': str(v) for k, v in said.items() if v}
+    env = os.environ | dict(RSSQA_APP_HERE=os.getcwd()) | {f'RSSQA_APP_{k.upper()}': str(v) for k, v in said.items() if v}
     print(f'http://127.0.0.1:{port}  (stop with Ctrl-C)', flush=True)
     command = [sys.executable, '-m', 'voila', str(known[name]), f'--port={port}', '--Voila.ip=127.0.0.1', *([] if browser else ['--no-browser'])]
     raise typer.Exit(subprocess.run(command, env=env).returncode)

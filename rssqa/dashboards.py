@@ -394,9 +394,10 @@ def _pair_text(row): # HTML of one decision
     return line(f'decision · pair {html.escape(str(row.pair))}', f'<b>{html.escape(str(row.action))}</b>' + (f' – {html.escape(str(row.reason))}' if row.get('reason') else '')) + line('caption before', before) + \
         line('caption after', after or '<i>none: the pair leaves</i>') + (line('measured', facts) if facts else '') + verdict
 
-# %% ../nbs/61e_dashboards.ipynb #a86db670
+# %% ../nbs/61e_dashboards.ipynb #ea509fea
 def app_settings() -> dict: # data, pack, dataset, out; None where nothing was said
-    "Read what `rssqa app` was asked for."
+    "Read what `rssqa app` was asked for, and go where it was called, so that files are saved there."
+    os.chdir(os.environ.get('RSSQA_APP_HERE', '.'))                        # Voila starts beside the notebook
     return {k: os.environ.get(f'RSSQA_APP_{k.upper()}') or None for k in ('data', 'pack', 'dataset', 'out')}
 
 

@@ -108,6 +108,7 @@ def test_the_explorer_opens_a_run_as_an_app(chromium, tmp_path):
         page.get_by_text(f'{len(w.sqed)} selected').first.wait_for()
         page.get_by_role('button', name='Save').click()
         page.get_by_text(f'{len(w.sqed)} maps written to selection.csv').wait_for()
+    assert len(pd.read_csv(tmp_path/'selection.csv')) == len(w.sqed)       # where the person called it, not where the notebook lies
 
 
 def test_apps_are_found_and_mistakes_explained(capsys, monkeypatch, tmp_path):
