@@ -60,7 +60,7 @@ def main():
             shot = Image.open(io.BytesIO(window.screenshot()))
         finally: chromium.close(); lab.stop()
     (path := ROOT/'nbs/images/cluster.png').parent.mkdir(exist_ok=True)
-    shot.convert('RGB').quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    shot.convert('RGB').quantize(160, method=Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE).save(path, optimize=True)
     print(path.name, shot.size, path.stat().st_size)
 
 
