@@ -1,8 +1,8 @@
 """How accurate is a segmentation of an image from above, without labels, and which method should be used?"""
 __version__ = "0.1.0"
 
-_HOME = dict(score='recommend', rank='recommend', Pack='recommend', QualityModel='quality', JuryModel='jury', Panel='jury', Intervals='conformal', load_model='quality', build_sqed='sqed',
-             load_sqed='sqed', check_sqed='sqed', scan='data', folder_spec='data', load_encoder='encoders', Segmenter='segment', Store='store')
+_HOME = dict(score='quality.recommend', rank='quality.recommend', Pack='quality.recommend', QualityModel='quality.model', JuryModel='quality.consensus', Panel='quality.consensus', Intervals='quality.intervals', load_model='quality.model', build_sqed='tables.sqed',
+             load_sqed='tables.sqed', check_sqed='tables.sqed', scan='data.datasets', folder_spec='data.datasets', load_encoder='clip.encoders', Segmenter='segment.protocol', Store='tables.store')
 
 
 def __getattr__(name):

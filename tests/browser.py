@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from rssqa.explorerspeed import CHROMIUM, FLAGS, JupyterLab, drag, run_all  # noqa: F401 (tests take them from here)
+from rssqa.bench.explorer_speed import CHROMIUM, FLAGS, JupyterLab, drag, run_all  # noqa: F401 (tests take them from here)
 
 NOISE = ('favicon', 'ERR_INTERNET_DISCONNECTED', 'ERR_NAME_NOT_RESOLVED')
 WHY = 'no chromium on the path: the views are not tried in a browser'

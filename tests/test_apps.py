@@ -17,9 +17,9 @@ from PIL import Image
 
 from browser import chromium, overhear  # noqa: F401 (a fixture)
 from rssqa.cli import apps, main
-from rssqa.encoders import load_encoder
-from rssqa.explorer import save_run
-from rssqa.store import Store, extract
+from rssqa.clip.encoders import load_encoder
+from rssqa.viz.explorer import save_run
+from rssqa.tables.store import Store, extract
 from worlds import world
 
 

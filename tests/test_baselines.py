@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from sklearn.base import clone
 
-from rssqa.baselines import (COLUMNS, GRIDS, KEPT, SEGMENT, BlockBaseline, ColumnBaseline, DifferenceBaseline, MeanBaseline, NeighbourBaseline, QualityColumns, SegmentBaseline, ThresholdBaseline,
+from rssqa.quality.baselines import (COLUMNS, GRIDS, KEPT, SEGMENT, BlockBaseline, ColumnBaseline, DifferenceBaseline, MeanBaseline, NeighbourBaseline, QualityColumns, SegmentBaseline, ThresholdBaseline,
                              _keep, _tuned, baselines, condense, deal_scenes, fit_groups, has_lattices, histograms, map_keys, read_groups, segment_table)
-from rssqa.confidence import boundary, segments
+from rssqa.segment.confidence import boundary, segments
 from rssqa.core import MissingFeatures, SchemaError
-from rssqa.metrics import mae, srocc
-from rssqa.sqed import Lattice
-from rssqa.store import Store, get_vectors, put_vectors
+from rssqa.segment.metrics import mae, srocc
+from rssqa.tables.sqed import Lattice
+from rssqa.tables.store import Store, get_vectors, put_vectors
 from worlds import numbers, with_features, world
 
 
@@ -197,7 +197,7 @@ def test_real_lattices_are_condensed_once(monkeypatch, tmp_path):
     store = Store(shutil.copytree(w.home/'store', tmp_path/'store'))
     assert has_lattices(store, w.sqed) and not has_lattices(store, w.sqed.assign(method_fp='0')) and not has_lattices(Store(tmp_path/'none'), w.sqed)
     condense(store, w.sqed[:5], chunk=2); condense(store, w.sqed, chunk=3)
-    monkeypatch.setattr('rssqa.baselines.lattices', None)
+    monkeypatch.setattr('rssqa.quality.baselines.lattices', None)
     condense(store, w.sqed); condense(store, w.sqed.iloc[::-1])
     h = get_vectors(store, 'conf_hist', map_keys(w.sqed))
     assert np.abs(h[:, :256] @ np.arange(256) / 255 - w.sqed.conf_t).mean() < 0.02          # one pixel in sixteen
@@ -315,7 +315,7 @@ def test_parts_hold_every_dataset():
 
 def test_the_prior_of_a_part_never_saw_the_rows_left_out(table, monkeypatch):
     kept = {}
-    monkeypatch.setattr('rssqa.baselines._tuned', lambda name, X, x_of, seed: kept.update(x_of=x_of))
+    monkeypatch.setattr('rssqa.quality.baselines._tuned', lambda name, X, x_of, seed: kept.update(x_of=x_of))
     train = deal_scenes(table) == 0
     x = []
     for t in (table, table.assign(oa=table.oa.where(train, table.oa[::-1].to_numpy()))):
@@ -326,7 +326,7 @@ def test_the_prior_of_a_part_never_saw_the_rows_left_out(table, monkeypatch):
 
 def test_the_full_prior_is_that_of_the_blocks(table, monkeypatch):
     kept = {}
-    monkeypatch.setattr('rssqa.baselines._tuned', lambda name, X, x_of, seed: kept.update(x_of=x_of))
+    monkeypatch.setattr('rssqa.quality.baselines._tuned', lambda name, X, x_of, seed: kept.update(x_of=x_of))
     m = BlockBaseline(('own', 'prior')).fit(table)
     assert np.allclose(kept['x_of'](np.ones(len(table), bool))[:, :3], m.branches_.transform(table, training=True).prior)
 
@@ -335,7 +335,7 @@ def test_the_full_prior_is_that_of_the_blocks(table, monkeypatch):
 def test_the_best_of_the_grid_is_chosen(learner, kind, choices, monkeypatch):
     t = numbers(1, 8, 2, 3)
     errors = dict(zip([how[choices] for how in GRIDS[learner]], np.linspace(1, 2, len(GRIDS[learner]))[::-1]))
-    monkeypatch.setattr('rssqa.baselines._trial', lambda make, parts: np.array([errors[make().get_params()[choices]]] * 7))
+    monkeypatch.setattr('rssqa.quality.baselines._trial', lambda make, parts: np.array([errors[make().get_params()[choices]]] * 7))
     m = _tuned(learner, t, lambda train: t[['conf', 'entropy']].to_numpy(), 0)
     assert type(m).__name__ == kind and m.get_params()[choices] == min(errors, key=errors.get)
     assert learner != 'boosting' or m.max_iter == 2
@@ -413,7 +413,7 @@ def test_published_names_stay():
 
 def test_a_segment_without_an_edge_has_no_edge_numbers():
     "Rounding must not divide by zero: found in 219 of 261,574 segments of real maps."
-    from rssqa.baselines import SEGMENT, segment_table
+    from rssqa.quality.baselines import SEGMENT, segment_table
     rng = np.random.default_rng(0)
     for _ in range(50):
         p = rng.dirichlet(np.ones(3), (37, 41)).transpose(2, 0, 1)

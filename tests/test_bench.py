@@ -8,12 +8,12 @@ from hypothesis import given, settings, strategies as st
 from joblib import parallel_config
 from sklearn.base import BaseEstimator
 
-from rssqa import bench
-from rssqa.baselines import ColumnBaseline, MeanBaseline
-from rssqa.bench import (BETTER, OURS, VIEWS, bootstrap, by_group, commit, compare, contenders, cross_predict, holdout_folds, leaderboard, load_predictions, measure, read_results, run,
+from rssqa.bench import protocol as bench
+from rssqa.quality.baselines import ColumnBaseline, MeanBaseline
+from rssqa.bench.protocol import (BETTER, OURS, VIEWS, bootstrap, by_group, commit, compare, contenders, cross_predict, holdout_folds, leaderboard, load_predictions, measure, read_results, run,
                          save_predictions, save_results, scene_folds, transfer, verdict)
 from rssqa.core import DataNotFound, Incompatible, LeakError, SchemaError, UnknownName
-from rssqa.metrics import evaluate, gains, single_best, views
+from rssqa.segment.metrics import evaluate, gains, single_best, views
 from worlds import numbers
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from browser import chromium, drag, lab, page, run_all
-from rssqa.explorerspeed import browser_waits
+from rssqa.bench.explorer_speed import browser_waits
 from test_house import ROOT
 
 TELL = '''import base64, json, os
@@ -117,8 +117,8 @@ def test_lasso_hover_search_and_keyboard(page, app):
 
 
 STATES = ('''import numpy as np, pandas as pd
-from rssqa.explorerspeed import cloud
-from rssqa.explorerview import Explorer
+from rssqa.bench.explorer_speed import cloud
+from rssqa.viz.explorer_widget import Explorer
 
 def nothing(row): raise FileNotFoundError(f'{row.image_id}.png is not there')''',
           "nan = Explorer(cloud(40).assign(oa=np.nan, predicted=np.nan), images=nothing, height=240)\nnan",

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rssqa.core import DataNotFound, Incompatible, SchemaError, state_digest
-from rssqa.methods import checkpoints as ck
-from rssqa.segment import TorchSegmenter, check_segmenter, methods
+from rssqa.segment.methods import checkpoints as ck
+from rssqa.segment.protocol import TorchSegmenter, check_segmenter, methods
 
 STAGES = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 

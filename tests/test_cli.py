@@ -13,8 +13,8 @@ from PIL import Image
 from rssqa.cli import main
 from rssqa.core import cache_dir
 from rssqa.demo import OURS, Plan, as_text, real_plan, run, summary
-from rssqa.methods.training import Recipe
-from rssqa.synth import scene, write_scenes
+from rssqa.segment.methods.training import Recipe
+from rssqa.data.synthetic import scene, write_scenes
 
 
 def call(capsys, *args):
@@ -57,7 +57,7 @@ def test_demo_reports_every_predictor_beside_ours(demo):
 
 def test_second_run_computes_nothing_again(demo, monkeypatch):
     plan, board, home = demo
-    import rssqa.methods.training as training, rssqa.sqed as sqed
+    import rssqa.segment.methods.training as training, rssqa.tables.sqed as sqed
     monkeypatch.setattr(training, '_fit', lambda *a: pytest.fail('a network was trained again'))
     monkeypatch.setattr(sqed, '_run', lambda *a: pytest.fail('a tile was segmented again'))
     again = run(plan, home/'out2', workers=1)

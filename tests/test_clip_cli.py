@@ -5,8 +5,8 @@ from typer.testing import CliRunner
 
 from rssqa.cli import app, main
 from rssqa.core import write_json
-from rssqa.encoders import load_encoder
-from rssqa.fakepairs import fake_corpus
+from rssqa.clip.encoders import load_encoder
+from rssqa.testing.fake_corpora import fake_corpus
 
 NET = dict(embed_dim=16, custom_text=True, vision_cfg=dict(timm_model_name='mobilenetv2_035', timm_model_pretrained=False, timm_pool='avg', timm_proj='linear', image_size=32),
            text_cfg=dict(context_length=32, vocab_size=49408, width=16, heads=2, layers=1))

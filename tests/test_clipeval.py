@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from rssqa.clipeval import (PROMPTS, class_vectors, crop_retrieval, crops_of, dense_probe, evaluate_clip, language_agreement, patch_classes, recall, retrieval, texts_of,
+from rssqa.clip.evaluate import (PROMPTS, class_vectors, crop_retrieval, crops_of, dense_probe, evaluate_clip, language_agreement, patch_classes, recall, retrieval, texts_of,
                             zero_shot)
 from rssqa.core import Incompatible, UnknownName
 
@@ -105,7 +105,7 @@ class Mean:
     name, dim, dense_dim, image_size = 'mean', 3, 3, 8
     def encode_image(self, x):
         import torch
-        from rssqa.encoders import SemOutput
+        from rssqa.clip.encoders import SemOutput
         x = torch.as_tensor(x)
         return SemOutput(torch.nn.functional.normalize(x.mean((2, 3)), dim=-1), torch.nn.functional.adaptive_avg_pool2d(x, 4))
 
@@ -148,7 +148,7 @@ def test_template_captions_are_not_retrieved():
     class Encoder(Both):
         def encode_image(self, x):
             out = super().encode_image(x)
-            from rssqa.encoders import SemOutput
+            from rssqa.clip.encoders import SemOutput
             import torch
             return SemOutput(torch.nn.functional.normalize(torch.cat([out.pooled, torch.zeros(len(out.pooled), 23)], 1), dim=-1), out.dense)
         def encode_text(self, texts, unit=True):

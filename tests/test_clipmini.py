@@ -6,9 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import rssqa.clipmini as M
+import rssqa.bench.clip_rs_mini as M
 from rssqa.core import DataNotFound, UnknownName
-from rssqa.fakepairs import fake_corpus
+from rssqa.testing.fake_corpora import fake_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = M.NET | dict(embed_dim=16, vision_cfg=M.NET['vision_cfg'] | dict(timm_model_name='mobilenetv2_035', image_size=32), text_cfg=dict(context_length=32, vocab_size=49408, width=16, heads=2, layers=1))
@@ -44,7 +44,7 @@ def test_the_table_of_results(world):
 
 def test_a_soup_is_the_mean(world):
     import torch
-    from rssqa.encoders import load_encoder
+    from rssqa.clip.encoders import load_encoder
     for seed in 0, 1: M.make(M.MINI, world/'pairs', world/'weights', world/'home', seed)
     folders = [world/'home'/f'{M.MINI} {seed}' for seed in (0, 1)]
     one, two, mean = *(load_encoder(str(f)).net.state_dict() for f in folders), M.soup(folders, world/'soup').net.state_dict()
@@ -57,7 +57,7 @@ def test_faults(tmp_path):
 
 
 def test_masks_speak_where_their_split_allows(tmp_path, world):
-    from rssqa.synth import write_scenes
+    from rssqa.data.synthetic import write_scenes
     for name in M.SPOKEN: write_scenes(tmp_path/name, 'town', 3, 32)
     parts = {split: M.spoken(tmp_path, split) for split in ('train', 'val', 'test')}
     train = parts['train']
@@ -67,7 +67,7 @@ def test_masks_speak_where_their_split_allows(tmp_path, world):
 
 
 def test_committed_tables_are_those_of_the_specs():
-    from rssqa.specs import SPECS
+    from rssqa.clip.specs import SPECS
     known = pd.read_csv(ROOT/'data/results/clip_conformance.csv')
     assert known.encoder.tolist() == [s.name for s in SPECS] and known.ok.all() and known.container.tolist() == [s.container for s in SPECS]
     probe = pd.read_csv(ROOT/'data/results/clip_probe.csv')

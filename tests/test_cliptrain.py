@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from rssqa.cliptrain import (ClipRecipe, Distilled, Heads, KeptViews, PairViews, Towers, Training, batches, cut_view, cut_views, draw_box, loss_of, new_clip, positions, rate, save_clip,
+from rssqa.clip.train import (ClipRecipe, Distilled, Heads, KeptViews, PairViews, Towers, Training, batches, cut_view, cut_views, draw_box, loss_of, new_clip, positions, rate, save_clip,
                              train_clip)
 from rssqa.core import DataNotFound, Incompatible
-from rssqa.encoders import load_encoder
-from rssqa.locked import LockedViews, cut_stem
-from rssqa.objectives import caption_ids
-from rssqa.towers import read_text
+from rssqa.clip.encoders import load_encoder
+from rssqa.clip.cached_stem import LockedViews, cut_stem
+from rssqa.clip.objectives import caption_ids
+from rssqa.clip.towers import read_text
 
 CONV = dict(embed_dim=16, custom_text=True, vision_cfg=dict(timm_model_name='mobilenetv2_035', timm_model_pretrained=False, timm_pool='avg', timm_proj='linear', image_size=32),
             text_cfg=dict(context_length=16, vocab_size=49408, width=16, heads=2, layers=1))
@@ -159,7 +159,7 @@ def test_kept_views_are_the_same_views(encoder):
 def test_equal_sentences_have_equal_keys_in_every_process():
     keys = caption_ids(['A  road', 'a road', 'a river', ''])
     assert keys[0] == keys[1] != keys[2] and keys[3] == -1
-    out = subprocess.run([sys.executable, '-c', "from rssqa.objectives import caption_ids; print(caption_ids(['a road'])[0].item())"], capture_output=True, text=True, env=os.environ | dict(PYTHONHASHSEED='7'))
+    out = subprocess.run([sys.executable, '-c', "from rssqa.clip.objectives import caption_ids; print(caption_ids(['a road'])[0].item())"], capture_output=True, text=True, env=os.environ | dict(PYTHONHASHSEED='7'))
     assert int(out.stdout) == keys[0]
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from rssqa.confidence import AGREEMENT, CRUMB, agreement, boundary, doubt, fit_temperature, label_free, pool_taps, segments, tap_columns, tap_names
+from rssqa.segment.confidence import AGREEMENT, CRUMB, agreement, boundary, doubt, fit_temperature, label_free, pool_taps, segments, tap_columns, tap_names
 
 quick = settings(max_examples=40, deadline=None)
 seeds = st.integers(0, 10**6)

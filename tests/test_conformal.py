@@ -11,7 +11,7 @@ from scipy.stats import norm
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
-from rssqa.conformal import Intervals, ShiftCheck, coverage, cross_intervals, expect_errors, load_intervals, row_intervals, save_intervals, scene_quantile, scenes_needed
+from rssqa.quality.intervals import Intervals, ShiftCheck, coverage, cross_intervals, expect_errors, load_intervals, row_intervals, save_intervals, scene_quantile, scenes_needed
 from rssqa.core import DataNotFound, Incompatible, LeakError, SchemaError
 
 F = list('abcd')

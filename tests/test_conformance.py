@@ -2,10 +2,10 @@
 import pytest
 import torch
 
-import rssqa.conformance as C
-import rssqa.encoders as E
+import rssqa.clip.conformance as C
+import rssqa.clip.encoders as E
 from rssqa.core import Incompatible, UnknownName, encoders
-from rssqa.encoders import SPECS
+from rssqa.clip.encoders import SPECS
 
 
 @pytest.mark.parametrize('spec', SPECS, ids=lambda s: s.name)

@@ -4,11 +4,11 @@ import os
 import pytest
 import torch
 
-from rssqa.conformance import write_container
-from rssqa.containers import (CONTAINERS, clip_shape, detect_container, fitting_architectures, is_long, lengthen, long_masks, misfit_hint,
+from rssqa.clip.conformance import write_container
+from rssqa.clip.checkpoints import (CONTAINERS, clip_shape, detect_container, fitting_architectures, is_long, lengthen, long_masks, misfit_hint,
                               read_weights)
 from rssqa.core import DataNotFound, Incompatible
-from rssqa.encoders import _net
+from rssqa.clip.encoders import _net
 
 TEXT = dict(context_length=77, vocab_size=200, width=16, heads=2, layers=1)
 VISION = dict(image_size=32, patch_size=8, width=32, head_width=16, layers=2)

@@ -4,11 +4,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-import rssqa.dashboards as module
+import rssqa.viz.widgets as module
 from rssqa.core import BadImage, DataNotFound, Incompatible, SchemaError, UnknownName
-from rssqa.dashboards import PairReviewer, Recommender, example_review, marked, read_table, write_table
-from rssqa.recommend import Pack
-from rssqa.synth import scene
+from rssqa.viz.widgets import PairReviewer, Recommender, example_review, marked, read_table, write_table
+from rssqa.quality.recommend import Pack
+from rssqa.data.synthetic import scene
 from test_lab import small_pack
 
 

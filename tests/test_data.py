@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from rssqa.catalog import isprs, snap
+from rssqa.data.catalog import isprs, snap
 from rssqa.core import BadImage, DataNotFound, Incompatible, LeakError, Problem, SchemaError, UnknownName, datasets, file_id
-from rssqa.data import (IGNORE, ByColour, ById, DatasetSpec, check_leak, class_fractions, colourise, default_palette, folder_spec, folds,
+from rssqa.data.datasets import (IGNORE, ByColour, ById, DatasetSpec, check_leak, class_fractions, colourise, default_palette, folder_spec, folds,
                         legend, make_spec, read_image, read_mask, read_valid, scan, spec_of, split_by_scene, split_random, summary, tile)
-from rssqa.fakes import erode, fake_dataset, generic_spec, paint
+from rssqa.testing.fake_datasets import erode, fake_dataset, generic_spec, paint
 
 real = pytest.mark.skipif(not os.environ.get('RSSQA_REAL'), reason='RSSQA_REAL is unset')
 OFFICIAL = ('vaihingen', 'potsdam', 'loveda', 'uavid', 'floodnet')

@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rssqa import download
+from rssqa.data import download
 from rssqa.core import DownloadError, UnknownName, datasets, read_json
-from rssqa.data import Archive, scan
-from rssqa.download import fetch, get, require_space, unpack
-from rssqa.fakes import fake_dataset
+from rssqa.data.datasets import Archive, scan
+from rssqa.data.download import fetch, get, require_space, unpack
+from rssqa.testing.fake_datasets import fake_dataset
 
 DATA = np.random.default_rng(0).bytes(50_000)
 MD5 = 'md5:' + hashlib.md5(DATA).hexdigest()

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import rssqa.encoders as E
-from rssqa.conformance import conformance, tiny_multilingual, write_container
-from rssqa.containers import lengthen
+import rssqa.clip.encoders as E
+from rssqa.clip.conformance import conformance, tiny_multilingual, write_container
+from rssqa.clip.checkpoints import lengthen
 from rssqa.core import BadImage, DataNotFound, DownloadError, Incompatible, UnknownName, encoders
-from rssqa.encoders import (EncoderSpec, OpenClipEncoder, SemanticEncoder, SemOutput, check_encoder, encode, load_encoder, read_weights, resize,
+from rssqa.clip.encoders import (EncoderSpec, OpenClipEncoder, SemanticEncoder, SemOutput, check_encoder, encode, load_encoder, read_weights, resize,
                             spec_from_folder, spec_from_tag, strip_checkpoint)
-from rssqa.towers import text_pool
+from rssqa.clip.towers import text_pool
 
 real = pytest.mark.skipif(not os.environ.get('RSSQA_REAL'), reason='RSSQA_REAL is unset')
 VISION = dict(image_size=32, patch_size=8, width=32, head_width=16, layers=2)

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from rssqa.core import DataNotFound, Incompatible, MissingFeatures, SchemaError, UnknownName
-from rssqa.explorer import ExplorerState, InMemory, InStore, Picked, binned, case_reader, open_run, paint_tile, save_run, sharpness, snapshot, tallied, why, why_text
-from rssqa.explorerspeed import cloud
-from rssqa.explorerview import Explorer, SHADES, bars_svg, encode, explore, legend_html
-from rssqa.store import Store, put_vectors
-from rssqa.synth import PALETTE as COLOURS, scene
+from rssqa.viz.explorer import ExplorerState, InMemory, InStore, Picked, binned, case_reader, open_run, paint_tile, save_run, sharpness, snapshot, tallied, why, why_text
+from rssqa.bench.explorer_speed import cloud
+from rssqa.viz.explorer_widget import Explorer, SHADES, bars_svg, encode, explore, legend_html
+from rssqa.tables.store import Store, put_vectors
+from rssqa.data.synthetic import PALETTE as COLOURS, scene
 
 CLASSES = ('ground', 'building', 'road', 'vegetation', 'water', 'vehicle')
 
@@ -189,7 +189,7 @@ def test_search_needs_words_and_their_own_vectors(stored, tmp_path):
 def test_a_store_that_another_process_writes_to(stored):
     s, _ = stored
     first = set(s.search('water', 5).image_id)
-    code = ("import sys, numpy as np; from rssqa.store import *; s = Store(sys.argv[1]); "
+    code = ("import sys, numpy as np; from rssqa.tables.store import *; s = Store(sys.argv[1]); "
             "put_vectors(s, 'sem/words@abcdef01', [f'new{k}' for k in range(40)] + ['i001'], np.r_[np.tile([[1, 0, 0, 0]], (40, 1)), [[1, 0, 0, 0]]].astype('f4'))")
     subprocess.run([sys.executable, '-c', code, s.store.root], check=True, timeout=120)
     found = s.search('water', 5)
@@ -213,7 +213,7 @@ def test_why_counts_and_says_only_what_is_known():
 
 
 def test_blur_is_seen_as_blur():
-    from rssqa.synth import degrade
+    from rssqa.data.synthetic import degrade
     x = scene('town', 1, 64).image
     values = [sharpness(degrade(x, 'blur', level)) for level in (0, .2, .5, 1)]
     assert values == sorted(values, reverse=True) and sharpness(np.zeros((3, 8, 8))) == 0
@@ -438,7 +438,7 @@ def test_the_window_shows_pca_and_then_what_was_asked_for():
 
 def test_a_projection_that_fails_leaves_the_window_with_pca(monkeypatch):
     import asyncio
-    from rssqa.projection import DRAWERS
+    from rssqa.viz.projection import DRAWERS
     t, x, options = drafted()
     monkeypatch.setitem(DRAWERS, 'tsne', lambda *args, **more: 1 / 0)
 
@@ -466,7 +466,7 @@ def test_a_run_is_opened_again(tmp_path):
     assert not fault and set(case) == {'image', 'mask', 'truth', 'palette', 'classes'} and len(s) == len(w.sqed)
     assert s.neighbours(0, 3).image_id.nunique() == 3 and 'picture trustworthy' in s.header()
     with pytest.raises(Incompatible, match='in words'): s.search('water')    # no encoder was named
-    code = ("import sys, numpy as np, pandas as pd\nfrom rssqa.store import Store, put_vectors\nstore = Store(sys.argv[1])\n"
+    code = ("import sys, numpy as np, pandas as pd\nfrom rssqa.tables.store import Store, put_vectors\nstore = Store(sys.argv[1])\n"
             "put_vectors(store, 'sem/words@abcdef01', ['new'], np.ones((1, 4)))\nstore.tidy('sem/words@abcdef01'); store.tidy('masks')")
     subprocess.run([sys.executable, '-c', code, str(tmp_path/'store')], check=True)   # another process writes and tidies
     assert s.neighbours(1, 3).image_id.nunique() == 3 and s.case(4)[1] == '' and s.vectors().store.keys('sem/words@abcdef01').isin(['new']).any()

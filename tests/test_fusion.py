@@ -6,8 +6,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from rssqa.core import Incompatible, fusions
-from rssqa.fusion import Concat, CrossGating, Gate, QualityNet, SegOnly, SemOnly, check_fusion
-from rssqa.quality import plcc_loss, rank_loss
+from rssqa.quality.fusion import Concat, CrossGating, Gate, QualityNet, SegOnly, SemOnly, check_fusion
+from rssqa.quality.model import plcc_loss, rank_loss
 
 
 @pytest.mark.parametrize('name', ['scgb', 'scgb-symmetric', 'concat', 'sem', 'seg'])

@@ -17,7 +17,7 @@ def recipe(name: str) -> str:
 
 def check_dataset():
     from rssqa.core import datasets
-    from rssqa.data import check_leak, read_image, read_mask, scan
+    from rssqa.data.datasets import check_leak, read_image, read_mask, scan
     tiles, spec = scan('mycity', 'mycity'), datasets['mycity']
     assert len(tiles) == 8 and tiles.scene.nunique() == 4
     for row in tiles.itertuples():
@@ -29,9 +29,9 @@ def check_dataset():
 def run(name, folder):
     os.chdir(folder)
     exec(compile(recipe(name), name, 'exec'), {'__name__': '__main__'})
-    from rssqa.encoders import check_encoder
-    from rssqa.fusion import check_fusion
-    from rssqa.segment import check_segmenter
+    from rssqa.clip.encoders import check_encoder
+    from rssqa.quality.fusion import check_fusion
+    from rssqa.segment.protocol import check_segmenter
     dict(check_dataset=check_dataset, check_segmenter=lambda: check_segmenter('mine.city'), check_encoder=lambda: check_encoder('mine'), check_fusion=lambda: check_fusion('bilinear'))[RECIPES[name]]()
 
 

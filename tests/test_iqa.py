@@ -9,11 +9,11 @@ import torch
 from scipy.special import softmax
 
 from rssqa.core import Incompatible
-from rssqa.data import scan
-from rssqa.iqa import PROMPTS, _asymmetric, _symmetric, image_quality, normalised, prompt_shares, scene_statistics
-from rssqa.sqed import label_free_columns
-from rssqa.store import Store, extract, get_vectors
-from rssqa.synth import degrade, scene, write_scenes
+from rssqa.data.datasets import scan
+from rssqa.tables.image_quality import PROMPTS, _asymmetric, _symmetric, image_quality, normalised, prompt_shares, scene_statistics
+from rssqa.tables.sqed import label_free_columns
+from rssqa.tables.store import Store, extract, get_vectors
+from rssqa.data.synthetic import degrade, scene, write_scenes
 from worlds import numbers
 
 
@@ -109,14 +109,14 @@ def test_columns_are_float32_and_belong_to_no_block(tiles, store):
 
 
 def test_statistics_survive_the_store(tiles, store):
-    from rssqa.data import read_image
+    from rssqa.data.datasets import read_image
     found = image_quality(tiles, store)
     for row in tiles[:3].itertuples(): assert np.allclose(found.loc[row.image_id], scene_statistics(read_image(row)), rtol=1e-3, atol=1e-5)
 
 
 def test_nothing_is_measured_twice(tiles, store, monkeypatch):
     calls, eye = [], Eye()
-    monkeypatch.setattr('rssqa.iqa.scene_statistics', lambda image: calls.append(1) or scene_statistics(image))
+    monkeypatch.setattr('rssqa.tables.image_quality.scene_statistics', lambda image: calls.append(1) or scene_statistics(image))
     first = image_quality(tiles[:3], store, eye, chunk=2)
     assert len(calls) == 3 == eye.seen
     both = image_quality(pd.concat([tiles, tiles]), store, eye, chunk=2)

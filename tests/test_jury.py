@@ -6,10 +6,10 @@ import torch
 from sklearn.base import clone
 
 from rssqa.core import DataNotFound, MissingFeatures
-from rssqa.jury import JURY, Jury, JuryModel, JuryNet, Panel, clues, convene, levelled, load_jury, posterior, sample, save_jury, train_jury, verdicts
-from rssqa.metrics import srocc
-from rssqa.sqed import Lattice, coarse, pack_points
-from rssqa.store import Store
+from rssqa.quality.consensus import JURY, Jury, JuryModel, JuryNet, Panel, clues, convene, levelled, load_jury, posterior, sample, save_jury, train_jury, verdicts
+from rssqa.segment.metrics import srocc
+from rssqa.tables.sqed import Lattice, coarse, pack_points
+from rssqa.tables.store import Store
 
 NAMES = ['a', 'b', 'c']
 
@@ -217,7 +217,7 @@ def test_levels_are_shared_and_differences_stay(others):
 
 
 def test_a_panel_is_its_jury_levelled_by_its_members(tmp_path):
-    from rssqa.baselines import ColumnBaseline, MeanBaseline
+    from rssqa.quality.baselines import ColumnBaseline, MeanBaseline
     table = stored(tmp_path, lattices(18))
     jury, members, new = JuryModel(str(tmp_path), epochs=1, width=8), (MeanBaseline(), ColumnBaseline('conf')), table[36:].drop(columns='oa')
     panel = clone(Panel(jury, members)).fit(table[:36])

@@ -8,10 +8,10 @@ import pytest
 from filelock import FileLock
 
 from rssqa.core import Incompatible, SchemaError, UnknownName
-from rssqa.lab import KNOBS, Lab, World, as_png, bench_lab, damage, interval_rows, make_world, with_intervals
-from rssqa.metrics import accuracy, confusion
-from rssqa.recommend import Pack
-from rssqa.synth import CLASSES, LOOKS, scene
+from rssqa.viz.degradation import KNOBS, Lab, World, as_png, bench_lab, damage, interval_rows, make_world, with_intervals
+from rssqa.segment.metrics import accuracy, confusion
+from rssqa.quality.recommend import Pack
+from rssqa.data.synthetic import CLASSES, LOOKS, scene
 from worlds import world
 
 SMALL = World(('pspnet', 'segformer'), steps=4, learn=1, judge=1, calibrate=3, size=64, epochs=4)

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rssqa.core import DataNotFound, Incompatible, UnknownName, state_digest
-from rssqa.methods import blocks
-from rssqa.methods.logcan import ClassAttention, class_centres
-from rssqa.segment import EIGHT, TorchSegmenter, check_segmenter, listen, methods
-from rssqa.synth import scene
+from rssqa.segment.methods import blocks
+from rssqa.segment.methods.logcan import ClassAttention, class_centres
+from rssqa.segment.protocol import EIGHT, TorchSegmenter, check_segmenter, listen, methods
+from rssqa.data.synthetic import scene
 
 real = pytest.mark.skipif(not os.environ.get('RSSQA_REAL'), reason='RSSQA_REAL is unset')
 SIZES = ((64, 64), (96, 96), (128, 160))

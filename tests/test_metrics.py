@@ -9,7 +9,7 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from rssqa.core import SchemaError
-from rssqa.metrics import (FAILURE, IGNORE, Ranks, accuracy, aurc, choices, class_f1, class_iou, confusion, evaluate, failure_auroc, gains, grouped_srocc, krocc, logistic, mae,
+from rssqa.segment.metrics import (FAILURE, IGNORE, Ranks, accuracy, aurc, choices, class_f1, class_iou, confusion, evaluate, failure_auroc, gains, grouped_srocc, krocc, logistic, mae,
                            moment_plcc, moments, pair_balance, plcc, plcc_fitted, recommendation, rmse, single_best, srocc, views, weighted_auroc, weighted_aurc, weighted_srocc, wide, within)
 
 quick = settings(max_examples=60, deadline=None)

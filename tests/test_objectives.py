@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rssqa.core import Incompatible, Registry, UnknownName
-from rssqa.objectives import Centre, EmaTeacher, PrototypeHead, caption_ids, clamped, info_nce, multi_positive, patch_distill, self_distill, siglip, total
+from rssqa.clip.objectives import Centre, EmaTeacher, PrototypeHead, caption_ids, clamped, info_nce, multi_positive, patch_distill, self_distill, siglip, total
 
 
 def unit(*shape, seed=0): return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
@@ -189,13 +189,13 @@ def test_a_recipe_is_names_and_weights():
 
 
 def test_a_new_objective_can_be_registered(monkeypatch):
-    monkeypatch.setattr('rssqa.objectives.objectives', mine := Registry('objective'))
+    monkeypatch.setattr('rssqa.clip.objectives.objectives', mine := Registry('objective'))
     mine.register('length', lambda image: image.norm())
     assert total({'length': 3.0}, image=torch.ones(1, 4))[0] == 6.0
 
 
 def test_region_category_is_the_multi_positive_loss_of_classes():
-    from rssqa.objectives import region_category
+    from rssqa.clip.objectives import region_category
     a, b, ids = unit(6, 8), unit(6, 8, seed=1), torch.tensor([0, 1, 0, 2, -1, -1])
     assert torch.equal(region_category(a, b, ids, 20.0), multi_positive(a[:4], b[:4], ids[:4], 20.0)) and region_category(a, b, ids * 0 - 1) == 0
 
@@ -211,7 +211,7 @@ def test_equal_sentences_make_no_difference_to_info_nce(ids, scale):
 
 
 def test_local_global_by_hand():
-    from rssqa.objectives import local_global
+    from rssqa.clip.objectives import local_global
     image, small = unit(5, 8), torch.stack([unit(5, 8, seed=s) for s in (1, 2, 3)], 1)
     assert torch.isclose(local_global(image, small, 7.0), torch.stack([info_nce(image, small[:, v], 7.0) for v in range(3)]).mean())
     assert local_global(image, small[:, :0]) == 0 and local_global(image, image[:, None]) < local_global(image, small)

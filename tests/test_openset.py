@@ -5,11 +5,11 @@ import pytest
 from PIL import Image
 
 from rssqa.core import DataNotFound, SchemaError
-from rssqa.data import folds, folder_spec, read_image, read_mask, scan
-from rssqa.openset import DAMAGE, SIDE, TAP_STEP, add_semantics, damaged, method_table, open_tiles, publish, publish_lattices, shrink, unpack, unpack_lattices
-from rssqa.sqed import coarse, lattices, stored_taps
-from rssqa.store import Store, get_vectors, put_vectors
-from rssqa.synth import write_scenes
+from rssqa.data.datasets import folds, folder_spec, read_image, read_mask, scan
+from rssqa.tables.rs_sqed_open import DAMAGE, SIDE, TAP_STEP, add_semantics, damaged, method_table, open_tiles, publish, publish_lattices, shrink, unpack, unpack_lattices
+from rssqa.tables.sqed import coarse, lattices, stored_taps
+from rssqa.tables.store import Store, get_vectors, put_vectors
+from rssqa.data.synthetic import write_scenes
 from worlds import world
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from browser import chromium, opened  # noqa: F401 (a fixture)
 from rssqa.core import Incompatible, SchemaError, UnknownName
-from rssqa.page import CSP, LIMIT, MISSING, drawn, plane, to_html
-from rssqa.synth import LOOKS, scene
-from rssqa.projection import project, separation
+from rssqa.viz.html import CSP, LIMIT, MISSING, drawn, plane, to_html
+from rssqa.data.synthetic import LOOKS, scene
+from rssqa.viz.projection import project, separation
 
 EVIL = '</script><script>alert("x")</script> {part} {data} & "y"'
 

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from rssqa import pairs
+from rssqa.data import pairs
 from rssqa.core import BadImage, DataNotFound, Incompatible, SchemaError, UnknownName, read_json
-from rssqa.corpora import _many, caption_from_mask, inside, text_encoding, unit_box
-from rssqa.fakepairs import PAGE, fake_corpus, fake_samples
-from rssqa.fakes import fake_dataset
-from rssqa.pairs import Bad, PairRecord, audit, corpora, open_image, overlong, read_pairs, to_frame, token_count, write_shards
+from rssqa.data.corpora import _many, caption_from_mask, inside, text_encoding, unit_box
+from rssqa.testing.fake_corpora import PAGE, fake_corpus, fake_samples
+from rssqa.testing.fake_datasets import fake_dataset
+from rssqa.data.pairs import Bad, PairRecord, audit, corpora, open_image, overlong, read_pairs, to_frame, token_count, write_shards
 
 KINDS = ['rs5m-tar', 'rs5m-tar-old', 'rs5m-csv', 'gaia', 'mgrs', 'skyscript', 'karpathy', 'nwpu', 'title-csv', 'openclip-csv', 'rssqa-pairs', 'folder', 'translations', 'webdataset', 'masks']
 WITH_IMAGES = [k for k in KINDS if k != 'rs5m-csv']

@@ -5,10 +5,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rssqa.bench import KEYS, OURS, load_predictions
-from rssqa.baselines import MeanBaseline
+from rssqa.bench.protocol import KEYS, OURS, load_predictions
+from rssqa.quality.baselines import MeanBaseline
 from rssqa.core import DataNotFound, MissingFeatures
-from rssqa.paper import JURY, MEASURED, MEMBERS, MODELS, PANEL, PROTOCOL, FewScenes, compute, everyone, measured, open_evidence, prediction_file, recheck, with_panel
+from rssqa.bench.paper import JURY, MEASURED, MEMBERS, MODELS, PANEL, PROTOCOL, FewScenes, compute, everyone, measured, open_evidence, prediction_file, recheck, with_panel
 
 HERE = Path(__file__).resolve().parents[1]
 TABLES, RESULTS = HERE/'data'/'tables', HERE/'data'/'results'
@@ -27,7 +27,7 @@ def test_every_committed_row_follows_from_the_predictions(experiment):
 
 
 def test_the_main_board_follows_from_the_predictions():
-    from rssqa.bench import leaderboard
+    from rssqa.bench.protocol import leaderboard
     told, table = load_predictions(prediction_file('main', TABLES)), pd.read_parquet(TABLES/'open.parquet')
     some = [PANEL, JURY, OURS, 'trees: everything', 'mean of dataset and method']
     board = leaderboard(table, told[told.seed < 9][[*KEYS, *some]])

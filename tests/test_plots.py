@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from rssqa import plots
+from rssqa.viz import plots
 from rssqa.core import BadImage, Incompatible, SchemaError, UnknownName
 
 ROOT = Path(__file__).resolve().parents[1]

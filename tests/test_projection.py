@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from rssqa import projection
+from rssqa.viz import projection
 from rssqa.core import Incompatible, SchemaError, UnknownName
-from rssqa.projection import (Projection, branch_maps, centred, neighbour_graph, preservation, project, quality_probe, sample_rows, separation,
+from rssqa.viz.projection import (Projection, branch_maps, centred, neighbour_graph, preservation, project, quality_probe, sample_rows, separation,
                               separation_text, stages)
-from rssqa.viz import plot_embedding
+from rssqa.viz.figures import plot_embedding
 
 
 # projection
@@ -28,7 +28,7 @@ def test_projection_repeats(method):
 
 UMAP = """
 import numpy as np
-from rssqa.projection import Projection, neighbour_graph, preservation, project, stages
+from rssqa.viz.projection import Projection, neighbour_graph, preservation, project, stages
 part = np.arange(45) % 3
 x = np.random.default_rng(0).normal(size=(45, 8)) + 12 * np.eye(8)[part]
 one, two = project(x, n_epochs=30), project(x.copy(), n_epochs=30)
@@ -253,7 +253,7 @@ def test_stages_end_with_what_was_asked():
 
 PACMAP = """
 import numpy as np
-from rssqa.projection import project
+from rssqa.viz.projection import project
 part = np.arange(45) % 3
 x = np.random.default_rng(0).normal(size=(45, 8)) + 12 * np.eye(8)[part]
 one, two = project(x, 'pacmap'), project(x.copy(), 'pacmap')

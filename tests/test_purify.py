@@ -10,10 +10,10 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from scipy.stats import binomtest
 
-from rssqa import purify as P
+from rssqa.clip import purify as P
 from rssqa.core import DataNotFound, Incompatible, SchemaError, UnknownName, digest
-from rssqa.pairs import token_count
-from rssqa.purify import (CaptionerRewriter, RuleRewriter, agreement, apply_decisions, audit_noise, check_pairs, cut_pairs, cut_tokens, duplicate_groups, fold, image_groups,
+from rssqa.data.pairs import token_count
+from rssqa.clip.purify import (CaptionerRewriter, RuleRewriter, agreement, apply_decisions, audit_noise, check_pairs, cut_pairs, cut_tokens, duplicate_groups, fold, image_groups,
                           inject_noise, purify, read_scores, review_table, risk, risk_rules, score_pairs, segment, sentences, similarity, take_rewrites, thresholds, tidy, visible)
 
 rules = RuleRewriter()
@@ -605,7 +605,7 @@ def test_audit_tells_what_became_of_noise():
 # ---------------------------------------------------------------- the real thing
 
 def test_real_noise_is_found(real):
-    from rssqa.encoders import load_encoder
+    from rssqa.clip.encoders import load_encoder
     t = pd.read_csv(real/'pairs'/'pairs.csv')
     t = t[t.source.isin(['rsicd', 'ucm']) & (t.split != 'train')].drop_duplicates('filepath').groupby('source').sample(55, random_state=0).reset_index(drop=True)
     t = t.assign(pair=[f'{p}#0' for p in t.filepath], key=t.filepath, tier='coarse', path=[str(real/'pairs'/p) for p in t.filepath])

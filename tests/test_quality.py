@@ -9,11 +9,11 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GroupKFold, cross_val_score
 
-from rssqa.confidence import AGREEMENT
+from rssqa.segment.confidence import AGREEMENT
 from rssqa.core import MissingFeatures, Problem, SchemaError
-from rssqa.metrics import srocc
-from rssqa.quality import QualityModel, _hold_scenes, explain, load_model, save_model
-from rssqa.store import Store, put_vectors
+from rssqa.segment.metrics import srocc
+from rssqa.quality.model import QualityModel, _hold_scenes, explain, load_model, save_model
+from rssqa.tables.store import Store, put_vectors
 from worlds import numbers, with_features, world
 
 FAST = dict(epochs=8, members=2, images=8, dim=12, directions=4)
@@ -236,8 +236,8 @@ def test_explain_names_the_blocks(model, plain, new):
 
 
 def test_vectors_may_be_given_instead_of_a_store(model, new, store, tmp_path):
-    from rssqa.sqed import stored_taps
-    from rssqa.store import get_vectors
+    from rssqa.tables.sqed import stored_taps
+    from rssqa.tables.store import get_vectors
     sem, taps = get_vectors(Store(store), 'sem/toy@1', new.image_id), stored_taps(Store(store), new)
     alone = load_model(save_model(model, tmp_path/'m'))
     assert np.allclose(alone.predict(new, sem, taps), model.predict(new), atol=1e-6)

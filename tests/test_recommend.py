@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from rssqa.core import BadImage, DataNotFound, Incompatible, read_json, write_json
-from rssqa.data import read_image
-from rssqa.jury import Jury, JuryNet, save_jury
-from rssqa.recommend import SUFFIXES, Pack, default_pack, rank, recommend, score, shipped_pack, write_pack
+from rssqa.data.datasets import read_image
+from rssqa.quality.consensus import Jury, JuryNet, save_jury
+from rssqa.quality.recommend import SUFFIXES, Pack, default_pack, rank, recommend, score, shipped_pack, write_pack
 from worlds import METHODS, world
 
 

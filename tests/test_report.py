@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from browser import chromium, opened  # noqa: F401 (a fixture)
-from rssqa import report
+from rssqa.viz import report
 from rssqa.core import SchemaError
-from rssqa.projection import project, separation
-from rssqa.viz import follow, scores
+from rssqa.viz.projection import project, separation
+from rssqa.viz.figures import follow, scores
 
 EVIL = '<script>alert("x")</script> & $y_'
 VOID = {'meta', 'link', 'img', 'br', 'input', 'hr'}

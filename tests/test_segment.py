@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from rssqa.core import BadImage, Incompatible, UnknownName, segmenters
-from rssqa.segment import (EIGHT, IMAGENET_MEAN, IMAGENET_STD, MIN_SIDE, MethodSpec, Segmenter, SegOutput, TorchSegmenter, _hat, _starts, check_batch,
+from rssqa.segment.protocol import (EIGHT, IMAGENET_MEAN, IMAGENET_STD, MIN_SIDE, MethodSpec, Segmenter, SegOutput, TorchSegmenter, _hat, _starts, check_batch,
                            check_segmenter, crop_like, listen, methods, normalise, pad_to, predict_large)
 
 quick = settings(max_examples=40, deadline=None)

@@ -4,10 +4,10 @@ import pandas as pd
 import pytest
 
 from rssqa.cli import main
-from rssqa.methods.training import load_segmenter
-from rssqa.speed import enlarged, in_turns, largest_gap, line, plain_sqed
-from rssqa.sqed import label_free_columns, stored_taps
-from rssqa.store import Store, get_vectors
+from rssqa.segment.methods.training import load_segmenter
+from rssqa.bench.speed import enlarged, in_turns, largest_gap, line, plain_sqed
+from rssqa.tables.sqed import label_free_columns, stored_taps
+from rssqa.tables.store import Store, get_vectors
 from worlds import numbers, with_features, world
 
 
@@ -76,5 +76,5 @@ def test_an_enlarged_table_brings_its_features(rows, tmp_path):
 
 def test_steps_are_chosen_by_name():
     from rssqa.core import UnknownName
-    from rssqa.speed import run
+    from rssqa.bench.speed import run
     with pytest.raises(UnknownName, match='(?i)reading vectors back'): run(True, only=('reading vectors',))

@@ -7,14 +7,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from rssqa import sqed as module
-from rssqa.confidence import AGREEMENT
+from rssqa.tables import sqed as module
+from rssqa.segment.confidence import AGREEMENT
 from rssqa.core import DataNotFound, LeakError, MissingFeatures, Problem, SchemaError
-from rssqa.data import read_image, read_mask
-from rssqa.methods.training import load_segmenter
-from rssqa.metrics import confusion
-from rssqa.sqed import (META, build_sqed, check_sqed, from_png, judge, label_free_columns, load_sqed, save_sqed, stored_mask, stored_taps, taps_table)
-from rssqa.store import Store
+from rssqa.data.datasets import read_image, read_mask
+from rssqa.segment.methods.training import load_segmenter
+from rssqa.segment.metrics import confusion
+from rssqa.tables.sqed import (META, build_sqed, check_sqed, from_png, judge, label_free_columns, load_sqed, save_sqed, stored_mask, stored_taps, taps_table)
+from rssqa.tables.store import Store
 from worlds import numbers, world
 
 
@@ -76,9 +76,9 @@ def test_killed_in_the_middle_of_a_commit(table, nth, some, whole, store, tmp_pa
 KILLED = '''
 import pickle, sys
 from pathlib import Path
-from rssqa.data import folder_spec
-from rssqa.sqed import build_sqed
-from rssqa.store import Store
+from rssqa.data.datasets import folder_spec
+from rssqa.tables.sqed import build_sqed
+from rssqa.tables.store import Store
 home, tiles, store = Path(sys.argv[1]), *pickle.load(open(sys.argv[2], 'rb'))
 spec = folder_spec(home/'town')
 fleet = pickle.loads((home/'done.pickle').read_bytes())[1]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from rssqa.core import Incompatible, MissingFeatures, SchemaError, UnknownName
-from rssqa.store import Store, extract, feature_table, get_vectors, index_vectors, nearest, put_vectors
+from rssqa.tables.store import Store, extract, feature_table, get_vectors, index_vectors, nearest, put_vectors
 from worlds import world
 
 
@@ -114,7 +114,7 @@ def test_names_reach_into_folders(store):
 
 WRITER = '''
 import sys, pandas as pd
-from rssqa.store import Store
+from rssqa.tables.store import Store
 for i in range(6): Store(sys.argv[1]).put('t', pd.DataFrame(dict(key=[f'{sys.argv[2]}{i}', 'both'], v=[i, i])))
 '''
 
@@ -230,7 +230,7 @@ def test_an_index_finds_nearly_the_same_and_all_that_came_later(store):
 def test_nearest_sees_rows_of_another_process(store):
     put_vectors(store, 'v', 'ab', np.eye(2, dtype=np.float32))
     assert list(nearest(store, 'v', [1, 0], 1).key) == ['a']
-    code = f"import numpy as np; from rssqa.store import *; put_vectors(Store({store.root!r}), 'v', ['c'], np.array([[3, .1]], np.float32))"
+    code = f"import numpy as np; from rssqa.tables.store import *; put_vectors(Store({store.root!r}), 'v', ['c'], np.array([[3, .1]], np.float32))"
     subprocess.run([sys.executable, '-c', code], check=True, timeout=60)
     assert set(nearest(store, 'v', [1, .05], 2).key) == {'a', 'c'}
 

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from rssqa.core import UnknownName, digest
-from rssqa.data import check_leak, folder_spec, read_image, read_mask, scan
-from rssqa.synth import (BUILDING, CLASSES, GROUND, KINDS, LOOKS, PALETTE, ROAD, VEGETATION, VEHICLE, WATER, caption, colours, degrade, scene, write_scenes)
+from rssqa.data.datasets import check_leak, folder_spec, read_image, read_mask, scan
+from rssqa.data.synthetic import (BUILDING, CLASSES, GROUND, KINDS, LOOKS, PALETTE, ROAD, VEGETATION, VEHICLE, WATER, caption, colours, degrade, scene, write_scenes)
 
-PRINT = 'from rssqa.core import digest; from rssqa.synth import *; print(*(digest(np.round(scene(l, s, 48).image, 4), scene(l, s, 48).mask) for l in LOOKS for s in (0, 5)))'
+PRINT = 'from rssqa.core import digest; from rssqa.data.synthetic import *; print(*(digest(np.round(scene(l, s, 48).image, 4), scene(l, s, 48).mask) for l in LOOKS for s in (0, 5)))'
 
 
 # ---- scenes

@@ -3,8 +3,8 @@ import pandas as pd
 import pytest
 
 from rssqa.core import UnknownName
-from rssqa.encoders import fast_bf16
-from rssqa.throughput import VARIANTS, bench_encoders, best_variant
+from rssqa.clip.encoders import fast_bf16
+from rssqa.bench.encoder_speed import VARIANTS, bench_encoders, best_variant
 
 TINY = dict(embed_dim=16, vision_cfg=dict(image_size=32, patch_size=8, width=32, head_width=16, layers=2), text_cfg=dict(context_length=8, vocab_size=100, width=16, heads=2, layers=1))
 

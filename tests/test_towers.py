@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rssqa.containers import lengthen
+from rssqa.clip.checkpoints import lengthen
 from rssqa.core import Incompatible, UnknownName
-from rssqa.encoders import _net
-from rssqa.towers import DENSE_MODES, dense_map, long_clip, positions, text_pool, text_tokens
+from rssqa.clip.encoders import _net
+from rssqa.clip.towers import DENSE_MODES, dense_map, long_clip, positions, text_pool, text_tokens
 
 VISION = dict(image_size=32, patch_size=8, width=32, head_width=16, layers=2)
 TEXT = dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=2)

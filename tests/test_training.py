@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rssqa.core import DataNotFound, Incompatible, LeakError, Problem, read_json, write_json
-from rssqa.data import folder_spec, folds, scan
-from rssqa.methods import training
-from rssqa.methods.training import Recipe, _batch, _hold_out, _loss, _Pixels, cross_fit, encoder_file, full_weights, load_segmenter, model_folder, small_copies, small_weights, train, train_joint
-from rssqa.synth import write_scenes
+from rssqa.data.datasets import folder_spec, folds, scan
+from rssqa.segment.methods import training
+from rssqa.segment.methods.training import Recipe, _batch, _hold_out, _loss, _Pixels, cross_fit, encoder_file, full_weights, load_segmenter, model_folder, small_copies, small_weights, train, train_joint
+from rssqa.data.synthetic import write_scenes
 from worlds import METHODS, RECIPE, world
 
 SHORT = Recipe('nano', steps=5, batch=2, crop=64, lr=5e-3)
@@ -72,7 +72,7 @@ def test_folder_depends_on_tiles_and_not_on_their_order(tiles):
 
 
 def test_weights_of_the_encoder_are_part_of_the_name(tiles, tmp_path):
-    from rssqa.segment import methods
+    from rssqa.segment.protocol import methods
     name = methods['pspnet'].presets['nano'].get('encoder')
     recipe, names = Recipe('nano', encoder_weights=str(tmp_path)), []
     for i in range(2):

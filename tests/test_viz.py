@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from matplotlib.figure import Figure
 
-from rssqa import viz
+from rssqa.viz import figures as viz
 from rssqa.core import BadImage, Incompatible, SchemaError, UnknownName
-from rssqa.metrics import recommendation, single_best
-from rssqa.projection import project, separation
+from rssqa.segment.metrics import recommendation, single_best
+from rssqa.viz.projection import project, separation
 
 
 @pytest.fixture
@@ -268,5 +268,5 @@ def test_saved_figures(tiny, tmp_path):
 
 
 def test_import_is_light():
-    code = "import sys, rssqa.viz, rssqa.projection, rssqa.report; assert not {'matplotlib', 'umap', 'sklearn', 'jinja2', 'torch'} & set(sys.modules), set(sys.modules) & {'matplotlib','umap','sklearn','jinja2','torch'}"
+    code = "import sys, rssqa.viz.figures, rssqa.viz.projection, rssqa.viz.report; assert not {'matplotlib', 'umap', 'sklearn', 'jinja2', 'torch'} & set(sys.modules), set(sys.modules) & {'matplotlib','umap','sklearn','jinja2','torch'}"
     subprocess.run([sys.executable, '-c', code], check=True)

@@ -9,13 +9,13 @@ import pandas as pd
 from filelock import FileLock
 
 from rssqa.core import cache_dir
-from rssqa.data import folder_spec, folds, scan
-from rssqa.methods.training import Recipe, cross_fit
-from rssqa.quality import QualityModel, save_model
-from rssqa.recommend import write_pack
-from rssqa.sqed import build_sqed, taps_table
-from rssqa.store import Store, put_vectors
-from rssqa.synth import write_scenes
+from rssqa.data.datasets import folder_spec, folds, scan
+from rssqa.segment.methods.training import Recipe, cross_fit
+from rssqa.quality.model import QualityModel, save_model
+from rssqa.quality.recommend import write_pack
+from rssqa.tables.sqed import build_sqed, taps_table
+from rssqa.tables.store import Store, put_vectors
+from rssqa.data.synthetic import write_scenes
 
 METHODS = ['pspnet', 'segformer']
 RECIPE = Recipe('nano', steps=8, batch=4, crop=64, lr=5e-3)

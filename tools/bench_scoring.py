@@ -7,7 +7,7 @@ import importlib.util, time
 import numpy as np
 from sklearn.metrics import accuracy_score, confusion_matrix
 
-from rssqa.metrics import IGNORE, accuracy, confusion
+from rssqa.segment.metrics import IGNORE, accuracy, confusion
 
 SIDE, CLASSES, ROUNDS = 512, 7, 8
 

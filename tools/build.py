@@ -1,4 +1,4 @@
-"""Run, clean and export notebooks: `build.py nbs/10_data.ipynb …`. A `.py` in jupytext's percent format becomes its notebook first."""
+"""Run, clean and export notebooks: `build.py nbs/11_data.datasets.ipynb …`. A `.py` in jupytext's percent format becomes its notebook first."""
 import argparse, os, sys
 from pathlib import Path
 

@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from rssqa.viz import PALETTE, set_style
+from rssqa.viz.figures import PALETTE, set_style
 
 ROOT = Path(__file__).resolve().parents[1]
 

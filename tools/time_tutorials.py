@@ -9,7 +9,7 @@ from nbclient import NotebookClient
 threads = os.environ.get('OMP_NUM_THREADS')
 from build import FLAGS                                                    # sets one thread; a reader's machine has all
 if threads is None: del os.environ['OMP_NUM_THREADS']
-from rssqa.bench import save_results
+from rssqa.bench.protocol import save_results
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 60 # seconds

@@ -11,10 +11,10 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 from scipy.spatial import ConvexHull
 
-from rssqa.explorerspeed import CHROMIUM, FLAGS, JupyterLab, drag, run_all
+from rssqa.bench.explorer_speed import CHROMIUM, FLAGS, JupyterLab, drag, run_all
 
 ROOT = Path(__file__).resolve().parents[1]
-WINDOW = '''from rssqa.explorerview import Explorer
+WINDOW = '''from rssqa.viz.explorer_widget import Explorer
 rows = state.rows()
 state.select([], reason='')
 np.save({where!r}, rows)

@@ -1,0 +1,1 @@
+"""Protocols, results and speed: every published number is computed here."""

@@ -1,0 +1,1 @@
+"""Predicting accuracy without labels: RS-SQA, the consensus model, baselines, intervals, recommendation."""

@@ -1,0 +1,1 @@
+"""The eight segmentation methods: one module a family, their shared blocks, their training."""

@@ -1,0 +1,1 @@
+"""Looking at features and predictions: projections, figures, pages, the Explorer, widgets, reports."""
