@@ -147,7 +147,7 @@ def check(
     from rssqa.data.datasets import scan, summary
     print(summary(scan(root, name)))
 
-# %% ../nbs/91_cli.ipynb #b5e23661
+# %% ../nbs/91_cli.ipynb #eec2bb54
 bench_app = typer.Typer(no_args_is_help=True, help='Reproduce the published numbers.')
 app.add_typer(bench_app, name='bench')
 
@@ -155,7 +155,7 @@ app.add_typer(bench_app, name='bench')
 @bench_app.command()
 def paper(
     fast: Annotated[bool, typer.Option('--fast', help='Only check the committed rows: minutes instead of hours.')] = False,
-    data: Annotated[Optional[Path], typer.Option(help='Folder of the datasets with masks; a jury cannot learn without.')] = None,
+    data: Annotated[Optional[Path], typer.Option(help='Folder of the datasets with masks; a consensus cannot learn without.')] = None,
     only: Annotated[Optional[str], typer.Option(help='Experiments, separated by commas; default all.')] = None,
     seeds: Annotated[str, typer.Option(help='Seeds, separated by commas; each deals scenes anew.')] = '0,1,2,3,4',
     tables: Annotated[Path, typer.Option(help='Folder of the committed tables.')] = Path('data/tables'),
@@ -163,15 +163,15 @@ def paper(
     workers: Annotated[int, typer.Option(help='Processes.')] = 2,
 ):
     "Compare all predictors of accuracy on RS-SQED-open."
-    from rssqa.bench.paper import PROTOCOL, compute, prediction_file, recheck_all, write
+    from rssqa.bench.paper import PROTOCOL, compute, prediction_file, verify_all, write
     chosen = only.split(',') if only else list(PROTOCOL)
     if lost := [x for x in chosen if x not in PROTOCOL]: raise unknown('experiment', lost[0], PROTOCOL)
     if fast:
-        told, wrong = recheck_all(chosen, tables, out, data, workers)
+        told, wrong = verify_all(chosen, tables, out, data, workers)
         print(told)
         if wrong: raise typer.Exit(1)
         return
-    if not data: raise MissingFeatures('cannot compare without the jury', 'it learns from masks, and committed predictions would be overwritten by fewer', 'pass --data FOLDER, or check what is committed with --fast')
+    if not data: raise MissingFeatures('cannot compare without the consensus', 'it learns from masks, and committed predictions would be overwritten by fewer', 'pass --data FOLDER, or check what is committed with --fast')
     from rssqa.bench.protocol import save_predictions
     for x in chosen:
         save_predictions(compute(x, tables, data, tuple(map(int, seeds.split(','))), workers), prediction_file(x, tables))
@@ -209,7 +209,7 @@ def encoders_(
         command = f'rssqa bench encoders --architecture {architecture} --batch {batch}' + ' --compiled' * compiled + f' --device {device}' * (device != 'cpu')
         table.reset_index().assign(architecture=architecture, batch=batch, machine=machine(device), commit=commit(), command=command).to_csv(out, index=False)
 
-# %% ../nbs/91_cli.ipynb #cce83f18
+# %% ../nbs/91_cli.ipynb #f3591bdd
 @bench_app.command('projection')
 def projection_(
     rows: Annotated[int, typer.Option(help='Points.')] = 10_000,
@@ -220,10 +220,10 @@ def projection_(
     out: Annotated[Optional[Path], typer.Option(help='CSV file to write.')] = None,
 ):
     "Compare time and faithfulness of our maps with umap-learn's defaults."
-    from rssqa.bench.projection_speed import PROTOCOL, VARIANTS, bench_projection, verdict
+    from rssqa.bench.projection_speed import PROTOCOL, VARIANTS, bench_projection, speed_summary
     board = bench_projection(rows, dims, seed, tables, tuple(only.split(';')) if only else VARIANTS)
     print(board.to_string(index=False))
-    print(verdict(board).T.to_string())
+    print(speed_summary(board).T.to_string())
     if out:
         from rssqa.bench.protocol import save_results
         told = board.set_index('variant').assign(identical=board.identical.map({True: 'yes', False: 'no'}).to_numpy())
@@ -288,8 +288,8 @@ def conformance_(out: Annotated[Optional[Path], typer.Option(help='CSV file to w
     if out: table.assign(commit=commit(), command='rssqa bench conformance').to_csv(out)
     if not table.ok.all(): raise typer.Exit(1)
 
-# %% ../nbs/91_cli.ipynb #26d64c36
-@bench_app.command('lab')
+# %% ../nbs/91_cli.ipynb #b3c39fe4
+@bench_app.command('degradation')
 def lab_(
     turns: Annotated[int, typer.Option(help='Random turns of a knob.')] = 40,
     pack: Annotated[Optional[Path], typer.Option(help='Folder of a pack of synthetic scenes; default: the one of the laboratory, made once.')] = None,
@@ -298,13 +298,13 @@ def lab_(
     "Time the degradation lab from a slider to the last picture, on one thread."
     import torch
     from rssqa.bench.protocol import commit
-    from rssqa.viz.degradation import Lab, bench_lab
+    from rssqa.viz.degradation import DegradationExplorer, bench_degradation
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try: table = bench_lab(Lab(pack), turns)
+    try: table = bench_degradation(DegradationExplorer(pack), turns)
     finally: torch.set_num_threads(threads)
     print(table.T.to_string(header=False))
-    if out: table.assign(threads=1, seed=0, commit=commit(), command=f'rssqa bench lab --turns {turns}').to_csv(out, index=False)
+    if out: table.assign(threads=1, seed=0, commit=commit(), command=f'rssqa bench degradation --turns {turns}').to_csv(out, index=False)
 
 # %% ../nbs/91_cli.ipynb #2c98288a
 def apps() -> dict[str, Path]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['segmenters', 'encoders', 'fusions', 'datasets', 'Problem', 'UnknownName', 'SchemaError', 'DataNotFound', 'BadImage',
            'Incompatible', 'LeakError', 'MissingFeatures', 'DownloadError', 'Registry', 'unknown', 'digest', 'file_id',
-           'state_digest', 'as_image', 'stretch', 'pick_device', 'seed_all', 'cache_dir', 'real_dir', 'shipped',
+           'state_digest', 'as_image', 'stretch', 'pick_device', 'seed_all', 'cache_dir', 'real_dir', 'bundled',
            'atomic', 'write_json', 'read_json', 'progress', 'say']
 
 # %% ../nbs/00_core.ipynb #d3fafc04
@@ -211,7 +211,7 @@ def stretch(
     lo, hi = np.nanpercentile(image, [low, high])
     return np.clip((np.nan_to_num(image, nan=lo) - lo) / max(hi - lo, 1e-12), 0, 1).astype(np.float32)
 
-# %% ../nbs/00_core.ipynb #f2b4214f
+# %% ../nbs/00_core.ipynb #0c8c6f96
 def pick_device(name: str = 'auto') -> str: # 'cuda', 'mps' or 'cpu'
     "Resolve 'auto' to the best device of this machine; RSSQA_DEVICE overrides."
     import torch
@@ -241,7 +241,7 @@ def real_dir(*parts: str) -> Path | None:
     return path if path and path.exists() else None
 
 
-def shipped(*parts: str) -> Path:
+def bundled(*parts: str) -> Path:
     "Return a folder of what comes along with rssqa, in an installation or in a checkout."
     import rssqa
     here = Path(rssqa.__file__).parent

@@ -20,7 +20,7 @@ from rssqa.cli import apps, main
 from rssqa.clip.encoders import load_encoder
 from rssqa.viz.explorer import save_run
 from rssqa.tables.store import Store, extract
-from worlds import world
+from trained import trained_setup
 
 
 OF_VOILA = 'The getter for the shared module is not a function'   # Voila says so while it loads extensions of JupyterLab that it does not use
@@ -47,7 +47,7 @@ def answers(address):
     except OSError: return False
 
 
-def verdicts(path): return pd.read_csv(path, keep_default_na=False).verdict.tolist() if path.exists() else []
+def verdicts(path): return pd.read_csv(path, keep_default_na=False).rating.tolist() if path.exists() else []
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def test_the_pair_reviewer_runs_as_an_app(chromium, tmp_path):
 
 
 def test_the_explorer_opens_a_run_as_an_app(chromium, tmp_path):
-    w = world()
+    w = trained_setup()
     store = Store(w.home/'store')
     save_run(tmp_path/'run', w.sqed, w.tiles, store, extract(w.tiles, load_encoder('tiny-clip', dtype='float32'), store), 'tiny-clip', 'float32')
     with served(chromium, tmp_path, 'explorer', '--data', str(tmp_path/'run')) as page:
@@ -113,9 +113,9 @@ def test_the_explorer_opens_a_run_as_an_app(chromium, tmp_path):
 
 def test_apps_are_found_and_mistakes_explained(capsys, monkeypatch, tmp_path):
     import importlib.util
-    assert {'lab', 'pairs', 'recommender'} <= set(apps()) and all(p.is_file() for p in apps().values())
+    assert {'degradation', 'pairs', 'recommender'} <= set(apps()) and all(p.is_file() for p in apps().values())
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *a: None if name == 'voila' else real(name, *a))
-    for args, words in ((['app', 'recomender'], 'Did you mean recommender'), (['app', 'lab'], 'rssqa[apps]'), (['app', 'recommender', '--data', str(tmp_path/'x')], 'check the path')):
+    for args, words in ((['app', 'recomender'], 'Did you mean recommender'), (['app', 'degradation'], 'rssqa[apps]'), (['app', 'recommender', '--data', str(tmp_path/'x')], 'check the path')):
         with pytest.raises(SystemExit) as stop: main(args)
         assert stop.value.code == 2 and words.lower() in capsys.readouterr().err.lower()

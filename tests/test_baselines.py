@@ -6,13 +6,13 @@ from hypothesis import given, settings, strategies as st
 from sklearn.base import clone
 
 from rssqa.quality.baselines import (COLUMNS, GRIDS, KEPT, SEGMENT, BlockBaseline, ColumnBaseline, DifferenceBaseline, MeanBaseline, NeighbourBaseline, QualityColumns, SegmentBaseline, ThresholdBaseline,
-                             _keep, _tuned, baselines, condense, deal_scenes, fit_groups, has_lattices, histograms, map_keys, read_groups, segment_table)
+                             _keep, _tuned, baselines, condense, deal_scenes, fit_groups, has_grids, histograms, map_keys, read_groups, segment_table)
 from rssqa.segment.confidence import boundary, segments
 from rssqa.core import MissingFeatures, SchemaError
 from rssqa.segment.metrics import mae, srocc
-from rssqa.tables.sqed import Lattice
+from rssqa.tables.sqed import PredictionGrid
 from rssqa.tables.store import Store, get_vectors, put_vectors
-from worlds import numbers, with_features, world
+from trained import numbers, with_features, trained_setup
 
 
 @pytest.fixture(scope='module')
@@ -29,7 +29,7 @@ def store(table, new, tmp_path_factory): return with_features(tmp_path_factory.m
 
 def test_all_rivals_are_clones_of_themselves_and_predict(table, new, store):
     found = baselines(table, store, 'sem/toy@1')
-    assert {'mean of dataset and method', 'max-softmax', 'ridge: semantics', 'ridge: segmenter taps', 'ridge: everything', 'boosting: everything'} <= set(found)
+    assert {'mean of dataset and method', 'max-softmax', 'ridge: semantics', 'ridge: intermediate features', 'ridge: everything', 'boosting: everything'} <= set(found)
     for name, estimator in found.items():
         twin = clone(estimator)
         assert type(twin) is type(estimator) and twin.get_params() == estimator.get_params(), name
@@ -41,7 +41,7 @@ def test_all_rivals_are_clones_of_themselves_and_predict(table, new, store):
 
 def test_only_what_the_table_allows_is_offered(table):
     names = set(baselines(table.drop(columns=['margin', 'conf_t']).assign(agree_mean=np.nan)))
-    assert not names & {'margin', 'max-softmax, temperature-scaled, no fit', 'agreement with the other methods', 'ridge: semantics', 'ridge: segmenter taps'}
+    assert not names & {'margin', 'max-softmax, temperature-scaled, no fit', 'agreement with the other methods', 'ridge: semantics', 'ridge: intermediate features'}
     assert 'max-softmax' in names and 'ridge: everything' not in names
     assert set(COLUMNS) - {'flip agreement'} <= set(baselines(table))
 
@@ -85,10 +85,10 @@ def test_means_are_means(table, new):
 def test_the_unseen_falls_back_to_what_is_known(change, known, table, new):
     wanted = new[known].map(table.groupby(known).oa.mean()) if known else table.oa.mean()
     assert np.allclose(MeanBaseline().fit(table).predict(new.assign(**change)), wanted)
-    for learner in ('ridge', 'boosting'): assert np.isfinite(BlockBaseline(('own', 'peers', 'prior'), learner).fit(table).predict(new.assign(**change))).all()
+    for learner in ('ridge', 'boosting'): assert np.isfinite(BlockBaseline(('single_map', 'cross_method', 'prior'), learner).fit(table).predict(new.assign(**change))).all()
 
 
-@pytest.mark.parametrize('blocks', [('own',), ('peers',), ('prior',), ('own', 'peers', 'prior')])
+@pytest.mark.parametrize('blocks', [('single_map',), ('cross_method',), ('prior',), ('single_map', 'cross_method', 'prior')])
 @pytest.mark.parametrize('learner', ['ridge', 'boosting'])
 def test_blocks_learn(blocks, learner, table, new):
     m = BlockBaseline(blocks, learner).fit(table)
@@ -101,12 +101,12 @@ def test_an_unseen_method_has_no_column_of_its_own(table):
 
 
 def test_trees_are_reproducible(table):
-    m = BlockBaseline(('own',), 'trees', seed=3)
+    m = BlockBaseline(('single_map',), 'trees', seed=3)
     assert np.array_equal(clone(m).fit(table).predict(table), m.fit(table).predict(table))
 
 
 def test_an_unknown_learner_or_block_is_named(table):
-    with pytest.raises((KeyError, ValueError), match='forest'): BlockBaseline(learner='forest', blocks=('own',)).fit(table)
+    with pytest.raises((KeyError, ValueError), match='forest'): BlockBaseline(learner='forest', blocks=('single_map',)).fit(table)
 
 
 # ---------------------------------------------------------------- groups and differences
@@ -135,18 +135,18 @@ def test_regression_finds_the_slope_and_few_rows_are_pulled_to_one(slope):
     assert slope == 1 or min(slope, 1) < few < max(slope, 1)
 
 
-# ---------------------------------------------------------------- lattices condensed
+# ---------------------------------------------------------------- prediction_grids condensed
 
-def lattice(rng, methods=2, classes=3, h=12, w=16, name='i', truth=None):
+def grid(rng, methods=2, classes=3, h=12, w=16, name='i', truth=None):
     p = rng.dirichlet(np.full(classes, 0.5), (methods, h // 4, w // 4)).repeat(4, 1).repeat(4, 2).transpose(0, 3, 1, 2)
     p8 = np.round(255 * p).astype(np.uint8)
     truth = rng.integers(0, classes, (h, w)).astype(np.uint8) if truth is None else truth
-    return Lattice(name, 'd', [f'm{k}' for k in range(methods)], p8, p8, p8.argmax(1).astype(np.uint8), truth)
+    return PredictionGrid(name, 'd', [f'm{k}' for k in range(methods)], p8, p8, p8.argmax(1).astype(np.uint8), truth)
 
 
 @pytest.mark.parametrize('classes', [2, 3, 9])
 def test_histograms_count_levels(classes):
-    l = lattice(np.random.default_rng(classes), 3, classes)
+    l = grid(np.random.default_rng(classes), 3, classes)
     h = histograms(l.p)
     assert h.shape == (3, 512) and np.allclose(h.reshape(3, 2, 256).sum(2), 1, atol=1e-6)
     assert np.allclose(h[:, :256] @ np.arange(256), l.p.max(1).mean((1, 2)), rtol=1e-5)
@@ -157,7 +157,7 @@ def test_histograms_count_levels(classes):
 
 @pytest.mark.parametrize('classes', [2, 3, 6])
 def test_segments_equal_slow_counts(classes):
-    l = lattice(np.random.default_rng(classes), 1, classes)
+    l = grid(np.random.default_rng(classes), 1, classes)
     p, pred, truth = l.p[0] / 255, l.pred[0], np.where(np.random.default_rng(1).random(l.truth.shape) < 0.2, 255, l.truth).astype(np.uint8)
     told = pd.DataFrame(segment_table(l.p[0], pred, truth), columns=SEGMENT).astype(float)
     first, second = np.sort(p, 0)[::-1][:2]
@@ -193,11 +193,11 @@ def test_one_segment_without_truth():
 
 def test_real_lattices_are_condensed_once(monkeypatch, tmp_path):
     import shutil
-    w = world()
+    w = trained_setup()
     store = Store(shutil.copytree(w.home/'store', tmp_path/'store'))
-    assert has_lattices(store, w.sqed) and not has_lattices(store, w.sqed.assign(method_fp='0')) and not has_lattices(Store(tmp_path/'none'), w.sqed)
+    assert has_grids(store, w.sqed) and not has_grids(store, w.sqed.assign(method_fp='0')) and not has_grids(Store(tmp_path/'none'), w.sqed)
     condense(store, w.sqed[:5], chunk=2); condense(store, w.sqed, chunk=3)
-    monkeypatch.setattr('rssqa.quality.baselines.lattices', None)
+    monkeypatch.setattr('rssqa.quality.baselines.prediction_grids', None)
     condense(store, w.sqed); condense(store, w.sqed.iloc[::-1])
     h = get_vectors(store, 'conf_hist', map_keys(w.sqed))
     assert np.abs(h[:, :256] @ np.arange(256) / 255 - w.sqed.conf_t).mean() < 0.02          # one pixel in sixteen
@@ -217,7 +217,7 @@ def toy(store, name, images=24, size=16, seed=0, noise=1.0) -> pd.DataFrame:
         pred = np.array([np.where(rng.random(truth.shape) < c, truth, 1 - truth) for c in chance], np.uint8)
         said = np.round(255 * np.array([chance[0], 0.5 + 0.5 * np.sqrt(2 * chance[1] - 1)])).astype(np.uint8)
         p = np.stack([np.where(pred == k, said, 255 - said) for k in (0, 1)], 1)
-        found.append(Lattice(f'{name}{i}', f'd{i % 2}', ['m', 'n'], p, p, pred, truth))
+        found.append(PredictionGrid(f'{name}{i}', f'd{i % 2}', ['m', 'n'], p, p, pred, truth))
         rows += [dict(image_id=f'{name}{i}', dataset=f'd{i % 2}', scene=f'{name}{i // 4}', method=m, method_fp=m, oa=(pred[k] == truth).mean(), conf_t=said[k].mean() / 255) for k, m in enumerate('mn')]
     _keep(Store(store), found, {(r['image_id'], r['method']): f'{r["image_id"]}|{r["method_fp"]}' for r in rows})
     return pd.DataFrame(rows)
@@ -249,7 +249,7 @@ def test_atc_is_the_share_above_the_threshold(toys):
 def test_atc_saturated_confidence_still_meets_accuracy(tmp_path):
     p = np.zeros((1, 2, 8, 8), np.uint8); p[:, 0] = 255
     rows = [dict(image_id=f'{i}', dataset='d', scene=f'{i}', method='m', method_fp='f', oa=0.6 + 0.1 * i) for i in range(3)]
-    _keep(Store(tmp_path), [Lattice(f'{i}', 'd', ['m'], p, p, p[:, 0] * 0, p[0, 0] * 0) for i in range(3)], {(f'{i}', 'm'): f'{i}|f' for i in range(3)})
+    _keep(Store(tmp_path), [PredictionGrid(f'{i}', 'd', ['m'], p, p, p[:, 0] * 0, p[0, 0] * 0) for i in range(3)], {(f'{i}', 'm'): f'{i}|f' for i in range(3)})
     assert np.allclose(ThresholdBaseline(str(tmp_path)).fit(pd.DataFrame(rows)).predict(pd.DataFrame(rows)), 0.7, atol=1e-3)
 
 
@@ -291,7 +291,7 @@ def test_a_draw_of_segments_is_weighted_back(toys):
 
 def test_maps_without_lattices_are_named(toys):
     home, seen, _ = toys
-    with pytest.raises(MissingFeatures, match='lattice'): ThresholdBaseline(home).fit(seen.assign(method_fp='other'))
+    with pytest.raises(MissingFeatures, match='grid'): ThresholdBaseline(home).fit(seen.assign(method_fp='other'))
 
 
 # ---------------------------------------------------------------- tuned across scenes
@@ -319,7 +319,7 @@ def test_the_prior_of_a_part_never_saw_the_rows_left_out(table, monkeypatch):
     train = deal_scenes(table) == 0
     x = []
     for t in (table, table.assign(oa=table.oa.where(train, table.oa[::-1].to_numpy()))):
-        BlockBaseline(('own', 'prior')).fit(t)
+        BlockBaseline(('single_map', 'prior')).fit(t)
         x.append(kept['x_of'](train))
     assert np.array_equal(*x) and not np.array_equal(x[0], kept['x_of'](~train))
 
@@ -327,8 +327,8 @@ def test_the_prior_of_a_part_never_saw_the_rows_left_out(table, monkeypatch):
 def test_the_full_prior_is_that_of_the_blocks(table, monkeypatch):
     kept = {}
     monkeypatch.setattr('rssqa.quality.baselines._tuned', lambda name, X, x_of, seed: kept.update(x_of=x_of))
-    m = BlockBaseline(('own', 'prior')).fit(table)
-    assert np.allclose(kept['x_of'](np.ones(len(table), bool))[:, :3], m.branches_.transform(table, training=True).prior)
+    m = BlockBaseline(('single_map', 'prior')).fit(table)
+    assert np.allclose(kept['x_of'](np.ones(len(table), bool))[:, :3], m.features_.transform(table, training=True).prior)
 
 
 @pytest.mark.parametrize('learner, kind, choices', [('ridge', 'Ridge', 'alpha'), ('trees', 'ExtraTreesRegressor', 'min_samples_leaf'), ('boosting', 'HistGradientBoostingRegressor', 'max_leaf_nodes')])
@@ -343,7 +343,7 @@ def test_the_best_of_the_grid_is_chosen(learner, kind, choices, monkeypatch):
 
 def test_one_scene_is_learned_without_tuning():
     t = numbers(1, 1, 6, 3)
-    for learner in GRIDS: assert np.isfinite(BlockBaseline(('own', 'prior'), learner).fit(t).predict(t)).all()
+    for learner in GRIDS: assert np.isfinite(BlockBaseline(('single_map', 'prior'), learner).fit(t).predict(t)).all()
 
 
 # ---------------------------------------------------------------- neighbours
@@ -399,8 +399,8 @@ def test_shares_are_opened_and_certainty_stays_finite(table):
 
 def test_everything_that_can_be_tried_is_listed(table, store):
     names = set(baselines(with_quality(table), store, 'sem/toy@1'))
-    assert {'DoC', 'DoC, regression', 'encoder features + kNN', 'segmenter taps + boosting', 'BRISQUE statistics + ridge', 'CLIP-IQA prompts + ridge', 'image quality: niqe'} <= names
-    assert not {n for n in names if n.startswith(('ATC', 'MetaSeg'))}                   # no lattices here
+    assert {'DoC', 'DoC, regression', 'encoder features + kNN',  'intermediate features + boosting', 'BRISQUE statistics + ridge', 'CLIP-IQA prompts + ridge', 'image quality: niqe'} <= names
+    assert not {n for n in names if n.startswith(('ATC', 'MetaSeg'))}                   # no prediction_grids here
     assert not {n for n in baselines(table.drop(columns='conf_t')) if 'DoC' in n or 'IQA' in n}
 
 

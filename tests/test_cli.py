@@ -12,7 +12,7 @@ from PIL import Image
 
 from rssqa.cli import main
 from rssqa.core import cache_dir
-from rssqa.demo import OURS, Plan, as_text, real_plan, run, summary
+from rssqa.demo import RS_SQA, Plan, as_text, real_plan, run, summary
 from rssqa.segment.methods.training import Recipe
 from rssqa.data.synthetic import scene, write_scenes
 
@@ -51,7 +51,7 @@ def test_demo_writes_report_table_and_pack(demo):
 def test_demo_reports_every_predictor_beside_ours(demo):
     plan, board, home = demo
     text = summary(board, plan, home/'out')
-    assert as_text(board).splitlines()[2].startswith(OURS) and all(name in text for name in board.index) and 'minutes' in text and f'rssqa app explorer --data {home/"out"}' in text
+    assert as_text(board).splitlines()[2].startswith(RS_SQA) and all(name in text for name in board.index) and 'minutes' in text and f'rssqa app explorer --data {home/"out"}' in text
     assert board.loc['mean of dataset and method', 'gap_closed'] == pytest.approx(0, abs=0.35)
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from rssqa.segment.confidence import AGREEMENT, CRUMB, agreement, boundary, doubt, fit_temperature, label_free, pool_taps, segments, tap_columns, tap_names
+from rssqa.segment.confidence import AGREEMENT, CRUMB, agreement, boundary, uncertainty, fit_temperature, label_free, pool_features, segments, feature_columns, feature_names
 
 quick = settings(max_examples=40, deadline=None)
 seeds = st.integers(0, 10**6)
@@ -25,7 +25,7 @@ def blobs(seed, n=2, k=4, h=24, w=20): return torch.nn.functional.avg_pool2d(noi
 @given(seeds, st.integers(2, 7), st.sampled_from([.3, 1., 4.]))
 def test_doubt_by_definition(seed, k, temperature):
     logits = noise(seed, 2, k, 3, 4) * 3
-    got, p = doubt(logits, temperature), torch.softmax(logits.double() / temperature, 1).sort(1).values
+    got, p = uncertainty(logits, temperature), torch.softmax(logits.double() / temperature, 1).sort(1).values
     assert close(got['conf'], p[:, -1]) and close(got['margin'], p[:, -1] - p[:, -2])
     assert close(got['entropy'], stats.entropy(p.numpy(), axis=1) / np.log(k))
     assert all(v.shape == (2, 3, 4) and v.min() >= -1e-6 and v.max() <= 1 + 1e-6 for v in got.values())
@@ -33,10 +33,10 @@ def test_doubt_by_definition(seed, k, temperature):
 
 def test_doubt_at_the_ends():
     torn, sure, equal = torch.zeros(1, 3, 1, 1), torch.tensor([1000., 0, -1000]).view(1, 3, 1, 1), torch.tensor([5., 5, -50]).view(1, 3, 1, 1)
-    ends = [{k: v.item() for k, v in doubt(x).items()} for x in (torn, sure, equal)]
+    ends = [{k: v.item() for k, v in uncertainty(x).items()} for x in (torn, sure, equal)]
     assert ends[0] == pytest.approx(dict(conf=1 / 3, margin=0, entropy=1), abs=1e-6) and ends[1] == pytest.approx(dict(conf=1, margin=0 + 1, entropy=0), abs=1e-6)
     assert ends[2] == pytest.approx(dict(conf=.5, margin=0, entropy=np.log(2) / np.log(3)), abs=1e-6)
-    assert {k: v.item() for k, v in doubt(torch.ones(1, 1, 1, 1)).items()} == dict(conf=1, margin=1, entropy=0)       # one class leaves no doubt
+    assert {k: v.item() for k, v in uncertainty(torch.ones(1, 1, 1, 1)).items()} == dict(conf=1, margin=1, entropy=0)       # one class leaves no uncertainty
 
 
 # ---- edges and segments
@@ -185,23 +185,23 @@ def taps(seed, n=2): return noise(seed, n, 6, 12, 10).relu() + .1, noise(seed + 
 def test_pool_taps_by_hand():
     f = taps(0)
     want = np.concatenate([g for t in f for g in (t.numpy().mean((2, 3)), t.numpy().std((2, 3)))], 1)
-    assert close(pool_taps(f), want) and pool_taps(f).shape == (2, 30) and pool_taps((f[0].bfloat16(),)).dtype == torch.float32
+    assert close(pool_features(f), want) and pool_features(f).shape == (2, 30) and pool_features((f[0].bfloat16(),)).dtype == torch.float32
 
 
 @pytest.mark.parametrize('n, names', [(1, ['tap0']), (2, ['dec', 'enc']), (3, ['tap0', 'tap1', 'tap2']), (0, [])])
-def test_tap_names(n, names): assert tap_names(n) == names
+def test_tap_names(n, names): assert feature_names(n) == names
 
 
 def test_tap_columns_by_hand():
     f, mask = taps(4), blobs(0, h=12, w=10).argmax(1)
-    ref = torch.stack([pool_taps(f).mean(0), pool_taps(f).std(0) + .5]) * 1.1
-    got = tap_columns(f[:1], mask, 4, ref[:, :12])
+    ref = torch.stack([pool_features(f).mean(0), pool_features(f).std(0) + .5]) * 1.1
+    got = feature_columns(f[:1], mask, 4, ref[:, :12])
     assert list(got) == ['tap0_norm', 'tap0_rank', 'tap0_fisher', 'tap0_shift'] and (got.dtypes == np.float32).all()
     for i in range(2):
         x, m = f[0][i].flatten(1).double().numpy(), mask[i].flatten().numpy()
         values = np.linalg.eigvalsh(np.cov(x))
         between = sum((m == c).sum() * ((x[:, m == c].mean(1) - x.mean(1))**2).sum() for c in np.unique(m))
-        shift = ((pool_taps(f[:1])[i] - ref[0, :12]) / ref[1, :12]).abs().mean()
+        shift = ((pool_features(f[:1])[i] - ref[0, :12]) / ref[1, :12]).abs().mean()
         assert close(got.iloc[i], [np.log(np.sqrt((x**2).mean())), values.sum()**2 / (values**2).sum() / 6, between / ((x - x.mean(1, keepdims=True))**2).sum(), shift], 1e-4)
 
 
@@ -210,31 +210,31 @@ def test_tap_columns_by_hand():
 def test_what_must_not_change_tap_columns(seed, order, order2, classes):
     f, mask = taps(seed), blobs(seed).argmax(1)
     ref = torch.stack([noise(seed, 30), noise(seed + 2, 30).abs() + .1])
-    base = tap_columns(f, mask, 4, ref)
+    base = feature_columns(f, mask, 4, ref)
     moved = torch.as_tensor([*order, *(6 + i for i in order), *(12 + i for i in order2), *(21 + i for i in order2)])
-    assert close(tap_columns((f[0][:, list(order)], f[1][:, list(order2)]), mask, 4, ref[:, moved]), base, 1e-4)
-    assert close(tap_columns(f, torch.as_tensor(classes)[mask], 4, ref), base, 1e-4) and close(tap_columns(f, mask, 9, ref), base, 1e-4)
-    alone = pd.concat([tap_columns(tuple(t[i:i+1] for t in f), mask[i:i+1], 4, ref) for i in range(2)], ignore_index=True)
-    assert close(alone, base, 1e-4) and close(tap_columns(f, mask, 4), base[[c for c in base if 'shift' not in c]], 1e-4)
+    assert close(feature_columns((f[0][:, list(order)], f[1][:, list(order2)]), mask, 4, ref[:, moved]), base, 1e-4)
+    assert close(feature_columns(f, torch.as_tensor(classes)[mask], 4, ref), base, 1e-4) and close(feature_columns(f, mask, 9, ref), base, 1e-4)
+    alone = pd.concat([feature_columns(tuple(t[i:i+1] for t in f), mask[i:i+1], 4, ref) for i in range(2)], ignore_index=True)
+    assert close(alone, base, 1e-4) and close(feature_columns(f, mask, 4), base[[c for c in base if 'shift' not in c]], 1e-4)
 
 
 def test_tap_columns_range_and_ends():
     mask = blobs(0).argmax(1)
     aware = torch.nn.functional.one_hot(mask, 4).movedim(-1, 1).float()
     one_direction = noise(0, 2, 1, 24, 20).expand(2, 7, 24, 20)
-    got = tap_columns((aware, one_direction), mask, 4)
+    got = feature_columns((aware, one_direction), mask, 4)
     assert close(got.dec_fisher, 1) and (got.enc_fisher < .1).all() and close(got.enc_rank, 1 / 7) and (got.dec_rank > .25).all()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        dead = tap_columns((torch.zeros(2, 3, 4, 4), torch.full((2, 3, 1, 1), 7.)), mask, 4, torch.zeros(2, 12))
+        dead = feature_columns((torch.zeros(2, 3, 4, 4), torch.full((2, 3, 1, 1), 7.)), mask, 4, torch.zeros(2, 12))
     assert np.isfinite(dead).all().all() and (dead[['dec_rank', 'dec_fisher', 'enc_fisher']] == 0).all().all() and dead.dec_shift[0] == 0 and dead.enc_shift[0] == 10     # clipped at 20
 
 
 def test_shift_is_small_at_home():
     f = noise(0, 40, 5, 8, 8)
-    ref = torch.stack([pool_taps((f,)).mean(0), pool_taps((f,)).std(0)])
+    ref = torch.stack([pool_features((f,)).mean(0), pool_features((f,)).std(0)])
     mask = torch.zeros(40, 8, 8, dtype=torch.long)
-    home, away = (tap_columns((x,), mask, 2, ref).tap0_shift.mean() for x in (f, f * 2 + 1))
+    home, away = (feature_columns((x,), mask, 2, ref).tap0_shift.mean() for x in (f, f * 2 + 1))
     assert home < 1.2 and away > 5 * home
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import rssqa.clip.encoders as E
-from rssqa.clip.conformance import conformance, tiny_multilingual, write_container
+from rssqa.clip.conformance import conformance, tiny_multilingual, write_format
 from rssqa.clip.checkpoints import lengthen
 from rssqa.core import BadImage, DataNotFound, DownloadError, Incompatible, UnknownName, encoders
 from rssqa.clip.encoders import (EncoderSpec, OpenClipEncoder, SemanticEncoder, SemOutput, check_encoder, encode, load_encoder, read_weights, resize,
@@ -60,7 +60,7 @@ def x(): return torch.rand(3, 3, 40, 56, generator=torch.Generator().manual_seed
 def test_specs_agree_with_open_clip(spec):
     import open_clip
     E._config(spec)                                                    # dim and image size
-    if spec.container != 'safetensors': return                         # a file that open_clip does not list
+    if spec.format != 'safetensors': return                         # a file that open_clip does not list
     tag = open_clip.get_pretrained_cfg(spec.architecture, spec.weights)
     assert tag, 'no such tag'
     assert (spec.quick_gelu, spec.mean, spec.std, spec.interpolation) == (tag.get('quick_gelu', False), tuple(tag['mean']), tuple(tag['std']), tag['interpolation'])
@@ -525,7 +525,7 @@ def test_conformance_sees_a_wrong_activation(monkeypatch):
 
 
 def test_an_itra_file_is_the_same_encoder(tmp_path, enc):
-    path = write_container(tmp_path/'itra.pt', random_net(CFG).state_dict(), 'itra')
+    path = write_format(tmp_path/'itra.pt', random_net(CFG).state_dict(), 'itra')
     assert load_encoder(enc.spec, weights=path, device='cpu', dtype='float32').fingerprint == enc.fingerprint
 
 
@@ -540,7 +540,7 @@ def test_a_grid_of_another_size_names_its_remedy(tmp_path, enc, x):
 def test_a_bare_file_tells_what_can_be_read_from_it(tmp_path):
     import open_clip
     with torch.device('meta'): shapes = open_clip.CLIP(**open_clip.get_model_config('ViT-B-32')).state_dict()
-    path = write_container(tmp_path/'w.pt', {k: torch.zeros(()).expand(t.shape) for k, t in shapes.items()}, 'open_clip_train')   # one number each on disk
+    path = write_format(tmp_path/'w.pt', {k: torch.zeros(()).expand(t.shape) for k, t in shapes.items()}, 'open_clip_train')   # one number each on disk
     with pytest.raises(Incompatible, match=r"activation; this one is of kind 'open_clip_train' and has the shapes of ViT-B-32.*quick_gelu"): load_encoder(path)
 
 
@@ -637,7 +637,7 @@ def bundle(tmp_path):
     (home/'open_clip_config.json').write_text(json.dumps(dict(model_cfg=MULTI)))
     torch.manual_seed(0); net = E._build(MULTI, home)
     for p in net.parameters(): p.add_(0.05 * torch.randn_like(p))
-    write_container(home, net.state_dict(), 'bundle')
+    write_format(home, net.state_dict(), 'bundle')
     return home
 
 
@@ -659,14 +659,14 @@ def test_a_multilingual_bundle_loads_from_its_folder(bundle, offline):
     features, mask = e.encode_text_tokens(SAID)
     pooled = (features * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)                # its pooler is the mean of real tokens
     assert torch.allclose(F.normalize(e.net.text.proj(pooled), dim=1), text, atol=1e-5) and mask.sum(1).tolist() == [len(s.encode()) - s.count(' ') + 3 * s.count(' ') - 2 * s.count(' ') + 3 for s in SAID]
-    assert spec_from_folder(bundle).container == 'bundle' and not encoders['laion-vit-b-32'].multilingual and encoders['rs-m-clip'].multilingual
+    assert spec_from_folder(bundle).format == 'bundle' and not encoders['laion-vit-b-32'].multilingual and encoders['rs-m-clip'].multilingual
 
 
 def test_the_named_spec_takes_the_folder(bundle, offline, x):
     cfg = MULTI | dict(embed_dim=512, vision_cfg=VISION | dict(image_size=224, patch_size=32))      # the published sizes outside, tiny inside
     (bundle/'open_clip_config.json').write_text(json.dumps(dict(model_cfg=cfg)))
     torch.manual_seed(0); net = E._build(cfg, bundle)
-    write_container(bundle, net.state_dict(), 'bundle')
+    write_format(bundle, net.state_dict(), 'bundle')
     named = load_encoder('rs-m-clip', weights=bundle, device='cpu', dtype='float32')
     assert named.name == 'rs-m-clip' and named.fingerprint == load_encoder(bundle, device='cpu', dtype='float32').fingerprint
     assert torch.allclose(named.encode_image(x).pooled, F.normalize(net.encode_image(named.prepare(x)), dim=1), atol=1e-5)

@@ -16,7 +16,7 @@ def code(path): return '\n'.join(c.source for c in nbformat.read(path, 4).cells 
 
 @pytest.mark.parametrize('path', PAGES, ids=lambda p: p.stem)
 def test_only_reads(path):
-    assert re.findall(r'\b(?:QualityModel|JuryModel|baselines|cross_predict|to_csv|to_parquet|savefig|save_\w+)\(|#\|\s*export', code(path)) == []
+    assert re.findall(r'\b(?:QualityModel|ConsensusModel|baselines|cross_predict|to_csv|to_parquet|savefig|save_\w+)\(|#\|\s*export', code(path)) == []
 
 
 @pytest.mark.parametrize('path', PAGES, ids=lambda p: p.stem)

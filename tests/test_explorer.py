@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from rssqa.core import DataNotFound, Incompatible, MissingFeatures, SchemaError, UnknownName
-from rssqa.viz.explorer import ExplorerState, InMemory, InStore, Picked, binned, case_reader, open_run, paint_tile, save_run, sharpness, snapshot, tallied, why, why_text
+from rssqa.viz.explorer import ExplorerState, InMemory, InStore, EmbeddingSelection, binned, case_reader, open_run, paint_tile, save_run, sharpness, snapshot, tallied, why, why_text
 from rssqa.bench.explorer_speed import cloud
 from rssqa.viz.explorer_widget import Explorer, SHADES, bars_svg, encode, explore, legend_html
 from rssqa.tables.store import Store, put_vectors
@@ -50,7 +50,7 @@ def stored(tmp_path):
 
 def test_filters_agree_with_pandas():
     t = table()
-    s = Picked(t)
+    s = EmbeddingSelection(t)
     s.filter(dataset='coast', oa=(.4, .8), method=['unet', 'pspnet'], scene='s[0-3]', gap=(-.05, .05))
     gap = t.predicted - t.oa
     want = t.dataset.eq('coast') & t.oa.between(.4, .8) & t.scene.isin(['s0', 's1', 's2', 's3']) & gap.between(-.05, .05)
@@ -60,7 +60,7 @@ def test_filters_agree_with_pandas():
 
 
 def test_a_wrong_filter_says_so_and_changes_nothing():
-    s = Picked(table()).filter(dataset='coast')
+    s = EmbeddingSelection(table()).filter(dataset='coast')
     before = s.mask.copy()
     with pytest.raises(UnknownName, match='Did you mean coast'): s.filter(dataset='coats')
     with pytest.raises(UnknownName, match='no column named .metod'): s.filter(metod='unet')
@@ -69,7 +69,7 @@ def test_a_wrong_filter_says_so_and_changes_nothing():
 
 
 def test_the_selection_keeps_its_order_and_obeys_the_filter():
-    s = Picked(table()).select([9, 3, 30, 8], [.1, .2, .3, .4], 'by hand')
+    s = EmbeddingSelection(table()).select([9, 3, 30, 8], [.1, .2, .3, .4], 'by hand')
     assert list(s.selection().index) == [9, 3, 30, 8] and np.allclose(s.selection().score, [.1, .2, .3, .4])
     s.filter(method='unet')
     assert list(s.selection().index) == [30, 8] and np.allclose(s.selection().score, [.3, .4])
@@ -81,7 +81,7 @@ def test_the_selection_keeps_its_order_and_obeys_the_filter():
 
 
 def test_nothing_selected_is_no_error(tmp_path):
-    s = Picked(table())
+    s = EmbeddingSelection(table())
     assert s.selection().empty and s.summary()['n'] == 0 and s.histogram('oa').selected.sum() == 0 and list(s.selection().columns) == list(s.table.columns)
     with pytest.raises(SchemaError, match='nothing is selected|Nothing is selected'): s.export(tmp_path/'x.csv')
     assert not list(tmp_path.iterdir()) and snapshot(s_with_tiles()).data_.selected.sum() == 0
@@ -91,7 +91,7 @@ def s_with_tiles(): return ExplorerState(table(), images=cases)
 
 
 def test_counts_add_up():
-    s = Picked(table().assign(oa=lambda t: t.oa.where(t.index % 5 > 0))).select(np.arange(0, 60, 3))
+    s = EmbeddingSelection(table().assign(oa=lambda t: t.oa.where(t.index % 5 > 0))).select(np.arange(0, 60, 3))
     h = s.histogram('oa')
     assert h.shown.sum() == 48 and h.attrs['unknown'] == dict(shown=12, selected=4) and h.selected.sum() == 16
     for g, rows in (('shown', np.arange(60)), ('selected', np.arange(0, 60, 3))):
@@ -102,7 +102,7 @@ def test_counts_add_up():
 
 
 def test_observers_hear_every_change_once_and_may_leave():
-    s, heard = Picked(table()), []
+    s, heard = EmbeddingSelection(table()), []
     leave = s.observe(heard.append)
     s.filter(dataset='coast'); s.select([1]); s.hover(2); s.hover(None); s.color('method'); s.show_histogram('gap')
     assert heard == ['filter', 'selection', 'focus', 'color', 'histogram'] and s.focus == 2 and s.hovered is None
@@ -113,7 +113,7 @@ def test_observers_hear_every_change_once_and_may_leave():
 @pytest.mark.parametrize('kind', ['csv', 'parquet', 'lance'])
 def test_exports_read_back(kind, tmp_path):
     t = table().assign(confusion=[[1, 2]] * 60)
-    s, path = Picked(t).select([5, 2, 40], [.9, .8, .7]), tmp_path/f'out.{kind}'
+    s, path = EmbeddingSelection(t).select([5, 2, 40], [.9, .8, .7]), tmp_path/f'out.{kind}'
     s.export(path)
     import lance
     back = dict(csv=pd.read_csv, parquet=pd.read_parquet, lance=lambda p: lance.dataset(str(p)).to_table().to_pandas())[kind](path)
@@ -129,23 +129,23 @@ def test_exports_read_back(kind, tmp_path):
 
 def test_places_come_from_the_table_or_are_made_and_measured():
     t = table()
-    assert 'not measured' in Picked(t).header() and np.array_equal(Picked(t).table.u, t.u)
-    made = Picked(t.drop(columns=['u', 'v']), method='pca')
+    assert 'not measured' in EmbeddingSelection(t).header() and np.array_equal(EmbeddingSelection(t).table.u, t.u)
+    made = EmbeddingSelection(t.drop(columns=['u', 'v']), method='pca')
     assert made.numbers['skill'] > .5 and 'pca' in made.header()             # doubt and agreement tell OA
-    again = Picked(t, np.c_[t.oa, t.oa**2], method='pca')
+    again = EmbeddingSelection(t, np.c_[t.oa, t.oa**2], method='pca')
     assert not np.allclose(again.table.u, t.u)                              # features asked for are projected anew
-    with pytest.raises(Incompatible, match='3 feature rows and 60'): Picked(t, np.ones((3, 2)))
-    with pytest.raises(SchemaError, match='empty'): Picked(t[:0])
-    with pytest.raises(SchemaError, match='neither u and v nor label-free'): Picked(t[['image_id', 'oa']])
+    with pytest.raises(Incompatible, match='3 feature rows and 60'): EmbeddingSelection(t, np.ones((3, 2)))
+    with pytest.raises(SchemaError, match='empty'): EmbeddingSelection(t[:0])
+    with pytest.raises(SchemaError, match='neither u and v nor label-free'): EmbeddingSelection(t[['image_id', 'oa']])
 
 
 def test_rows_without_a_place_are_counted_and_never_shown():
     t = table()
     t.loc[[3, 4], 'u'] = np.nan
-    s = Picked(t)
+    s = EmbeddingSelection(t)
     assert '2 without a place' in s.header() and not s.mask[[3, 4]].any()
     assert len(s.select(np.arange(60)).selection()) == 58 and not s.filter(dataset='coast').filter(dataset=None).mask[3]
-    with pytest.raises(SchemaError, match='missing in all'): Picked(t.assign(u=np.nan))
+    with pytest.raises(SchemaError, match='missing in all'): EmbeddingSelection(t.assign(u=np.nan))
 
 
 # ---------------------------------------------------------------- questions
@@ -182,7 +182,7 @@ def test_words_find_their_images(stored):
 def test_search_needs_words_and_their_own_vectors(stored, tmp_path):
     with pytest.raises(Incompatible, match='no vectors in a store'): ExplorerState(table()).search('road')
     s, _ = stored
-    with pytest.raises(Incompatible, match='vectors are of sem/other'): ExplorerState(table(), store=s.store, sem='sem/other@1', encoder=Words()).search('road')
+    with pytest.raises(Incompatible, match='vectors are of sem/other'): ExplorerState(table(), store=s.store, semantic='sem/other@1', encoder=Words()).search('road')
     with pytest.raises(MissingFeatures, match='neither features nor label-free'): ExplorerState(table()[['image_id', 'oa', 'u', 'v']]).neighbours(0)
 
 
@@ -325,7 +325,7 @@ def test_unknown_scores_are_grey_and_never_zero():
     t.loc[:9, 'oa'] = np.nan
     values, colours, span = encode(Explorer(t).state, 'oa')
     assert (values[:10] == 0).all() and (values[10:] > 0).all() and (values < 1).all() and colours[0] == '#BBBBBB' and span == (0, 1)
-    codes, colours, legend = encode(Picked(t.assign(method=t.method.where(t.index > 4))), 'method')
+    codes, colours, legend = encode(EmbeddingSelection(t.assign(method=t.method.where(t.index > 4))), 'method')
     assert set(codes[:5]) == {0} and 0 not in set(codes[5:]) and len(legend) == 2
     assert 'unknown (10)' in Explorer(t).screens['legend'].value
     assert Explorer(t.assign(oa=np.nan)).state.summary()['n'] == 0
@@ -333,7 +333,7 @@ def test_unknown_scores_are_grey_and_never_zero():
 
 def test_more_names_than_colours():
     n = len(SHADES) + 9
-    codes, colours, legend = encode(Picked(table(200).assign(kind=[f'k{i % n}' for i in range(200)])), 'kind')
+    codes, colours, legend = encode(EmbeddingSelection(table(200).assign(kind=[f'k{i % n}' for i in range(200)])), 'kind')
     assert legend[-1][0] == '9 others' and len(colours) == len(SHADES) + 1 and 'and' in legend_html('kind', legend)
 
 
@@ -390,12 +390,12 @@ def drafted(n=80, **options):
 
 def test_a_draft_settles_where_the_plain_state_stands():
     t, x, options = drafted()
-    soon, told = Picked(t, x, draft=True, **options), []
-    assert soon.coming == 'tsne' and 'tsne is on its way' in soon.header() and np.allclose(soon.table[['u', 'v']], Picked(t, x, method='pca').table[['u', 'v']])
+    soon, told = EmbeddingSelection(t, x, draft=True, **options), []
+    assert soon.coming == 'tsne' and 'tsne is on its way' in soon.header() and np.allclose(soon.table[['u', 'v']], EmbeddingSelection(t, x, method='pca').table[['u', 'v']])
     soon.filter(dataset='coast').select([1, 2, 3])
     soon.observe(told.append)
-    soon.settle(); soon.settle()
-    plain = Picked(t, x, **options)
+    soon.wait(); soon.wait()
+    plain = EmbeddingSelection(t, x, **options)
     assert told == ['places'] and np.array_equal(soon.table, plain.table) and soon.header() == plain.header()
     assert soon.numbers == plain.numbers and list(soon.chosen) == [1, 2, 3] and np.array_equal(soon.mask, t.dataset == 'coast')
     assert np.array_equal(soon.values('u'), plain.values('u'))
@@ -403,15 +403,15 @@ def test_a_draft_settles_where_the_plain_state_stands():
 
 def test_a_draft_of_pca_only_measures():
     t, x, _ = drafted()
-    soon = Picked(t, x, draft=True, method='pca')
+    soon = EmbeddingSelection(t, x, draft=True, method='pca')
     before = soon.table.u.to_numpy()
-    assert 'being measured' in soon.header() and soon.settle().numbers and np.array_equal(before, soon.table.u)
+    assert 'being measured' in soon.header() and soon.wait().numbers and np.array_equal(before, soon.table.u)
 
 
 def test_two_who_wait_get_the_same_places():
     from concurrent.futures import ThreadPoolExecutor
     t, x, options = drafted()
-    soon = Picked(t, x, draft=True, **options)
+    soon = EmbeddingSelection(t, x, draft=True, **options)
     with ThreadPoolExecutor(3) as pool: found = [f.result() for f in [pool.submit(soon.wanted) for _ in range(3)]]
     assert all(f is found[0] for f in found) and found[0][0].attrs['method'] == 'tsne'
 
@@ -429,7 +429,7 @@ def test_the_window_shows_pca_and_then_what_was_asked_for():
         return window, *seen
 
     window, header, points = asyncio.run(live())
-    plain = Picked(t, x, **options)
+    plain = EmbeddingSelection(t, x, **options)
     assert 'tsne is on its way' in header and 'on its way' not in window.screens['header'].value and 'perplexity' in window.screens['header'].value
     assert not np.allclose(points[:, :2], window.scatter.widget.points[:, :2]) and np.array_equal(window.state.table[['u', 'v']], plain.table[['u', 'v']])
     assert list(window.scatter.widget.selection) == [5, 6] and np.array_equal(window.scatter.widget.filter, np.flatnonzero(t.dataset == 'coast'))
@@ -454,8 +454,8 @@ def test_a_projection_that_fails_leaves_the_window_with_pca(monkeypatch):
 
 
 def test_a_run_is_opened_again(tmp_path):
-    from worlds import world
-    w = world()
+    from trained import trained_setup
+    w = trained_setup()
     store = Store(tmp_path/'store')
     for name in Store(w.home/'store').names(): store.put(name, Store(w.home/'store').get(name))
     put_vectors(store, 'sem/words@abcdef01', ids := w.sqed.image_id.unique(), np.random.default_rng(0).normal(size=(len(ids), 4)))
@@ -476,8 +476,8 @@ def test_a_run_is_opened_again(tmp_path):
 
 
 def test_case_reader_reads_what_the_pipeline_stored():
-    from worlds import world
-    w = world()
+    from trained import trained_setup
+    w = trained_setup()
     s = ExplorerState(w.sqed, images=case_reader(w.tiles, Store(w.home/'store'), w.specs), method='pca')
     for row in (0, len(w.sqed) - 1):
         case, fault = s.case(row)

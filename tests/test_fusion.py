@@ -1,4 +1,4 @@
-"""Blocks that fuse two vectors, the promises they make, and the losses that train them."""
+"""FeatureBlocks that fuse two vectors, the promises they make, and the losses that train them."""
 import numpy as np
 import pytest
 import torch
@@ -115,15 +115,15 @@ def test_a_mode_with_a_typo_is_refused():
 
 # ---------------------------------------------------------------- the network
 
-def blocks(n, own=4, peers=3, taps=6, sem=5, methods=2):
+def blocks(n, own=4, cross_method=3, intermediate=6, sem=5, methods=2):
     g = torch.Generator().manual_seed(0)
-    return [torch.randn(n, k, generator=g) for k in (own, peers, 3, taps, sem)] + [torch.arange(n) % (methods + 1) - 1]
+    return [torch.randn(n, k, generator=g) for k in (own, cross_method, 3, intermediate, sem)] + [torch.arange(n) % (methods + 1) - 1]
 
 
-@pytest.mark.parametrize('widths', [dict(), dict(sem=0), dict(taps=0), dict(peers=0), dict(sem=0, taps=0, peers=0)])
+@pytest.mark.parametrize('widths', [dict(), dict(sem=0), dict(intermediate=0), dict(cross_method=0), dict(sem=0, intermediate=0, cross_method=0)])
 @pytest.mark.parametrize('fusion', ['scgb', 'scgb-symmetric', 'concat', 'sem', 'seg'])
 def test_network_takes_any_set_of_blocks(fusion, widths):
-    sizes = dict(own=4, peers=3, taps=6, sem=5) | widths
+    sizes = dict(own=4, cross_method=3, intermediate=6, sem=5) | widths
     net, x = QualityNet(prior=3, methods=2, fusion=fusion, dim=8, hidden=8, **sizes).eval(), blocks(7, **sizes)
     out, fused = net(*x), net.embed(*x)
     assert out.shape == (7,) and ((out > 0) & (out < 1)).all() and fused.shape == (7, 8)

@@ -56,6 +56,6 @@ def broken(name, folder, old, new):
 @pytest.mark.parametrize('name, old, new, fault', [
     ('own_method', 'Net(4)', 'Net(5)', 'logits have shape'), ('own_method', "taps=('decoder', 'encoder')", "taps=('neck',)", 'cannot tap neck'),
     ('own_encoder', 'normalize(dense.mean((2, 3)))', 'dense.mean((2, 3))', 'not of length 1'), ('own_encoder', 'check_batch(x, self.name); ', '', '0..255 are accepted'),
-    ('own_fusion', 'torch.tanh(self.sem(sem)) * ', '', 'no gradient reaches sem.weight')])
+    ('own_fusion', 'torch.tanh(self.semantic(semantic)) * ', '', 'no gradient reaches semantic.weight')])
 def test_a_broken_recipe_is_refused(name, old, new, fault, tmp_path):
     assert fault in run_forked(broken, name, tmp_path, old, new, limit_s=120).lower()

@@ -13,7 +13,7 @@ from torch import nn
 from rssqa.core import DataNotFound, Incompatible, UnknownName, state_digest
 from rssqa.segment.methods import blocks
 from rssqa.segment.methods.logcan import ClassAttention, class_centres
-from rssqa.segment.protocol import EIGHT, TorchSegmenter, check_segmenter, listen, methods
+from rssqa.segment.protocol import METHOD_NAMES, TorchSegmenter, check_segmenter, FeatureHooks, methods
 from rssqa.data.synthetic import scene
 
 real = pytest.mark.skipif(not os.environ.get('RSSQA_REAL'), reason='RSSQA_REAL is unset')
@@ -27,7 +27,7 @@ fixed = settings(max_examples=25, deadline=None)
 @pytest.fixture(scope='module')
 def nanos():
     torch.manual_seed(0)
-    return {name: methods[name].build(5, 'nano') for name in EIGHT}
+    return {name: methods[name].build(5, 'nano') for name in METHOD_NAMES}
 
 
 def millions(net): return sum(p.numel() for p in net.parameters()) / 1e6
@@ -35,20 +35,20 @@ def millions(net): return sum(p.numel() for p in net.parameters()) / 1e6
 
 # every family keeps the contract of a net
 
-@pytest.mark.parametrize('name', EIGHT)
+@pytest.mark.parametrize('name', METHOD_NAMES)
 @pytest.mark.parametrize('train', (True, False))
 def test_logits_have_the_size_of_the_input(nanos, name, train):
     net = copy.deepcopy(nanos[name]).train(train)
     for size in SIZES:
         for batch in (1, 2):
-            with listen(net, net.taps) as ear: y = net(torch.randn(batch, 3, *size))
+            with FeatureHooks(net, net.layers) as ear: y = net(torch.randn(batch, 3, *size))
             decoder, encoder = ear.features
             assert y.shape == (batch, 5, *size) and torch.isfinite(y).all()
             assert decoder.ndim == encoder.ndim == 4 and len(decoder) == len(encoder) == batch
             assert decoder.shape[-1] >= encoder.shape[-1] and encoder.shape[1] > decoder.shape[1]
 
 
-@pytest.mark.parametrize('name', EIGHT)
+@pytest.mark.parametrize('name', METHOD_NAMES)
 def test_smallest_image_trains_alone(nanos, name):
     net = copy.deepcopy(nanos[name]).train()
     net(torch.randn(1, 3, 32, 32)).square().mean().backward()
@@ -56,7 +56,7 @@ def test_smallest_image_trains_alone(nanos, name):
     assert all(m.training for m in net.modules())
 
 
-@pytest.mark.parametrize('name', EIGHT)
+@pytest.mark.parametrize('name', METHOD_NAMES)
 def test_gradients_reach_every_parameter(nanos, name):
     net = copy.deepcopy(nanos[name]).train()
     y = torch.randint(0, 5, (2, 128, 128))
@@ -65,7 +65,7 @@ def test_gradients_reach_every_parameter(nanos, name):
     assert not silent
 
 
-@pytest.mark.parametrize('name', EIGHT)
+@pytest.mark.parametrize('name', METHOD_NAMES)
 def test_keeps_the_segmenter_protocol(nanos, name):
     net = copy.deepcopy(nanos[name])
     net.train(), net(torch.randn(2, 3, 64, 64))           # dropout and norms have been in use
@@ -73,7 +73,7 @@ def test_keeps_the_segmenter_protocol(nanos, name):
     assert seg.strides[1] in (16, 32) and seg.strides[0] in (1, 4, 16)
 
 
-@pytest.mark.parametrize('name', EIGHT)
+@pytest.mark.parametrize('name', METHOD_NAMES)
 def test_copies_and_pickles_answer_alike(nanos, name):
     net, x = copy.deepcopy(nanos[name]).eval(), torch.randn(1, 3, 64, 64)
     again, fresh = pickle.loads(pickle.dumps(net)), methods[name].build(5, 'nano').eval()
@@ -81,7 +81,7 @@ def test_copies_and_pickles_answer_alike(nanos, name):
     assert torch.equal(net(x), again(x)) and torch.equal(net(x), fresh(x))
 
 
-@pytest.mark.parametrize('name', EIGHT)
+@pytest.mark.parametrize('name', METHOD_NAMES)
 def test_learns_a_few_scenes(name):
     torch.manual_seed(0)
     scenes = [scene('town', seed, 64) for seed in range(2)]
@@ -98,7 +98,7 @@ def test_learns_a_few_scenes(name):
 
 # sizes
 
-@pytest.mark.parametrize('name', EIGHT)
+@pytest.mark.parametrize('name', METHOD_NAMES)
 def test_parameter_budgets(name):
     for preset, (least, most) in BUDGETS.items(): assert least < millions(methods[name].build(6, preset)) < most, preset
     with torch.device('meta'): whole = millions(methods[name].build(6, 'standard'))
@@ -106,8 +106,8 @@ def test_parameter_budgets(name):
 
 
 def test_presets_of_all_families_are_named_alike():
-    assert {tuple(methods[n].presets) for n in EIGHT} == {('nano', 'tiny', 'standard')}
-    assert {methods[n].family for n in EIGHT} == {'CNN', 'transformer', 'hybrid'} and all(methods[n].name == n for n in EIGHT)
+    assert {tuple(methods[n].presets) for n in METHOD_NAMES} == {('nano', 'tiny', 'standard')}
+    assert {methods[n].family for n in METHOD_NAMES} == {'CNN', 'transformer', 'hybrid'} and all(methods[n].name == n for n in METHOD_NAMES)
     with pytest.raises(UnknownName, match='[Dd]id you mean nano'): methods['unet'].build(3, 'nan')
 
 

@@ -5,10 +5,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rssqa.bench.protocol import KEYS, OURS, load_predictions
+from rssqa.bench.protocol import KEYS, RS_SQA, load_predictions
 from rssqa.quality.baselines import MeanBaseline
 from rssqa.core import DataNotFound, MissingFeatures
-from rssqa.bench.paper import JURY, MEASURED, MEMBERS, MODELS, PANEL, PROTOCOL, FewScenes, compute, everyone, measured, open_evidence, prediction_file, recheck, with_panel
+from rssqa.bench.paper import CONSENSUS, MEASURED, MEMBERS, MODELS, ENSEMBLE, PROTOCOL, FewScenes, compute, all_predictors, measured, open_evidence, prediction_file, verify, add_pooled_ensemble
 
 HERE = Path(__file__).resolve().parents[1]
 TABLES, RESULTS = HERE/'data'/'tables', HERE/'data'/'results'
@@ -22,14 +22,14 @@ def test_the_main_experiment_is_committed(): assert 'main' in COMMITTED
 
 @pytest.mark.parametrize('experiment', [x for x in COMMITTED if x != 'main'])
 def test_every_committed_row_follows_from_the_predictions(experiment):
-    told = recheck(experiment, TABLES, RESULTS)
+    told = verify(experiment, TABLES, RESULTS)
     assert len(told) and (told.numbers > 0).all() and (told.largest_difference < 5e-4).all()
 
 
 def test_the_main_board_follows_from_the_predictions():
     from rssqa.bench.protocol import leaderboard
     told, table = load_predictions(prediction_file('main', TABLES)), pd.read_parquet(TABLES/'open.parquet')
-    some = [PANEL, JURY, OURS, 'trees: everything', 'mean of dataset and method']
+    some = [ENSEMBLE, CONSENSUS, RS_SQA, 'trees: everything', 'mean of dataset and method']
     board = leaderboard(table, told[told.seed < 9][[*KEYS, *some]])
     old = pd.read_csv(RESULTS/'paper_main.csv', index_col='predictor')
     assert np.allclose(board.astype(float), old.loc[some, list(board)].astype(float), atol=5e-4, equal_nan=True)
@@ -38,13 +38,13 @@ def test_the_main_board_follows_from_the_predictions():
 def test_predictions_cover_the_table_and_the_panel_follows_from_its_members():
     told, table = load_predictions(prediction_file('main', TABLES)), pd.read_parquet(TABLES/'open.parquet')
     assert (told.groupby('seed').size() == len(table)).all() and told.drop(columns=KEYS).notna().all(axis=None) and {*MODELS, *MEMBERS} <= set(told)
-    again = with_panel(told.drop(columns=PANEL))
-    assert np.abs(again[PANEL] - told[PANEL]).max() < 2e-4
+    again = add_pooled_ensemble(told.drop(columns=ENSEMBLE))
+    assert np.abs(again[ENSEMBLE] - told[ENSEMBLE]).max() < 2e-4
     assert told.merge(table[['image_id', 'dataset', 'scene']].drop_duplicates(), on='image_id').groupby(['seed', 'dataset', 'scene']).fold.nunique().max() == 1   # no scene on both sides
 
 
 def test_claims_name_the_strongest_baseline_of_each_measure():
-    told, board = pd.read_csv(RESULTS/'paper_claims.csv'), pd.read_csv(RESULTS/'paper_main.csv', index_col='predictor')
+    told, board = pd.read_csv(RESULTS/'paper_best_baseline_comparison.csv'), pd.read_csv(RESULTS/'paper_main.csv', index_col='predictor')
     rest = board[~board.index.isin(MODELS)]
     for r in told.itertuples():
         if r.measure in rest: assert rest[r.measure].min() - 1e-4 <= r.theirs <= rest[r.measure].max() + 1e-4 and abs(board[r.measure][r.predictor] - r.value) < 2e-3
@@ -61,9 +61,9 @@ def test_fitting_again_gives_the_committed_predictions(tmp_path):
 
 
 def test_without_masks_no_jury_sits():
-    e = open_evidence(TABLES, lattices=False)
-    assert JURY not in everyone(e) and OURS in everyone(e) and not e.truth
-    with pytest.raises(KeyError, match='no predictor'): everyone(e, only=('nobody',))
+    e = open_evidence(TABLES, prediction_grids=False)
+    assert CONSENSUS not in all_predictors(e) and RS_SQA in all_predictors(e) and not e.truth
+    with pytest.raises(KeyError, match='no predictor'): all_predictors(e, only=('nobody',))
 
 
 def test_no_tables_and_no_experiment(tmp_path):
@@ -79,17 +79,17 @@ def test_an_edited_result_is_noticed(tmp_path):
     rows = pd.read_csv(path)
     rows.loc[0, 'mae'] += 0.01
     rows.to_csv(path, index=False)
-    assert recheck(name, TABLES, tmp_path).largest_difference.max() > 0.009
+    assert verify(name, TABLES, tmp_path).largest_difference.max() > 0.009
 
 
 @pytest.mark.parametrize('spoil', [lambda t: t.assign(mae=np.nan), lambda t: t.assign(predictor=t.predictor[::-1].to_numpy()), lambda t: t.assign(srocc_image=t.srocc_image.fillna(0.5).where(t.index > 0, np.nan))])
 def test_lost_numbers_and_names_are_noticed(spoil, tmp_path):
     for path in RESULTS.glob('paper_dataset*.csv'): (tmp_path/path.name).write_bytes(path.read_bytes())
-    assert (recheck('dataset', TABLES, tmp_path).largest_difference <= MEASURED).all()
+    assert (verify('dataset', TABLES, tmp_path).largest_difference <= MEASURED).all()
     spoil(pd.read_csv(tmp_path/'paper_dataset.csv')).to_csv(tmp_path/'paper_dataset.csv', index=False)
-    assert not (recheck('dataset', TABLES, tmp_path).largest_difference <= MEASURED).all()
+    assert not (verify('dataset', TABLES, tmp_path).largest_difference <= MEASURED).all()
     pd.read_csv(tmp_path/'paper_dataset.csv').drop(columns='mae').to_csv(tmp_path/'paper_dataset.csv', index=False)
-    with pytest.raises(MissingFeatures, match='no column mae'): recheck('dataset', TABLES, tmp_path)
+    with pytest.raises(MissingFeatures, match='no column mae'): verify('dataset', TABLES, tmp_path)
 
 
 @pytest.mark.parametrize('share, scenes', [(0.01, 1), (0.25, 2), (0.5, 4), (1.0, 8)])

@@ -126,11 +126,11 @@ def test_doubt_by_hand():
     truth, mask = np.array([[0, 0, 255, 255], [1, 1, 1, 255]], np.uint8), np.array([[0, 1, 1, 1], [1, 1, 0, 0]], np.uint8)
     image, colours = np.full((3, 2, 4), .5, np.float32), [(255, 0, 0), (0, 0, 255)]
     sure = np.array([[.9, .4, .1, 0], [.8, .9, .85, 1]])
-    row = plots.plot_doubt(image, truth, mask, sure, colours).data_.iloc[0]
+    row = plots.plot_uncertainty(image, truth, mask, sure, colours).data_.iloc[0]
     assert np.isclose(row.oa, 3/5) and np.isclose(row.auroc, 5/6) and np.isclose(row.right, 2.6/3) and np.isclose(row.wrong, .625)   # of 3 x 2 pairs one is the wrong way round
-    right = plots.plot_doubt(image, truth, truth % 255, sure, colours)
+    right = plots.plot_uncertainty(image, truth, truth % 255, sure, colours)
     assert np.isnan(right.data_.auroc[0]) and 'AUROC' not in right.ax_[3].get_title() and right._repr_png_()
-    with pytest.raises(BadImage, match='one number a pixel'): plots.plot_doubt(image, truth, mask, sure[:1], colours)
+    with pytest.raises(BadImage, match='one number a pixel'): plots.plot_uncertainty(image, truth, mask, sure[:1], colours)
 
 
 def test_committed_tables_are_drawn():

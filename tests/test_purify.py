@@ -541,7 +541,7 @@ def test_review_shows_every_kind_of_decision():
     t = table(graded(40) + ['a photo of a dam fit=0.8', ''], source=['a', 'b'] * 21)
     d = clean(t)
     r = review_table(t, d, 12, seed=3)
-    assert len(r) == 12 and set(r.action) == set(d.action) and (r.verdict == '').all() and r.pair.is_unique and set(r[r.action == 'cut'].source) == {'a', 'b'}
+    assert len(r) == 12 and set(r.action) == set(d.action) and (r.rating == '').all() and r.pair.is_unique and set(r[r.action == 'cut'].source) == {'a', 'b'}
     pd.testing.assert_frame_equal(r, review_table(t, d, 12, seed=3))
     assert not r.equals(review_table(t, d, 12, seed=4)) and len(review_table(t, d, 1000)) == 42 and len(review_table(table([]), clean(table([])), 5)) == 0
     row = r[r.action == 'rewrite'].iloc[0]
@@ -549,11 +549,11 @@ def test_review_shows_every_kind_of_decision():
 
 
 def test_agreement_counts_what_was_judged():
-    r = pd.DataFrame(dict(action=['cut'] * 4 + ['keep'] * 3, verdict=['right', 'Right ', 'wrong', '', 'right', None, 'right']))
+    r = pd.DataFrame(dict(action=['cut'] * 4 + ['keep'] * 3, rating=['right', 'Right ', 'wrong', '', 'right', None, 'right']))
     a = agreement(r)
     assert a.judged.to_dict() == dict(cut=3, keep=2) and a.share.to_dict() == {'cut': pytest.approx(2 / 3), 'keep': 1} and ((a.low <= a.share) & (a.share <= a.high)).all()
-    with pytest.raises(SchemaError, match='yes'): agreement(r.assign(verdict='yes'))
-    assert tuple(a.loc['cut', ['low', 'high']]) == pytest.approx(tuple(binomtest(2, 3).proportion_ci(method='wilson'))) and len(agreement(r.assign(verdict=''))) == 0
+    with pytest.raises(SchemaError, match='yes'): agreement(r.assign(rating='yes'))
+    assert tuple(a.loc['cut', ['low', 'high']]) == pytest.approx(tuple(binomtest(2, 3).proportion_ci(method='wilson'))) and len(agreement(r.assign(rating=''))) == 0
 
 
 # ---------------------------------------------------------------- known noise

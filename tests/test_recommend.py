@@ -7,17 +7,17 @@ from PIL import Image
 
 from rssqa.core import BadImage, DataNotFound, Incompatible, read_json, write_json
 from rssqa.data.datasets import read_image
-from rssqa.quality.consensus import Jury, JuryNet, save_jury
-from rssqa.quality.recommend import SUFFIXES, Pack, default_pack, rank, recommend, score, shipped_pack, write_pack
-from worlds import METHODS, world
+from rssqa.quality.consensus import ConsensusEnsemble, ConsensusNet, save_consensus
+from rssqa.quality.recommend import SUFFIXES, Pack, default_pack, rank, recommend, score, bundled_pack, write_pack
+from trained import METHODS, trained_setup
 
 
 @pytest.fixture(scope='module')
-def pack(): return Pack(world().home)
+def pack(): return Pack(trained_setup().home)
 
 
 @pytest.fixture(scope='module')
-def image(): return read_image(world().tiles.iloc[0])
+def image(): return read_image(trained_setup().tiles.iloc[0])
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 
 def with_config(tmp_path, **change): # a pack elsewhere, whose networks and model are those of the world
-    home, config = world().home, read_json(world().home/'pack.json')
+    home, config = trained_setup().home, read_json(trained_setup().home/'pack.json')
     networks = {d: {m: str(home/f) for m, f in nets.items()} for d, nets in config['networks'].items()}
     write_json(tmp_path/'pack.json', dict(networks=networks, model=str(home/'model'), encoder='') | change)
     return Pack(tmp_path)
@@ -55,12 +55,12 @@ def test_no_pack(tmp_path, monkeypatch, image):
 def test_default_pack(monkeypatch, tmp_path, image):
     monkeypatch.delenv('RSSQA_PACK', raising=False)
     monkeypatch.setenv('RSSQA_CACHE', str(tmp_path))
-    assert default_pack() == shipped_pack()
+    assert default_pack() == bundled_pack()
     (tmp_path/'demo').mkdir(exist_ok=True)
-    write_json(tmp_path/'demo'/'latest.json', dict(pack=str(world().home)))
-    assert default_pack() == world().home and 0 < score(image, 'pspnet') < 1
+    write_json(tmp_path/'demo'/'latest.json', dict(pack=str(trained_setup().home)))
+    assert default_pack() == trained_setup().home and 0 < score(image, 'pspnet') < 1
     write_json(tmp_path/'demo'/'latest.json', dict(pack=str(tmp_path/'deleted since')))
-    assert default_pack() == shipped_pack()
+    assert default_pack() == bundled_pack()
     monkeypatch.setenv('RSSQA_PACK', 'elsewhere')
     assert str(default_pack()) == 'elsewhere'
 
@@ -68,7 +68,7 @@ def test_default_pack(monkeypatch, tmp_path, image):
 # ---------------------------------------------------------------- the pack that ships
 
 def test_the_shipped_pack_scores_any_photo(image):
-    pack = Pack(shipped_pack())
+    pack = Pack(bundled_pack())
     assert 'czech_ortho' not in pack.datasets and 'dronedeploy' not in pack.datasets
     for dataset in pack.datasets:
         told = rank(image, pack, dataset)
@@ -80,14 +80,14 @@ def test_the_shipped_pack_scores_any_photo(image):
 
 
 def test_a_jury_sits_only_among_its_witnesses(tmp_path, image):
-    rng, w = np.random.default_rng(0), world()
+    rng, w = np.random.default_rng(0), trained_setup()
     places = [*METHODS, 'unet']
-    jury = Jury(places, {'': [JuryNet(3, {})]})
-    save_jury(jury, tmp_path/'jury')
-    seated = with_config(tmp_path, jury=str(tmp_path/'jury'))
+    consensus = ConsensusEnsemble(places, {'': [ConsensusNet(3, {})]})
+    save_consensus(consensus, tmp_path/'consensus')
+    seated = with_config(tmp_path, consensus=str(tmp_path/'consensus'))
     alone, both = rank(image, seated, chosen=['pspnet']), rank(image, seated)
     plain = rank(image, Pack(w.home))
-    assert alone.predicted[0] == rank(image, Pack(w.home), chosen=['pspnet']).predicted[0]            # one of three witnesses: no jury
+    assert alone.predicted[0] == rank(image, Pack(w.home), chosen=['pspnet']).predicted[0]            # one of three witnesses: no consensus
     assert not np.allclose(both.predicted, plain.predicted)
     assert sorted(both.method) == sorted(plain.method)
 
@@ -114,10 +114,10 @@ def test_broken_packs(tmp_path):
 
 
 def test_pack_keeps_relative_names_and_one_fold():
-    w = world()
+    w = trained_setup()
     nets = json.loads((w.home/'pack.json').read_text())['networks']['synth_town']
     assert sorted(nets) == METHODS and all('fold0' in f and not f.startswith('/') for f in nets.values())
-    with pytest.raises(ValueError): write_pack(w.home/'elsewhere', w.fleet)              # networks must lie below the pack
+    with pytest.raises(ValueError): write_pack(w.home/'elsewhere', w.networks)              # networks must lie below the pack
 
 
 # ---------------------------------------------------------------- scores
@@ -130,11 +130,11 @@ def test_rank_is_sorted_and_label_free(pack, image):
 
 
 def test_score_is_the_prediction_of_the_ranking(pack, image, tmp_path):
-    helped, alone = score(image, 'pspnet', pack=pack), score(image, 'pspnet', pack=pack, peers=False)
+    helped, alone = score(image, 'pspnet', pack=pack), score(image, 'pspnet', pack=pack, other_methods=False)
     assert isinstance(helped, float) and 0 < helped < 1 and 0 < alone < 1
     assert helped == rank(image, pack).set_index('method').predicted['pspnet'] and alone == rank(image, pack, chosen=['pspnet']).predicted[0]
     Image.fromarray((image.transpose(1, 2, 0) * 255).round().astype(np.uint8)).save(tmp_path/'x.png')
-    for same in (tmp_path/'x.png', str(tmp_path/'x.png'), Image.open(tmp_path/'x.png'), image.transpose(1, 2, 0)): assert score(same, 'pspnet', pack=world().home) == helped
+    for same in (tmp_path/'x.png', str(tmp_path/'x.png'), Image.open(tmp_path/'x.png'), image.transpose(1, 2, 0)): assert score(same, 'pspnet', pack=trained_setup().home) == helped
 
 
 @pytest.mark.parametrize('size', [(64, 64), (16, 16), (37, 50), (90, 33)])
@@ -146,8 +146,8 @@ def test_flat_images_are_scored(value, pack): assert rank(np.full((64, 64, 3), v
 
 
 def test_too_small_image_is_named(pack, tmp_path):
-    Image.new('RGB', (40, 8)).save(tmp_path/'thin.png')
-    with pytest.raises(BadImage, match='thin.png.*40x8 pixels, expected at least 16'): score(tmp_path/'thin.png', 'pspnet', pack=pack)
+    Image.new('RGB', (40, 8)).save(tmp_path/'subsample.png')
+    with pytest.raises(BadImage, match='subsample.png.*40x8 pixels, expected at least 16'): score(tmp_path/'subsample.png', 'pspnet', pack=pack)
     with pytest.raises(BadImage, match='this image'): rank(np.zeros((8, 40, 3), np.uint8), pack)
 
 

@@ -6,9 +6,9 @@ import pytest
 from rssqa.cli import main
 from rssqa.segment.methods.training import load_segmenter
 from rssqa.bench.speed import enlarged, in_turns, largest_gap, line, plain_sqed
-from rssqa.tables.sqed import label_free_columns, stored_taps
+from rssqa.tables.sqed import label_free_columns, stored_features
 from rssqa.tables.store import Store, get_vectors
-from worlds import numbers, with_features, world
+from trained import numbers, with_features, trained_setup
 
 
 @pytest.fixture(scope='module')
@@ -40,9 +40,9 @@ def test_results_carry_their_provenance(quick): assert {'protocol', 'data', 'see
 
 
 def test_the_plain_loop_gives_the_same_columns():
-    w = world()
-    fold = w.fleet.fold[0]
-    networks = {n.method: load_segmenter(n.folder) for n in w.fleet[w.fleet.fold == fold].itertuples()}
+    w = trained_setup()
+    fold = w.networks.fold[0]
+    networks = {n.method: load_segmenter(n.folder) for n in w.networks[w.networks.fold == fold].itertuples()}
     gaps = largest_gap(w.sqed, plain_sqed(w.tiles[w.tiles.fold == fold].head(3), networks, w.spec))
     assert set(gaps.index) == {*label_free_columns(w.sqed), 'oa'} and gaps.max() < 1e-3
 
@@ -68,10 +68,10 @@ def test_an_enlarged_table_brings_its_features(rows, tmp_path):
     new, known, original = Store(tmp_path/'many'/'store'), table.image_id.unique(), lambda ids: [i.rsplit('+', 1)[0] for i in ids]
     assert set(original(many.image_id)) <= set(known)
     assert np.array_equal(get_vectors(new, 'sem/toy@1', many.image_id.unique()), get_vectors(store, 'sem/toy@1', original(many.image_id.unique())))
-    taps = stored_taps(store, table)
-    for method, found in stored_taps(new, many).items():
+    intermediate = stored_features(store, table)
+    for method, found in stored_features(new, many).items():
         at = pd.Index(table.image_id[table.method == method]).get_indexer(original(many.image_id[many.method == method]))
-        assert np.array_equal(found, taps[method][at])
+        assert np.array_equal(found, intermediate[method][at])
 
 
 def test_steps_are_chosen_by_name():

@@ -13,14 +13,14 @@ from rssqa.core import DataNotFound, LeakError, MissingFeatures, Problem, Schema
 from rssqa.data.datasets import read_image, read_mask
 from rssqa.segment.methods.training import load_segmenter
 from rssqa.segment.metrics import confusion
-from rssqa.tables.sqed import (META, build_sqed, check_sqed, from_png, judge, label_free_columns, load_sqed, save_sqed, stored_mask, stored_taps, taps_table)
+from rssqa.tables.sqed import (NON_FEATURE_COLUMNS, build_sqed, check_sqed, from_png, describe_prediction, label_free_columns, load_sqed, save_sqed, stored_mask, stored_features, features_table)
 from rssqa.tables.store import Store
-from worlds import numbers, world
+from trained import numbers, trained_setup
 
 
-def build(tiles, store, fleet=None, **options):
-    w = world()
-    return build_sqed(tiles, w.fleet if fleet is None else fleet, w.specs, store, **dict(batch=4, every=6, workers=1) | options)
+def build(tiles, store, networks=None, **options):
+    w = trained_setup()
+    return build_sqed(tiles, w.networks if networks is None else networks, w.specs, store, **dict(batch=4, every=6, workers=1) | options)
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def store(tmp_path): return Store(tmp_path/'store')
 
 
 @pytest.fixture(scope='module')
-def some(): return (t := world().tiles)[t.scene.isin(sorted(t.scene.unique())[:4])].reset_index(drop=True)
+def some(): return (t := trained_setup().tiles)[t.scene.isin(sorted(t.scene.unique())[:4])].reset_index(drop=True)
 
 
 @pytest.fixture(scope='module')
@@ -57,7 +57,7 @@ def test_killed_between_results(after, some, whole, store, tmp_path, monkeypatch
     assert len(calls) == 8                             # nothing was done twice
 
 
-@pytest.mark.parametrize('table', ['masks', 'taps', 'rows', 'agreement'])
+@pytest.mark.parametrize('table', ['masks', 'intermediate', 'rows', 'agreement'])
 @pytest.mark.parametrize('nth', [0, 1])
 def test_killed_in_the_middle_of_a_commit(table, nth, some, whole, store, tmp_path, monkeypatch):
     put, seen = Store.put, []
@@ -81,15 +81,15 @@ from rssqa.tables.sqed import build_sqed
 from rssqa.tables.store import Store
 home, tiles, store = Path(sys.argv[1]), *pickle.load(open(sys.argv[2], 'rb'))
 spec = folder_spec(home/'town')
-fleet = pickle.loads((home/'done.pickle').read_bytes())[1]
-build_sqed(tiles, fleet, {spec.name: spec}, Store(store), batch=4, every=4, workers=1)
+networks = pickle.loads((home/'done.pickle').read_bytes())[1]
+build_sqed(tiles, networks, {spec.name: spec}, Store(store), batch=4, every=4, workers=1)
 '''
 
 
 @pytest.mark.parametrize('rows', [pytest.param(1, marks=pytest.mark.slow), 12])
 def test_killed_by_the_system(rows, some, whole, store, tmp_path):
     with open(tmp_path/'job', 'wb') as f: pickle.dump((some, store.root), f)
-    process = subprocess.Popen([sys.executable, '-c', KILLED, str(world().home), str(tmp_path/'job')], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, '-c', KILLED, str(trained_setup().home), str(tmp_path/'job')], stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 60
     while len(store.keys('rows')) < rows and process.poll() is None and time.monotonic() < until: time.sleep(0.005)
     assert process.poll() is None, process.stderr.read()
@@ -109,56 +109,56 @@ def test_worker_processes_give_the_same_table(some, whole, store, tmp_path): ass
 # ---------------------------------------------------------------- what a row says
 
 def test_labels_are_those_of_the_segmenter(some, whole):
-    w = world()
-    nets = {n.fingerprint: load_segmenter(n.folder) for n in w.fleet.itertuples()}
+    w = trained_setup()
+    nets = {n.fingerprint: load_segmenter(n.folder) for n in w.networks.itertuples()}
     for row in whole.table.sample(6, random_state=0).itertuples():
         tile = some[some.image_id == row.image_id].iloc[0]
         mask, truth = nets[row.method_fp](__import__('torch').as_tensor(read_image(tile))[None]).mask[0].numpy(), read_mask(tile, w.spec)
         valid = truth != 255
         assert abs(row.oa - (mask == truth)[valid].mean()) < 2e-3 and row.n_valid == valid.sum()
         assert abs(np.asarray(row.confusion).reshape(len(w.spec.classes), -1) - confusion(truth, mask, len(w.spec.classes))).sum() <= 16
-        net = w.fleet[w.fleet.fingerprint == row.method_fp].iloc[0]
+        net = w.networks[w.networks.fingerprint == row.method_fp].iloc[0]
         assert row.scene not in net.scenes and row.method == net.method and row.fold == tile.fold
 
 
 def test_table_has_one_row_a_pair_and_no_label_among_the_label_free_columns(some, whole):
     t, free = whole.table, label_free_columns(whole.table)
     assert len(t) == 2 * len(some) and not t.duplicated(['image_id', 'method']).any() and t.equals(t.sort_values(['image_id', 'method'], ignore_index=True))
-    assert {'conf', 'conf_t', 'entropy', 'margin', 'tta', 'dec_shift', *AGREEMENT} <= set(free) and not set(free) & set(META)
+    assert {'conf', 'conf_t', 'entropy', 'margin', 'tta', 'dec_shift', *AGREEMENT} <= set(free) and not set(free) & set(NON_FEATURE_COLUMNS)
     assert np.isfinite(t[free]).all().all() and 'root' not in t
 
 
 def test_without_labels_the_label_free_columns_stay_the_same(some, whole, store):
-    w, net = world(), load_segmenter(world().fleet.folder[0])
-    part = some[some.fold == world().fleet.fold[0]][:2]
+    w, net = trained_setup(), load_segmenter(trained_setup().networks.folder[0])
+    part = some[some.fold == trained_setup().networks.fold[0]][:2]
     images, truths = np.stack([read_image(r) for r in part.itertuples()]), [read_mask(r, w.spec) for r in part.itertuples()]
-    (a, masks, taps, _), (b, same_masks, same_taps, _) = judge(net, images, truths), judge(net, images)
+    (a, masks, intermediate, _), (b, same_masks, same_taps, _) = describe_prediction(net, images, truths), describe_prediction(net, images)
     free = label_free_columns(a)
-    assert a[free].equals(b[free]) and np.array_equal(masks, same_masks) and np.array_equal(taps, same_taps)
+    assert a[free].equals(b[free]) and np.array_equal(masks, same_masks) and np.array_equal(intermediate, same_taps)
     assert b.n_valid.eq(0).all() and b.oa.isna().all() and a.oa.notna().all()
-    mixed = judge(net, images, [truths[0], None])[0]
+    mixed = describe_prediction(net, images, [truths[0], None])[0]
     assert mixed.n_valid.tolist() == [truths[0].size, 0] and mixed.oa[0] == a.oa[0]
-    assert 'tta' not in judge(net, images, truths, tta=False)[0]
+    assert 'tta' not in describe_prediction(net, images, truths, tta=False)[0]
 
 
 def test_a_network_that_saw_the_scene_is_refused(some, store):
-    w = world()
-    leaky = w.fleet.assign(fold=1 - w.fleet.fold)
+    w = trained_setup()
+    leaky = w.networks.assign(fold=1 - w.networks.fold)
     with pytest.raises(LeakError, match='trained on .* of the scenes'): build(some, store, leaky)
-    with pytest.raises(LeakError): build(some, store, w.fleet[:1].assign(fold=-1))
+    with pytest.raises(LeakError): build(some, store, w.networks[:1].assign(fold=-1))
     assert store.names() == []                          # before anything was computed
 
 
 def test_rows_of_another_network_are_not_mixed_in(some, whole, store):
     build(some, store)
-    one = build(some, store, world().fleet[world().fleet.method == 'pspnet'])
+    one = build(some, store, trained_setup().networks[trained_setup().networks.method == 'pspnet'])
     assert set(one.method) == {'pspnet'} and len(one) == len(some)
     assert one[[c for c in AGREEMENT]].isna().all().all() and (one.oa.to_numpy() == whole.table[whole.table.method == 'pspnet'].oa.to_numpy()).all()
 
 
 def test_agreement_is_computed_again_when_a_method_joins(some, whole, store, tmp_path):
-    fleet = world().fleet
-    alone = build(some, store, fleet[fleet.method == 'pspnet'])
+    networks = trained_setup().networks
+    alone = build(some, store, networks[networks.method == 'pspnet'])
     assert alone.agree_mean.isna().all()
     both = build(some, store)
     assert both.agree_mean.notna().all() and same(both, whole, tmp_path)
@@ -169,14 +169,14 @@ def test_agreement_is_computed_again_when_a_method_joins(some, whole, store, tmp
 
 def test_taps_come_in_the_order_of_the_table(some, store):
     table = build(some, store)
-    taps = stored_taps(store, table)
-    assert {m: len(v) for m, v in taps.items()} == {'pspnet': len(some), 'segformer': len(some)}
+    intermediate = stored_features(store, table)
+    assert {m: len(v) for m, v in intermediate.items()} == {'pspnet': len(some), 'segformer': len(some)}
     mixed = table.sample(frac=1, random_state=3)
-    for method, found in stored_taps(store, mixed).items():
+    for method, found in stored_features(store, mixed).items():
         ids, order = table[table.method == method].image_id.tolist(), mixed[mixed.method == method].image_id
-        assert np.array_equal(found, taps[method][[ids.index(i) for i in order]])
-    twice = stored_taps(store, pd.concat([table, table]))                     # the index repeats
-    assert all(np.array_equal(twice[m], np.concatenate([v, v])) for m, v in taps.items())
+        assert np.array_equal(found, intermediate[method][[ids.index(i) for i in order]])
+    twice = stored_features(store, pd.concat([table, table]))                     # the index repeats
+    assert all(np.array_equal(twice[m], np.concatenate([v, v])) for m, v in intermediate.items())
 
 
 def test_what_was_never_drawn_is_named(some, store):
@@ -274,7 +274,7 @@ def test_round_trip(whole, tmp_path):
     path = save_sqed(whole.table, tmp_path/'deep'/'t.parquet')
     back = load_sqed(path)
     assert same(back, whole, tmp_path) and (back.dtypes == whole.table.dtypes).all()
-    assert str(world().home).encode() not in path.read_bytes()
+    assert str(trained_setup().home).encode() not in path.read_bytes()
     assert list(load_sqed(path, ['image_id', 'oa'])) == ['image_id', 'oa']
 
 
@@ -298,4 +298,4 @@ def test_maps_survive_as_png():
     for shape in ((1, 1), (5, 9), (64, 64)):
         mask = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
         assert np.array_equal(from_png(module._png(mask)), mask)
-    assert taps_table('unet', 'abcdef0123') == 'taps/unet@abcdef01'
+    assert features_table('unet', 'abcdef0123') == 'intermediate/unet@abcdef01'

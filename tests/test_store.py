@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from rssqa.core import Incompatible, MissingFeatures, SchemaError, UnknownName
 from rssqa.tables.store import Store, extract, feature_table, get_vectors, index_vectors, nearest, put_vectors
-from worlds import world
+from trained import trained_setup
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ class Toy:
 
 
 def test_extract_encodes_each_image_once(store):
-    tiles, toy = world().tiles, Toy()
+    tiles, toy = trained_setup().tiles, Toy()
     name = extract(pd.concat([tiles[:5], tiles[:3]]), toy, store, batch=2, chunk=3)
     assert toy.seen == 5 and name == feature_table(toy) == 'sem/toy___1@ffffffff'
     extract(tiles[:8], toy, store)
@@ -161,7 +161,7 @@ def test_extract_encodes_each_image_once(store):
 
 
 def test_killed_extraction_goes_on(store):
-    tiles, toy = world().tiles[:10], Toy()
+    tiles, toy = trained_setup().tiles[:10], Toy()
     class Mortal(Toy):
         def encode_image(self, x):
             if self.seen >= 6: raise KeyboardInterrupt
@@ -175,14 +175,14 @@ def test_killed_extraction_goes_on(store):
 
 
 def test_another_fingerprint_is_another_table(store):
-    toy, other, tiles = Toy(), Toy(), world().tiles[:2]
+    toy, other, tiles = Toy(), Toy(), trained_setup().tiles[:2]
     other.fingerprint = 'e' * 16
     assert extract(tiles, toy, store) != extract(tiles, other, store) and other.seen == 2
     with pytest.raises(MissingFeatures): get_vectors(store, 'sem/toy___1@00000000', tiles.image_id)
 
 
 def test_images_of_different_size_share_a_table(store):
-    tiles, toy = world().tiles[:4].copy(), Toy()
+    tiles, toy = trained_setup().tiles[:4].copy(), Toy()
     tiles.loc[tiles.index[:2], ['w', 'h']] = 32
     tiles['image_id'] = [f'i{n}' for n in range(4)]
     assert get_vectors(store, extract(tiles, toy, store), tiles.image_id)[:, 2].tolist() == [32, 32, 64, 64]
@@ -190,7 +190,7 @@ def test_images_of_different_size_share_a_table(store):
 
 def test_nothing_to_extract(store):
     toy = Toy()
-    extract(world().tiles[:0], toy, store)
+    extract(trained_setup().tiles[:0], toy, store)
     assert toy.seen == 0
 
 

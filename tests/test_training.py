@@ -12,7 +12,7 @@ from rssqa.data.datasets import folder_spec, folds, scan
 from rssqa.segment.methods import training
 from rssqa.segment.methods.training import Recipe, _batch, _hold_out, _loss, _Pixels, cross_fit, encoder_file, full_weights, load_segmenter, model_folder, small_copies, small_weights, train, train_joint
 from rssqa.data.synthetic import write_scenes
-from worlds import METHODS, RECIPE, world
+from trained import METHODS, RECIPE, trained_setup
 
 SHORT = Recipe('nano', steps=5, batch=2, crop=64, lr=5e-3)
 
@@ -22,11 +22,11 @@ def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for
 
 
 @pytest.fixture(scope='module')
-def tiles(): return (t := world().tiles)[t.fold == 0]
+def tiles(): return (t := trained_setup().tiles)[t.fold == 0]
 
 
 @pytest.fixture(scope='module')
-def whole(tiles, tmp_path_factory): return train('pspnet', tiles, world().spec, tmp_path_factory.mktemp('whole'), SHORT)
+def whole(tiles, tmp_path_factory): return train('pspnet', tiles, trained_setup().spec, tmp_path_factory.mktemp('whole'), SHORT)
 
 
 @pytest.mark.parametrize('kills', [(1,), (4,), (2, 3), (1, 2, 3, 4)])
@@ -37,10 +37,10 @@ def test_killed_and_resumed_gives_the_same_weights(kills, whole, tiles, tmp_path
         def tick(done):
             seen.append(done)
             if sum(seen) >= n: raise KeyboardInterrupt
-        with pytest.raises(KeyboardInterrupt): train('pspnet', tiles, world().spec, tmp_path, SHORT, tick=tick)
+        with pytest.raises(KeyboardInterrupt): train('pspnet', tiles, trained_setup().spec, tmp_path, SHORT, tick=tick)
         assert not list(tmp_path.rglob('config.json'))
     seen = []
-    folder = train('pspnet', tiles, world().spec, tmp_path, SHORT, tick=seen.append)
+    folder = train('pspnet', tiles, trained_setup().spec, tmp_path, SHORT, tick=seen.append)
     assert seen[0] == max(kills) - 1 and sum(seen) == SHORT.steps           # it went on, and counted what was done before
     assert folder.name == whole.name and equal(weights(folder), weights(whole))
     assert read_json(folder/'config.json') == read_json(whole/'config.json') and not (folder/'checkpoint.pt').exists()
@@ -49,13 +49,13 @@ def test_killed_and_resumed_gives_the_same_weights(kills, whole, tiles, tmp_path
 def test_killed_without_a_checkpoint_starts_again(whole, tiles, tmp_path):
     def stop(n):
         if n: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): train('pspnet', tiles, world().spec, tmp_path, SHORT, tick=stop)
-    assert equal(weights(train('pspnet', tiles, world().spec, tmp_path, SHORT)), weights(whole))
+    with pytest.raises(KeyboardInterrupt): train('pspnet', tiles, trained_setup().spec, tmp_path, SHORT, tick=stop)
+    assert equal(weights(train('pspnet', tiles, trained_setup().spec, tmp_path, SHORT)), weights(whole))
 
 
 def test_finished_network_is_not_trained_again(whole, tiles):
     before, seen = (whole/'model.safetensors').stat().st_mtime_ns, []
-    assert train('pspnet', tiles, world().spec, whole.parents[1], SHORT, tick=seen.append) == whole
+    assert train('pspnet', tiles, trained_setup().spec, whole.parents[1], SHORT, tick=seen.append) == whole
     assert seen == [SHORT.steps] and (whole/'model.safetensors').stat().st_mtime_ns == before
 
 
@@ -84,13 +84,13 @@ def test_weights_of_the_encoder_are_part_of_the_name(tiles, tmp_path):
 
 
 def test_missing_folder_of_encoder_weights_is_a_clear_error(tiles, tmp_path):
-    with pytest.raises(DataNotFound) as e: train('pspnet', tiles, world().spec, tmp_path, Recipe('nano', encoder_weights=str(tmp_path/'nowhere')))
+    with pytest.raises(DataNotFound) as e: train('pspnet', tiles, trained_setup().spec, tmp_path, Recipe('nano', encoder_weights=str(tmp_path/'nowhere')))
     assert 'nowhere' in e.value.what and e.value.found and 'safetensors' in e.value.todo
 
 
 @pytest.mark.parametrize('method, recipe, near', [('pspnett', SHORT, 'pspnet'), ('pspnet', Recipe('nanno'), 'nano')])
 def test_typos_get_suggestions(method, recipe, near, tiles, tmp_path):
-    with pytest.raises(KeyError, match=f'mean {near}'): train(method, tiles, world().spec, tmp_path, recipe)
+    with pytest.raises(KeyError, match=f'mean {near}'): train(method, tiles, trained_setup().spec, tmp_path, recipe)
     assert not list(tmp_path.iterdir())
 
 
@@ -142,12 +142,12 @@ def test_missing_model_names_the_folder(tmp_path):
 # ---------------------------------------------------------------- who learned from what
 
 def test_no_network_labels_a_scene_it_learned_from():
-    w = world()
-    assert len(w.fleet) == 2 * len(METHODS)
-    for net in w.fleet.itertuples():
+    w = trained_setup()
+    assert len(w.networks) == 2 * len(METHODS)
+    for net in w.networks.itertuples():
         mine = w.tiles[w.tiles.fold == net.fold]
         assert set(net.scenes) == set(w.tiles.scene) - set(mine.scene) and len(mine)
-    assert (w.fleet.temperature > 0).all() and w.fleet.holdout_oa.between(0, 1).all() and w.fleet.fingerprint.is_unique
+    assert (w.networks.temperature > 0).all() and w.networks.holdout_oa.between(0, 1).all() and w.networks.fingerprint.is_unique
 
 
 def tiles_of(counts): return pd.DataFrame([dict(scene=f's{i}') for i, n in enumerate(counts) for _ in range(n)])
@@ -171,7 +171,7 @@ def test_holdout_never_takes_all_tiles(n, seed): assert not _hold_out(tiles_of([
 def test_networks_train_without_the_holdout(tiles, tmp_path, monkeypatch):
     seen, build = [], training._Pixels
     monkeypatch.setattr(training, '_Pixels', lambda part, spec: seen.append(set(part.image_id)) or build(part, spec))
-    folder = train('pspnet', tiles, world().spec, tmp_path, Recipe('nano', steps=1, batch=2, crop=64, holdout=0.3))
+    folder = train('pspnet', tiles, trained_setup().spec, tmp_path, Recipe('nano', steps=1, batch=2, crop=64, holdout=0.3))
     learned, held = seen
     assert learned and held and not learned & held and learned | held == set(tiles.image_id)
     assert read_json(folder/'config.json')['scenes'] == sorted(set(tiles.scene))     # a held-out scene has been seen as well: it must not be labelled
@@ -179,35 +179,35 @@ def test_networks_train_without_the_holdout(tiles, tmp_path, monkeypatch):
 
 def test_few_scenes_fall_back_to_tiles_and_say_so(tiles, tmp_path):
     two = tiles[tiles.scene.isin(tiles.scene.unique()[:2])]
-    config = read_json(train('pspnet', two, world().spec, tmp_path, Recipe('nano', steps=1, batch=2, crop=64))/'config.json')
+    config = read_json(train('pspnet', two, trained_setup().spec, tmp_path, Recipe('nano', steps=1, batch=2, crop=64))/'config.json')
     assert config['holdout'] == 'tiles'
 
 
 def test_cross_fit_needs_folds():
-    w = world()
+    w = trained_setup()
     with pytest.raises(LeakError, match='no column fold'): cross_fit(w.tiles.drop(columns='fold'), w.specs, 'out')
 
 
 def test_one_fold_leaves_nothing_to_learn_from(tmp_path):
-    w = world()
+    w = trained_setup()
     with pytest.raises(LeakError, match='fold'): cross_fit(w.tiles.assign(fold=0), w.specs, tmp_path, METHODS, SHORT, workers=1)
 
 
 def test_class_tables_without_tiles_are_named(tmp_path):
-    w = world()
+    w = trained_setup()
     with pytest.raises(DataNotFound, match='elsewhere'): cross_fit(w.tiles, {'elsewhere': w.spec}, tmp_path, METHODS, SHORT, workers=1)
 
 
 # ---------------------------------------------------------------- batches and losses
 
 def test_batches_depend_on_the_step_alone(tiles):
-    pixels, recipe = [_Pixels(tiles, world().spec)], replace(SHORT, batch=2, crop=64)
+    pixels, recipe = [_Pixels(tiles, trained_setup().spec)], replace(SHORT, batch=2, crop=64)
     x, y, _ = _batch(pixels, 3, recipe)
     torch.rand(7); np.random.rand(3)
     again, other = _batch(pixels, 3, recipe), _batch(pixels, 4, recipe)
     assert torch.equal(x, again[0]) and torch.equal(y, again[1]) and not torch.equal(x, other[0])
     assert x.shape == (2, 3, 64, 64) and y.shape == (2, 64, 64) and 0 <= x.min() and x.max() <= 1 and y.dtype == torch.int64
-    assert set(y.unique().tolist()) <= {*range(len(world().spec.classes)), 255}
+    assert set(y.unique().tolist()) <= {*range(len(trained_setup().spec.classes)), 255}
 
 
 def test_image_and_mask_are_moved_together():
@@ -250,7 +250,7 @@ def test_joint_loss_judges_each_crop_on_its_own_logits():
 
 def two_sets():
     "Two datasets with different class tables."
-    w = world()
+    w = trained_setup()
     other = replace(w.spec, name='second', classes=(*w.spec.classes, 'extra'), palette=(*w.spec.palette, (1, 2, 3)))
     tiles = pd.concat([w.tiles.assign(dataset=w.spec.name), w.tiles.assign(dataset='second')], ignore_index=True)
     return tiles, {w.spec.name: w.spec, 'second': other}
@@ -258,15 +258,15 @@ def two_sets():
 
 def test_joint_networks_stand_alone_and_are_cross_fitted(tmp_path):
     tiles, specs = two_sets()
-    fleet = cross_fit(tiles, specs, tmp_path, ['unet', 'logcan'], replace(SHORT, steps=2), workers=1, joint=True)
-    assert len(fleet) == 8 and fleet.fingerprint.is_unique and set(fleet.dataset) == set(specs)
-    for net in fleet.itertuples():
+    networks = cross_fit(tiles, specs, tmp_path, ['unet', 'logcan'], replace(SHORT, steps=2), workers=1, joint=True)
+    assert len(networks) == 8 and networks.fingerprint.is_unique and set(networks.dataset) == set(specs)
+    for net in networks.itertuples():
         seg, mine = load_segmenter(net.folder), tiles[tiles.dataset == net.dataset]
         assert seg.classes == tuple(specs[net.dataset].classes) and seg(torch.zeros(1, 3, 64, 64)).logits.shape[1] == len(seg.classes)
         assert seg.reference.shape == (2, 2 * sum(seg.channels)) and seg.config['learned_from'] == list(specs)
         assert not set(net.scenes) & set(mine[mine.fold == net.fold].scene.astype(str))
     again = cross_fit(tiles, specs, tmp_path, ['unet', 'logcan'], replace(SHORT, steps=2), workers=1, joint=True)
-    assert again.equals(fleet)
+    assert again.equals(networks)
 
 
 # ---------------------------------------------------------------- small copies
@@ -343,23 +343,23 @@ def test_tiles_without_a_labelled_pixel_survive(which, tmp_path):
 
 
 def test_unlabelled_tiles_are_refused_by_name(tiles, tmp_path):
-    with pytest.raises(DataNotFound, match='no mask'): train('pspnet', tiles.assign(mask_path=None), world().spec, tmp_path, SHORT)
+    with pytest.raises(DataNotFound, match='no mask'): train('pspnet', tiles.assign(mask_path=None), trained_setup().spec, tmp_path, SHORT)
 
 
 def test_diverging_run_says_so(tiles, tmp_path):
-    with pytest.raises(Incompatible, match='diverged'): train('pspnet', tiles, world().spec, tmp_path, Recipe('nano', steps=30, batch=2, crop=64, lr=1e30))
+    with pytest.raises(Incompatible, match='diverged'): train('pspnet', tiles, trained_setup().spec, tmp_path, Recipe('nano', steps=30, batch=2, crop=64, lr=1e30))
     assert not list(tmp_path.rglob('config.json'))
 
 
 @pytest.mark.slow
 def test_worker_processes_give_the_same_networks(tmp_path):
-    w = world()
-    fleet = cross_fit(w.tiles, w.specs, tmp_path, ['pspnet'], RECIPE, workers=2)
-    alone = w.fleet[w.fleet.method == 'pspnet']
-    assert fleet.fingerprint.tolist() == alone.fingerprint.tolist() and fleet.holdout_oa.tolist() == alone.holdout_oa.tolist()
+    w = trained_setup()
+    networks = cross_fit(w.tiles, w.specs, tmp_path, ['pspnet'], RECIPE, workers=2)
+    alone = w.networks[w.networks.method == 'pspnet']
+    assert networks.fingerprint.tolist() == alone.fingerprint.tolist() and networks.holdout_oa.tolist() == alone.holdout_oa.tolist()
 
 
 @pytest.mark.slow
 def test_a_failed_worker_ends_the_run_with_its_own_error(tmp_path):
-    w = world()
+    w = trained_setup()
     with pytest.raises(DataNotFound, match='no mask'): cross_fit(w.tiles.assign(mask_path=None), w.specs, tmp_path, ['pspnet'], RECIPE, workers=2)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NET', 'IMAGENET', 'STAGES', 'ALWAYS', 'SPOKEN', 'RECIPE', 'ITC', 'POSITIVE', 'LOCAL', 'DISTIL', 'VARIANTS', 'MINI',
-           'first_net', 'pairs_of', 'spoken', 'trusted', 'recipe_of', 'table_of', 'soup', 'make', 'measured',
+           'first_net', 'pairs_of', 'spoken', 'trusted', 'recipe_of', 'table_of', 'average_weights', 'make', 'measured',
            'bench_clip', 'pivot', 'probe_tiles']
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #f7ba37f5
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #b9144b78
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..clip.train import ClipRecipe, begin, new_clip, save_clip, train_clip
 from ..core import DataNotFound, atomic, say, unknown
 from ..data.datasets import folder_spec, read_image, read_mask, scan
 from ..clip.encoders import load_encoder
-from ..clip.cached_stem import LockedViews, cut_stem
+from ..clip.cached_stem import StemViews, cut_stem
 from ..data.pairs import read_pairs, to_frame
 from ..clip.purify import apply_decisions, inject_noise, purify
 
@@ -105,10 +105,10 @@ def recipe_of(
     v = _variant(variant)
     return replace(RECIPE, steps=v['epochs'] * math.ceil(images / RECIPE.batch), objectives=v['objectives'], small=2 if len(v['objectives']) > 1 else 0, lr=v.get('lr', RECIPE.lr), seed=seed)
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #bd199d4d
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #0d892c9d
 def _train(encoder, table, pool, recipe, home, maps):
     stem, rest = cut_stem(encoder, STAGES)
-    curve = train_clip(rest, LockedViews(table, recipe, encoder, stem, maps, large=3, small=3, pool=pool), recipe, home)
+    curve = train_clip(rest, StemViews(table, recipe, encoder, stem, maps, large=3, small=3, pool=pool), recipe, home)
     known = {int(i) for c in {*table.caption, ALWAYS} for i in encoder.tokenizer([c])[0]}
     save_clip(encoder, home, known)
     return curve
@@ -125,7 +125,7 @@ def _judge(table, pool, weights, home): # CLIP_Sem: learned from the fine tier, 
 def table_of(
     kind: str, # 'purified', 'noise' or 'noise purified'
     train: pd.DataFrame, # pairs of the training split
-    weights, # see first_net
+    weights, # encode_views first_net
     home: Path, # folder for everything
 ) -> pd.DataFrame:
     "Make the table that a variant learns from."
@@ -139,7 +139,7 @@ def table_of(
     return table
 
 
-def soup(
+def average_weights(
     folders: list, # encoders that began with the same weights
     out, # folder
 ): # encoder
@@ -155,7 +155,7 @@ def soup(
 def make(
     variant: str, # in VARIANTS
     data, # folder of the pairs
-    weights, # folder, see first_net
+    weights, # folder, encode_views first_net
     home, # folder for everything
     seed: int = 0,
     tiles=None, # folder of segmentation sources, for variants with masks
@@ -182,12 +182,12 @@ def measured(
         with atomic(path) as tmp: told.to_csv(tmp, index=False)
     return pd.read_csv(path)
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #4e4e4809
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #ee0746c8
 def bench_clip(
     data, # folder of the pairs
-    weights, # folder, see first_net
+    weights, # folder, encode_views first_net
     home, # folder for everything, kept
-    variants: list[str] = tuple(VARIANTS), # see VARIANTS
+    variants: list[str] = tuple(VARIANTS), # encode_views VARIANTS
     seeds: list[int] = (0, 1, 2),
     tiles=None, # folder of segmentation sources; without it, variants with masks are left out
     command: str = 'rssqa bench clip', # that makes the rows again
@@ -201,7 +201,7 @@ def bench_clip(
             told.append(make(variant, data, weights, home, seed, tiles).assign(variant=variant, seed=seed))
     pairs = pairs_of(data)
     if MINI in variants:
-        soup([home/f'{MINI} {seed}' for seed in seeds], home/'CLIP-RS-mini')
+        average_weights([home/f'{MINI} {seed}' for seed in seeds], home/'CLIP-RS-mini')
         told.insert(0, measured(home/'CLIP-RS-mini', pairs).assign(variant='CLIP-RS-mini', seed=' '.join(map(str, seeds))))
     if (Path(weights)/'clip_rs_mini').is_dir(): told.append(evaluate_clip(str(Path(weights)/'clip_rs_mini'), pairs[pairs.split == 'test']).assign(variant='the start: its image tower frozen', seed=''))
     table = pd.concat(told)[['variant', 'seed', 'task', 'source', 'protocol', 'measure', 'value', 'n']]

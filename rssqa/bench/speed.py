@@ -7,7 +7,7 @@ __all__ = ['QUICK', 'STEPS', 'TABLES', 'in_turns', 'line', 'Size', 'workplace', 
            'eightfold', 'model_speed', 'score_speed', 'known_rows', 'enlarged', 'fit_speed', 'peak_mb', 'fit_peak',
            'fit_memory', 'cache_speed', 'training_speed', 'run', 'as_text', 'save']
 
-# %% ../../nbs/82_bench.speed.ipynb #e6a96ab7
+# %% ../../nbs/82_bench.speed.ipynb #38094dd7
 import os, re, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,20 +19,20 @@ import numpy as np
 import pandas as pd
 from joblib import parallel_config
 
-from .protocol import OURS, contenders, machine, save_results
-from ..clip.train import ClipRecipe, KeptViews, PairViews, positions, train_clip
-from ..segment.confidence import agreement, label_free, tap_columns
+from .protocol import RS_SQA, predictors, machine, save_results
+from ..clip.train import ClipRecipe, CachedViews, PairViews, positions, train_clip
+from ..segment.confidence import agreement, label_free, feature_columns
 from ..core import pick_device, progress, say, unknown
 from ..clip.encoders import load_encoder
 from ..data.datasets import DatasetSpec, folder_spec, read_image, read_mask, scan
-from ..quality.consensus import JuryModel, save_jury
+from ..quality.consensus import ConsensusModel, save_consensus
 from ..segment.methods.training import Recipe, load_segmenter, manifest, train
 from ..segment.metrics import accuracy, confusion
 from ..tables.rs_sqed_open import unpack
 from ..quality.model import QualityModel, save_model
 from ..quality.recommend import Pack, rank, write_pack
-from ..segment.protocol import EIGHT
-from ..tables.sqed import build_sqed, label_free_columns, taps_table
+from ..segment.protocol import METHOD_NAMES
+from ..tables.sqed import build_sqed, label_free_columns, features_table
 from ..tables.store import Store, extract, get_vectors, put_vectors
 from ..data.synthetic import write_scenes
 
@@ -62,12 +62,12 @@ def line(
     ratio = value / baseline if unit.endswith('/s') else baseline / value
     return dict(what=what, value=value, unit=unit, against=against, baseline=baseline, ratio=ratio, target=target, met='' if np.isnan(target) else 'yes' if ratio >= target else 'no')
 
-# %% ../../nbs/82_bench.speed.ipynb #1e8c81b5
+# %% ../../nbs/82_bench.speed.ipynb #dfeeba1a
 @dataclass(frozen=True)
 class Size:
     "How much is measured."
     preset: str = 'tiny' # of the networks
-    methods: tuple = EIGHT
+    methods: tuple = METHOD_NAMES
     scenes: int = 12 # of four tiles each
     side: int = 256 # of a tile, pixels
     plain: int = 4 # tiles that the plain loop judges in a lap
@@ -114,7 +114,7 @@ def workplace(
     threads = _fastest(fleet.folder[0], torch.as_tensor(read_image(tiles.iloc[0]))[None], size.threads)
     return SimpleNamespace(home=home, spec=spec, tiles=tiles, fleet=fleet, threads=threads)
 
-# %% ../../nbs/82_bench.speed.ipynb #31f853c0
+# %% ../../nbs/82_bench.speed.ipynb #f89101dd
 def plain_sqed(
     tiles: pd.DataFrame,
     networks: dict, # method -> segmenter
@@ -127,7 +127,7 @@ def plain_sqed(
         x, truth, rows, maps = torch.as_tensor(read_image(tile))[None], read_mask(tile, spec), [], []
         for method, segmenter in networks.items():
             out, mirrored = segmenter(x), segmenter(x.flip(-1)).logits.flip(-1)
-            columns = label_free(out.logits.cpu(), segmenter.temperature, mirrored.cpu()), tap_columns(out.features, out.mask, len(spec.classes), segmenter.reference)
+            columns = label_free(out.logits.cpu(), segmenter.temperature, mirrored.cpu()), feature_columns(out.features, out.mask, len(spec.classes), segmenter.reference)
             maps.append(out.mask[0].byte().cpu().numpy())
             rows.append(pd.concat(columns, axis=1).assign(image_id=tile.image_id, method=method, **accuracy(confusion(truth, maps[-1], len(spec.classes)))))
         tables.append(pd.concat([pd.concat(rows, ignore_index=True), agreement(np.stack(maps))], axis=1))
@@ -172,15 +172,15 @@ def eightfold(segmenter, x) -> float: # segmenter: Segmenter, x: (N,3,H,W) torch
             maps.append(torch.rot90(logits, -turns, (2, 3)).flip(axes).max(1).indices)
     return float(torch.stack([m == maps[0] for m in maps[1:]]).float().mean())
 
-# %% ../../nbs/82_bench.speed.ipynb #9e3981f3
+# %% ../../nbs/82_bench.speed.ipynb #b11f3daa
 def model_speed(
-    place, # after sqed_speed; receives `model` and `jury`
+    place, # after sqed_speed; receives `model` and `consensus`
     size: Size = Size(),
 ) -> list[dict]:
-    "Time the fit of a jury and of a quality model on the same rows."
-    place.model, place.jury = QualityModel(store=place.store.root, **size.options), JuryModel(place.store.root)
-    with _threads(1): seconds = in_turns(dict(model=lambda: place.model.fit(place.table), jury=lambda: place.jury.fit(place.table)), 1)
-    return [line(f'jury fit, {len(place.table)} rows', seconds['jury'], 's', 'quality model, the same rows', seconds['model'])]
+    "Time the fit of a consensus and of a quality model on the same rows."
+    place.model, place.consensus = QualityModel(store=place.store.root, **size.options), ConsensusModel(place.store.root)
+    with _threads(1): seconds = in_turns(dict(model=lambda: place.model.fit(place.table), consensus=lambda: place.consensus.fit(place.table)), 1)
+    return [line(f'consensus model fit, {len(place.table)} rows', seconds['consensus'], 's', 'quality model, the same rows', seconds['model'])]
 
 
 def score_speed(
@@ -189,18 +189,18 @@ def score_speed(
 ) -> list[dict]:
     "Time a score, the segmentation it judges, and eightfold test-time augmentation; milliseconds a map."
     import torch
-    save_model(place.model, place.home/'model'); save_jury(place.jury.jury_, place.home/'jury')
-    pack, image, methods = Pack(write_pack(place.home, place.fleet, jury='jury')), read_image(place.tiles.iloc[0]), size.methods
+    save_model(place.model, place.home/'model'); save_consensus(place.consensus.jury_, place.home/'consensus')
+    pack, image, methods = Pack(write_pack(place.home, place.fleet, consensus='consensus')), read_image(place.tiles.iloc[0]), size.methods
     x, networks = torch.as_tensor(image)[None], [pack.segmenter(m) for m in methods]
     rank(image, pack)                                                    # opens what is opened once
-    jobs = dict(map=lambda: [net(x) for net in networks], score=lambda: [rank(image, pack, chosen=[m]) for m in methods], peers=lambda: rank(image, pack),
+    jobs = dict(map=lambda: [net(x) for net in networks], score=lambda: [rank(image, pack, chosen=[m]) for m in methods], cross_method=lambda: rank(image, pack),
                 views=lambda: [eightfold(net, x) for net in networks])
     with _threads(place.threads): seconds = in_turns(jobs, size.laps)
     ms = {k: 1e3 * v / len(methods) for k, v in seconds.items()}
     return [line('score of one map', ms['score'], 'ms', '8 views', ms['views'], 1), line('score of one map', ms['score'], 'ms', 'its segmentation alone', ms['map']),
-            line(f'score with peers, each of {len(methods)}', ms['peers'], 'ms', '8 views', ms['views'])]
+            line(f'score with cross_method, each of {len(methods)}', ms['cross_method'], 'ms', '8 views', ms['views'])]
 
-# %% ../../nbs/82_bench.speed.ipynb #226a80aa
+# %% ../../nbs/82_bench.speed.ipynb #0945f801
 def known_rows(
     place, # after sqed_speed, with `tables`: folder or None
 ) -> tuple[pd.DataFrame, Store, str]: # table, its store, feature table of its encoder
@@ -216,7 +216,7 @@ def known_rows(
 def enlarged(
     table: pd.DataFrame, # an SQED table
     store: Store, # of its taps and semantics
-    sem: str, # feature table of the encoder; '' for none
+    semantic: str, # feature table of the encoder; '' for none
     rows: int, # rows wanted; whole images are kept
     folder, # receives table.parquet and store/
 ) -> Path: # the folder
@@ -225,15 +225,15 @@ def enlarged(
     many, new = pd.concat(repeated, ignore_index=True).drop(columns='confusion', errors='ignore'), Store(Path(folder)/'store')
     many = many[many.image_id.isin(many.image_id.unique()[:rows // many.method.nunique()])]
     copy = lambda name, ids: put_vectors(new, name, ids, get_vectors(store, name, [i.rsplit('+', 1)[0] for i in ids]))
-    for (method, fp), part in many.groupby(['method', 'method_fp'], observed=True): copy(taps_table(method, fp), part.image_id)
-    if sem: copy(sem, many.image_id.unique())
+    for (method, fp), part in many.groupby(['method', 'method_fp'], observed=True): copy(features_table(method, fp), part.image_id)
+    if semantic: copy(semantic, many.image_id.unique())
     many.to_parquet(Path(folder)/'table.parquet', index=False)
     return Path(folder)
 
 
-def _ours(folder, sem, options): # unfitted model, and its rows
+def _ours(folder, semantic, options): # unfitted model, and its rows
     table, store = pd.read_parquet(Path(folder)/'table.parquet'), str(Path(folder)/'store')
-    return contenders(table, store, sem, **options)[OURS], table
+    return predictors(table, store, semantic, **options)[RS_SQA], table
 
 
 def fit_speed(
@@ -241,14 +241,14 @@ def fit_speed(
     size: Size = Size(),
 ) -> list[dict]:
     "Time the fit of the quality model."
-    sem = known_rows(place)[2]
-    model, table = _ours(enlarged(*known_rows(place), size.rows, place.home/'rows'), sem, size.options)
+    semantic = known_rows(place)[2]
+    model, table = _ours(enlarged(*known_rows(place), size.rows, place.home/'rows'), semantic, size.options)
     def fit(n):
         with parallel_config(n_jobs=n): model.fit(table)
     with _threads(1): seconds = in_turns(dict(many=lambda: fit(os.cpu_count() or 1), one=lambda: fit(1)), 1)
     return [line(f'quality model fit, {len(table):,} rows', seconds['many'], 's', 'limit', 60, 1), line(f'the same, {os.cpu_count() or 1} processes', seconds['many'], 's', '1 process', seconds['one'])]
 
-# %% ../../nbs/82_bench.speed.ipynb #2e279467
+# %% ../../nbs/82_bench.speed.ipynb #f4d4d6ce
 def peak_mb() -> float:
     "Return the peak memory of this process."
     status = Path('/proc/self/status')
@@ -259,10 +259,10 @@ def peak_mb() -> float:
 
 def fit_peak(
     folder, # from enlarged
-    sem: str = '', # feature table of the encoder
+    semantic: str = '', # feature table of the encoder
 ) -> float: # MB
     "Fit one network for one epoch and return the peak memory of this process."
-    model, table = _ours(folder, sem, dict(epochs=1, members=1))
+    model, table = _ours(folder, semantic, dict(epochs=1, members=1))
     model.fit(table)
     return peak_mb()
 
@@ -277,11 +277,11 @@ def fit_memory(
     size: Size = Size(),
 ) -> list[dict]:
     "Weigh the fit of the quality model on many rows and on few."
-    sem, peaks = known_rows(place)[2], []
+    semantic, peaks = known_rows(place)[2], []
     for rows in (size.many, size.rows):
         with TemporaryDirectory(dir=place.home) as folder:
             enlarged(*known_rows(place), rows, folder)
-            peaks.append(_in_a_process(f'fit_peak({folder!r}, {sem!r})'))
+            peaks.append(_in_a_process(f'fit_peak({folder!r}, {semantic!r})'))
     return [line(f'peak memory of a fit, {size.many:,} rows', peaks[0], 'MB', f'the same, {size.rows:,} rows', peaks[1])]
 
 # %% ../../nbs/82_bench.speed.ipynb #3d9373c7
@@ -296,7 +296,7 @@ def cache_speed(
     seconds = in_turns(jobs, size.laps)
     return [line(f'vectors of {len(place.tiles)} tiles, kept', seconds['back'] * 1e3, 'ms', 'computed anew', seconds['anew'] * 1e3, 50)]
 
-# %% ../../nbs/82_bench.speed.ipynb #c7984167
+# %% ../../nbs/82_bench.speed.ipynb #533b446a
 class _Same: # a dataset that gives one batch again and again
     def __init__(self, views, recipe):
         self.__dict__ |= {k: getattr(views, k) for k in ('spec', 'dim', 'mark')} | dict(n=len(views))
@@ -317,13 +317,13 @@ def training_speed(
         encoder = load_encoder('clip-rs-mini', device='cpu', dtype='float32')
         table = pd.DataFrame(dict(key=place.tiles.image_id, caption=place.tiles.scene.astype(str), path=[str(Path(t.root)/t.path) for t in place.tiles.itertuples()])).drop_duplicates('path')
         recipe = ClipRecipe(steps=size.train, batch=min(len(table), 128), small=2, small_size=112, objectives=(('itc', 1.0), ('local-global', 0.5)))
-        curve = train_clip(encoder.net, wrap(KeptViews(table, recipe, encoder, device) if kept else PairViews(table, recipe, encoder), recipe), recipe, device=device)
+        curve = train_clip(encoder.net, wrap(CachedViews(table, recipe, encoder, device) if kept else PairViews(table, recipe, encoder), recipe), recipe, device=device)
         return curve.images_s.iloc[1:].median()
     plain, whole = rate(_Same), rate(lambda views, recipe: views)
     return [line(f'training on {device}, with reading and cutting', whole, 'images/s', 'the same batch again and again', plain, 0.9)]
 
-# %% ../../nbs/82_bench.speed.ipynb #997a2c3b
-STEPS = {'building the table': sqed_speed, 'fitting model and jury': model_speed, 'scoring a map': score_speed, 'fitting on many rows': fit_speed, 'weighing a fit': fit_memory,
+# %% ../../nbs/82_bench.speed.ipynb #46560e33
+STEPS = {'building the table': sqed_speed, 'fitting model and consensus': model_speed, 'scoring a map': score_speed, 'fitting on many rows': fit_speed, 'weighing a fit': fit_memory,
          'reading vectors back': cache_speed, 'training a CLIP': training_speed}
 TABLES = 'data/tables'
 

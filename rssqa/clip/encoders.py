@@ -6,7 +6,7 @@
 __all__ = ['SemOutput', 'SemanticEncoder', 'resize', 'fast_bf16', 'OpenClipEncoder', 'spec_from_folder', 'spec_from_hub',
            'spec_from_tag', 'load_encoder', 'encode', 'BackboneEncoder', 'check_encoder']
 
-# %% ../../nbs/33_clip.encoders.ipynb #c826e4d9
+# %% ../../nbs/33_clip.encoders.ipynb #6194a9d5
 import copy, os, shutil, tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,13 +15,13 @@ from typing import Any, Iterable, Protocol, runtime_checkable
 
 import numpy as np
 
-from .checkpoints import (WEIGHT_SUFFIXES, _write_safetensors, detect_container, fitting_architectures, is_long, long_masks, misfit_hint, read_weights,
+from .checkpoints import (WEIGHT_SUFFIXES, _write_safetensors, detect_format, fitting_architectures, is_long, long_masks, misfit_hint, read_weights,
                               strip_checkpoint)
 from ..core import (BadImage, DataNotFound, DownloadError, Incompatible, as_image, cache_dir, digest, encoders, file_id,
-                        pick_device, progress, read_json, real_dir, say, state_digest, unknown, write_json, shipped)
+                        pick_device, progress, read_json, real_dir, say, state_digest, unknown, write_json, bundled)
 from .towers import dense_map, long_clip, read_text, text_tokens
 from .specs import CLIP_MEAN, CLIP_STD, HALF, SPECS, EncoderSpec
-from ..data.synthetic import KINDS, LOOKS, degrade, scene
+from ..data.synthetic import KINDS, SCENE_TYPES, degrade, scene
 
 # %% ../../nbs/33_clip.encoders.ipynb #f0d4767b
 @dataclass(frozen=True)
@@ -343,7 +343,7 @@ class OpenClipEncoder:
         if self._text_files: how |= dict(text=self._text_files)
         return digest(self.config, s.quick_gelu, self._memo[1], how, self.dtype, 'pooled unit, dense last block')
 
-# %% ../../nbs/33_clip.encoders.ipynb #15254e05
+# %% ../../nbs/33_clip.encoders.ipynb #f1b3555a
 def spec_from_folder(
     path, # folder with open_clip_config.json and weights, as open_clip writes it
 ) -> EncoderSpec:
@@ -355,7 +355,7 @@ def spec_from_folder(
     text = cfg['text_cfg']
     return EncoderSpec(Path(path).name, str(path), cfg.get('quick_gelu', False), cfg['embed_dim'], '',
                        cfg['vision_cfg'].get('image_size', 224), mean, std, pre.get('interpolation', 'bicubic'), text.get('context_length', 77),
-                       multilingual=any(w in text.get('hf_model_name', '') for w in ('xlm', 'mt5', 'multilingual')), container='bundle')
+                       multilingual=any(w in text.get('hf_model_name', '') for w in ('xlm', 'mt5', 'multilingual')), format='bundle')
 
 
 def spec_from_hub(
@@ -388,7 +388,7 @@ def spec_from_tag(
                        tuple(pre['mean']), tuple(pre['std']), pre['interpolation'], cfg['text_cfg'].get('context_length', 77),
                        multilingual='xlm' in cfg['text_cfg'].get('hf_model_name', ''), source=pre.get('hf_hub') or pre.get('url', ''))
 
-# %% ../../nbs/33_clip.encoders.ipynb #f1939d88
+# %% ../../nbs/33_clip.encoders.ipynb #6342a3c4
 def _resolve(name): # name, path or spec -> EncoderSpec, or a ready encoder from a plugin
     if isinstance(name, EncoderSpec) or hasattr(name, 'encode_image'): return name
     name = str(name).removeprefix('local-dir:')
@@ -405,7 +405,7 @@ def _no_spec(path): # the error for a weight file by itself; what can be read fr
     known = ''
     if Path(path).is_file():
         fits = fitting_architectures(read_weights(path))
-        known = f'; this one is of kind {detect_container(path)!r}' + (f' and has the shapes of {", ".join(fits)}' if fits else '')
+        known = f'; this one is of kind {detect_format(path)!r}' + (f' and has the shapes of {", ".join(fits)}' if fits else '')
     return Incompatible(f'cannot load {path} by itself', f'a weight file does not state its activation{known}',
                         'call load_encoder(name_or_spec, weights=path); the spec says quick_gelu=True or False')
 
@@ -436,7 +436,7 @@ def _download(spec):
         raise DownloadError(f'cannot download the weights of {spec.name!r}', f'{type(e).__name__}: {str(e)[:120]}',
                             'go online once, or pass weights=<path> of a copy') from e
 
-# %% ../../nbs/33_clip.encoders.ipynb #274dcbe4
+# %% ../../nbs/33_clip.encoders.ipynb #8f7a815c
 def load_encoder(
     name, # registry name, EncoderSpec, folder, 'architecture/tag', or an encoder (returned as it is)
     weights=None, # file or folder that replaces the spec's own weights
@@ -449,7 +449,7 @@ def load_encoder(
     if not isinstance(spec, EncoderSpec): return spec
     config, device = _config(spec), pick_device(device)
     path = _weights(spec, weights)
-    if spec.container == 'bundle' and not Path(spec.architecture).is_dir() and _stated(path.parent):   # the folder has config, tokenizer, text config
+    if spec.format == 'bundle' and not Path(spec.architecture).is_dir() and _stated(path.parent):   # the folder has config, tokenizer, text config
         spec = replace(spec, architecture=str(path.parent))
         config = _config(spec)
     home = spec.architecture if Path(spec.architecture).is_dir() else path.parent
@@ -459,8 +459,8 @@ def load_encoder(
         _fit(net, state, path, spec.architecture)
         return OpenClipEncoder(net, replace(spec, context_length=config['text_cfg'].get('context_length', 77)), config, device, _pick_dtype(dtype, device, net))
 
-# %% ../../nbs/33_clip.encoders.ipynb #a12bcbd5
-def _clip_rs_mini(): return replace(spec_from_folder(shipped('clip_rs_mini')), name='clip-rs-mini', licence='research use', source='trained here, see its card')
+# %% ../../nbs/33_clip.encoders.ipynb #4f6d30f2
+def _clip_rs_mini(): return replace(spec_from_folder(bundled('clip_rs_mini')), name='clip-rs-mini', licence='research use', source='trained here, see its card')
 
 
 def _clip_rs_frozen():
@@ -474,12 +474,12 @@ def _clip_rs_frozen():
 encoders.register('clip-rs-mini', _clip_rs_mini, replace=True)
 encoders.register('clip-rs-frozen', _clip_rs_frozen, replace=True)
 
-# %% ../../nbs/33_clip.encoders.ipynb #cdf59942
+# %% ../../nbs/33_clip.encoders.ipynb #d4a66028
 _TINY = dict(embed_dim=64, quick_gelu=False,
              vision_cfg=dict(image_size=64, patch_size=8, width=64, head_width=32, layers=3, pool_type='avg', no_ln_pre=True),
              text_cfg=dict(context_length=32, vocab_size=49408, width=64, heads=2, layers=1))
 _RECIPE = dict(version=1, seed=0, scenes=32, size=128, steps=200, lr=1e-3)
-_CASES = [(look, kind) for look in LOOKS for kind in (None, *KINDS)]
+_CASES = [(scene_type, kind) for scene_type in SCENE_TYPES for kind in (None, *KINDS)]
 
 
 def _case(s, kind, seed): # scene -> image (3,size,size), caption
@@ -492,10 +492,10 @@ def _tiny_data(tokenizer, scenes, size): # -> images (scenes,cases,3,64,64), tok
     import torch
     pairs = []
     for i in progress(range(1000, 1000 + scenes), 'drawing scenes', unit='scene'):
-        drawn = {look: scene(look, i, size) for look in LOOKS}
-        pairs += [_case(drawn[look], kind, i) for look, kind in _CASES]
+        drawn = {scene_type: scene(scene_type, i, size) for scene_type in SCENE_TYPES}
+        pairs += [_case(drawn[scene_type], kind, i) for scene_type, kind in _CASES]
     images = resize(torch.from_numpy(np.stack([im for im, _ in pairs])), 64)
-    plain = [f'a {kind or "clear"} image of {LOOKS[look]}' for look, kind in _CASES] * scenes
+    plain = [f'a {kind or "clear"} image of {SCENE_TYPES[scene_type]}' for scene_type, kind in _CASES] * scenes
     tokens = tokenizer([text for _, text in pairs] + plain)
     return images.view(scenes, len(_CASES), 3, 64, 64), tokens.view(2, scenes, len(_CASES), -1)
 
@@ -518,7 +518,7 @@ def _train_tiny(encoder, seed, scenes, size, steps, lr, **_): # trains encoder.n
         optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step()
     net.eval().requires_grad_(False)
 
-# %% ../../nbs/33_clip.encoders.ipynb #9041f83d
+# %% ../../nbs/33_clip.encoders.ipynb #fbe726db
 def _make_tiny(folder): # train and write a model folder in open_clip's layout
     import torch
     from safetensors.torch import save_file
@@ -534,7 +534,7 @@ def _make_tiny(folder): # train and write a model folder in open_clip's layout
 
 
 def _tiny_version(): # changes with the recipe and with what synth draws
-    sample = [_case(scene(look, 0, 32), kind, 0) for look, kind in _CASES]
+    sample = [_case(scene(scene_type, 0, 32), kind, 0) for scene_type, kind in _CASES]
     return digest(_TINY, _RECIPE, np.round(np.stack([im for im, _ in sample]), 3), [text for _, text in sample])
 
 

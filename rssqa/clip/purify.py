@@ -584,18 +584,18 @@ def risk(
     "Return how suspect a caption is by its words alone; not measured on human ratings yet."
     return float(1 - np.prod([1 - w for w in risk_rules(caption, source).values()]))
 
-# %% ../../nbs/35_clip.purify.ipynb #3ae2fc02
+# %% ../../nbs/35_clip.purify.ipynb #29b71902
 def review_table(
     table: pd.DataFrame, # pairs
     decisions: pd.DataFrame, # of purify
     n: int = 50, # rows
     seed: int = 0,
-) -> pd.DataFrame: # before and after side by side, and an empty verdict
+) -> pd.DataFrame: # before and after side by side, and an empty rating
     "Draw decisions for people to judge, evenly over actions and sources."
     table = check_pairs(table)
     d = _aligned(table, decisions)
     view = pd.DataFrame(dict(pair=table.pair, key=table.key, path=table.get('path', pd.Series('', table.index)), source=table.source, action=d.action, before=table.caption, after=d.text.where(d.action.isin(['keep', 'rewrite']), ''),
-                             score=d.score, new_score=d.new_score, reason=d.reason, verdict=''))
+                             score=d.score, new_score=d.new_score, reason=d.reason, rating=''))
     view = view.iloc[np.random.default_rng(seed).permutation(len(view))]
     turn = view.groupby(['action', 'source'], dropna=False).cumcount()
     return view.iloc[np.argsort(turn.to_numpy(), kind='stable')[:n]].sort_values(['action', 'source', 'pair'], kind='stable').reset_index(drop=True)
@@ -609,9 +609,9 @@ def agreement(
     reviewed: pd.DataFrame, # of review_table, with verdicts 'right', 'wrong' or ''
 ) -> pd.DataFrame: # index action; judged, right, share, low, high
     "Return the share of right decisions by action."
-    verdict = reviewed.verdict.fillna('').astype(str).str.strip().str.lower()
-    if odd := sorted(set(verdict) - {'right', 'wrong', ''}): raise SchemaError('cannot read a verdict', f'found {odd[0]!r}', "write 'right' or 'wrong', or leave it empty")
-    seen = (verdict == 'right')[verdict != ''].groupby(reviewed.action[verdict != '']).agg(['size', 'sum'])
+    rating = reviewed.rating.fillna('').astype(str).str.strip().str.lower()
+    if odd := sorted(set(rating) - {'right', 'wrong', ''}): raise SchemaError('cannot read a rating', f'found {odd[0]!r}', "write 'right' or 'wrong', or leave it empty")
+    seen = (rating == 'right')[rating != ''].groupby(reviewed.action[rating != '']).agg(['size', 'sum'])
     rows = {a: dict(judged=n, right=k, share=k / n) | dict(zip(('low', 'high'), _interval(k, n))) for a, n, k in seen.itertuples()}
     return pd.DataFrame.from_dict(rows, orient='index', columns=['judged', 'right', 'share', 'low', 'high']).rename_axis('action')
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..core import encoders
 
-# %% ../../nbs/32_clip.specs.ipynb #56585a5c
+# %% ../../nbs/32_clip.specs.ipynb #608568b1
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 
@@ -30,19 +30,19 @@ class EncoderSpec:
     context_length: int = 77 # tokens of a sentence; a Long-CLIP file says 248 by its keys
     tokenizer: str = '' # folder or name of a Hugging Face tokenizer; '' means the architecture's own
     multilingual: bool = False
-    container: str = 'safetensors' # what the published file is, see rssqa.clip.checkpoints.CONTAINERS
+    format: str = 'safetensors' # what the published file is, see rssqa.clip.checkpoints.FORMATS
     licence: str = '' # of the weights
     source: str = '' # where the weights come from
     sha256: str = '' # of the published file
     note: str = '' # what is inferred or odd
 
-# %% ../../nbs/32_clip.specs.ipynb #6edb8f6b
+# %% ../../nbs/32_clip.specs.ipynb #12b61733
 _OPENAI, _LAION = dict(weights='openai', licence='MIT', source='openai/CLIP'), dict(licence='MIT')
-_REMOTE = dict(container='flat', licence='Apache-2.0', source='chendelong/RemoteCLIP', note='QuickGELU inferred from its OpenAI start')
-_GEO = dict(container='flat', licence='Creative Commons, version not stated', source='Zilun/GeoRSCLIP')
+_REMOTE = dict(format='flat', licence='Apache-2.0', source='chendelong/RemoteCLIP', note='QuickGELU inferred from its OpenAI start')
+_GEO = dict(format='flat', licence='Creative Commons, version not stated', source='Zilun/GeoRSCLIP')
 _GEO_QUICK = _GEO | dict(note='QuickGELU inferred from its OpenAI start')
-_FAR = dict(container='flat', licence='MIT', source='ZhenShiL/FarSLIP', note='QuickGELU stated by its code; a text tower of 248 tokens is told by its keys')
-_SKY = dict(container='open_clip_train', licence='MIT', source='wangzhecheng/SkyScript (a zip: unpack it)')
+_FAR = dict(format='flat', licence='MIT', source='ZhenShiL/FarSLIP', note='QuickGELU stated by its code; a text tower of 248 tokens is told by its keys')
+_SKY = dict(format='open_clip_train', licence='MIT', source='wangzhecheng/SkyScript (a zip: unpack it)')
 SPECS = (
     EncoderSpec('openai-vit-b-32', 'ViT-B-32', True, 512, **_OPENAI),
     EncoderSpec('openai-vit-b-16', 'ViT-B-16', True, 512, **_OPENAI),
@@ -53,7 +53,7 @@ SPECS = (
                 source='laion/CLIP-ViT-B-16-laion2B-s34B-b88K', **_LAION),
     EncoderSpec('laion-vit-l-14', 'ViT-L-14', False, 768, 'laion2b_s32b_b82k', mean=HALF, std=HALF,
                 source='laion/CLIP-ViT-L-14-laion2B-s32B-b82K', note='normalises with 0.5, unlike its sisters', **_LAION),
-    EncoderSpec('clip-rs', 'ViT-L-14', True, 768, 'CLIP_RS.pt', source='hy1111/CLIP-RS', container='open_clip_train',
+    EncoderSpec('clip-rs', 'ViT-L-14', True, 768, 'CLIP_RS.pt', source='hy1111/CLIP-RS', format='open_clip_train',
                 licence='none stated: never redistribute',
                 sha256='330246838e9051d9aa4f9e3a71024fe73f002f0d5e7bff108b34c47fd7a5d484',
                 note='5.13 GB training checkpoint; architecture inferred from size, QuickGELU from the OpenAI start of its kind'),
@@ -66,7 +66,7 @@ SPECS = (
     EncoderSpec('georsclip-vit-l-14', 'ViT-L-14', True, 768, 'RS5M_ViT-L-14.pt', **_GEO_QUICK),
     EncoderSpec('georsclip-vit-l-14-336', 'ViT-L-14-336', True, 768, 'RS5M_ViT-L-14-336.pt', image_size=336, **_GEO_QUICK),
     EncoderSpec('georsclip-vit-h-14', 'ViT-H-14', False, 1024, 'RS5M_ViT-H-14.pt', note='GELU inferred from its LAION start', **_GEO),
-    EncoderSpec('rs-m-clip', 'xlm-roberta-base-ViT-B-32', False, 512, 'open_clip_model.safetensors', multilingual=True, container='bundle', licence='MIT',
+    EncoderSpec('rs-m-clip', 'xlm-roberta-base-ViT-B-32', False, 512, 'open_clip_model.safetensors', multilingual=True, format='bundle', licence='MIT',
                 source='joaodaniel/RS-M-CLIP', note='a folder with tokenizer; its text tower also needs config.json of xlm-roberta-base'),
     EncoderSpec('farslip1-vit-b-32', 'ViT-B-32', True, 512, 'FarSLIP1_ViT-B-32.pt', **_FAR),
     EncoderSpec('farslip1-vit-b-16', 'ViT-B-16', True, 512, 'FarSLIP1_ViT-B-16.pt', **_FAR),

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'SEGMENT', 'GRIDS', 'FAST', 'COLUMNS', 'MeanBaseline', 'ColumnBaseline', 'fit_groups', 'read_groups',
-           'DifferenceBaseline', 'histograms', 'segment_table', 'map_keys', 'has_lattices', 'condense',
+           'DifferenceBaseline', 'histograms', 'segment_table', 'map_keys', 'has_grids', 'condense',
            'ThresholdBaseline', 'deal_scenes', 'SegmentBaseline', 'BlockBaseline', 'NeighbourBaseline',
            'QualityColumns', 'baselines']
 
-# %% ../../nbs/54_quality.baselines.ipynb #3eca7e9c
+# %% ../../nbs/54_quality.baselines.ipynb #c49fa52c
 import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator, RegressorMixin
 
-from .features import Branches, Prior, Scaler, spread
+from .features import FeatureExtractor, Prior, Scaler, spread
 from ..segment.confidence import boundary, segments
 from ..core import MissingFeatures, SchemaError, progress
 from ..segment.metrics import IGNORE, wide
-from ..tables.sqed import Lattice, lattices
+from ..tables.sqed import PredictionGrid, prediction_grids
 from ..tables.store import Store, get_vectors, put_vectors
 
 # %% ../../nbs/54_quality.baselines.ipynb #5f68024b
@@ -107,7 +107,7 @@ def histograms(
     counts = [[np.bincount(grid.ravel(), minlength=256) for grid in level] for level in levels]
     return np.concatenate(counts, 1).astype(np.float32) / levels[0][0].size
 
-# %% ../../nbs/54_quality.baselines.ipynb #f6225041
+# %% ../../nbs/54_quality.baselines.ipynb #5902c475
 KEPT = 48
 _WHAT = [f'{q}{part}' for q in ('entropy', 'gap', 'variation') for part in ('', '_std', '_in', '_edge')]
 SEGMENT = ('area', 'inner', *_WHAT, 'p1', 'p2', 'p3', 'p4', 'class', 'right', 'known')
@@ -133,8 +133,8 @@ def segment_table(
     "Describe each segment of a map."
     x, parts = p.reshape(len(p), -1) / np.float32(255), _largest(segments(pred).ravel())
     inner, known = ~boundary(pred).ravel(), truth.ravel() != IGNORE
-    doubt = _doubts(x)
-    points = np.concatenate([[np.ones_like(inner), inner, known & (pred == truth).ravel(), known], doubt, doubt**2, doubt * inner, x]).astype(np.float32)
+    uncertainty = _doubts(x)
+    points = np.concatenate([[np.ones_like(inner), inner, known & (pred == truth).ravel(), known], uncertainty, uncertainty**2, uncertainty * inner, x]).astype(np.float32)
     sums = (parts == np.arange(parts.max() + 1)[:, None]).astype(np.float32) @ points.T
     (n, n_in), mean = sums[:, :2].T, sums / sums[:, :1]
     with np.errstate(divide='ignore', invalid='ignore'):
@@ -144,20 +144,20 @@ def segment_table(
     kind = np.where(np.arange(len(n)) < KEPT, pred.ravel()[np.unique(parts, return_index=True)[1]].astype(int), -1)
     return np.column_stack([n / len(inner), n_in / n, told.reshape(len(n), 12), top, kind, sums[:, 2:4] / len(inner)]).astype(np.float16)
 
-# %% ../../nbs/54_quality.baselines.ipynb #27a5cf9c
+# %% ../../nbs/54_quality.baselines.ipynb #926f2093
 def map_keys(table: pd.DataFrame) -> pd.Series: # (len(table),)
     "Name each map as the store does: image_id|method_fp."
     return table.image_id.astype(str) + '|' + table.method_fp.astype(str)
 
 
-def has_lattices(store: Store, table: pd.DataFrame) -> bool:
-    "Say whether the lattice of every row is in the store."
-    return 'method_fp' in table and not store.missing('lattice', map_keys(table).unique())
+def has_grids(store: Store, table: pd.DataFrame) -> bool:
+    "Say whether the grid of every row is in the store."
+    return 'method_fp' in table and not store.missing('grid', map_keys(table).unique())
 
 
 def condense(
     store: Store,
-    table: pd.DataFrame, # rows of an SQED table whose lattices are in the store
+    table: pd.DataFrame, # rows of an SQED table whose prediction_grids are in the store
     chunk: int = 64, # images at once
     tables: tuple = ('conf_hist', 'segments'), # segments keep what was right of them, so truth must be in the store before
 ) -> None:
@@ -167,10 +167,10 @@ def condense(
     if todo.empty: return
     named, ids = dict(zip(zip(todo.image_id.astype(str), todo.method.astype(str)), map_keys(todo))), np.sort(todo.image_id.unique())
     for part in progress([ids[i:i+chunk] for i in range(0, len(ids), chunk)], 'condensing maps', unit='chunk'):
-        _keep(store, lattices(store, todo[todo.image_id.isin(part)]), named, tables)
+        _keep(store, prediction_grids(store, todo[todo.image_id.isin(part)]), named, tables)
 
 
-def _keep(store, found, named, tables=('conf_hist', 'segments')): # [Lattice], (image_id, method) -> key
+def _keep(store, found, named, tables=('conf_hist', 'segments')): # [PredictionGrid], (image_id, method) -> key
     at = [named[l.image_id, m] for l in found for m in l.methods]
     if 'segments' in tables: store.put('segments', pd.DataFrame(dict(key=at, data=[segment_table(p, pred, l.truth).tobytes() for l in found for p, pred in zip(l.p, l.pred)])))
     if 'conf_hist' in tables: put_vectors(store, 'conf_hist', at, np.concatenate([histograms(l.p) for l in found]))
@@ -203,7 +203,7 @@ class ThresholdBaseline(RegressorMixin, BaseEstimator):
         condense(Store(self.store), X, tables=('conf_hist',))
         return np.clip(np.polyval(self.line_, self._share(X, self._above(X))), 0, 1)
 
-# %% ../../nbs/54_quality.baselines.ipynb #7f3509da
+# %% ../../nbs/54_quality.baselines.ipynb #407a5f13
 def deal_scenes(table: pd.DataFrame, k: int = 2, seed: int = 0) -> np.ndarray: # (len(table),) 0..k-1; all 0 where there is one scene
     "Deal scenes into k parts, evenly over datasets."
     names = table.dataset.astype(str).to_numpy(str), table.scene.astype(str).to_numpy(str)
@@ -256,7 +256,7 @@ class SegmentBaseline(RegressorMixin, BaseEstimator):
 
     def fit(self, X: pd.DataFrame, y=None):
         s, row = self._segments(X)
-        if not s[:, -1].any(): raise MissingFeatures('segments cannot learn', 'found no true class in them', 'put the truth into the store before the first fit, see rssqa.tables.rs_sqed_open.unpack_lattices')
+        if not s[:, -1].any(): raise MissingFeatures('segments cannot learn', 'found no true class in them', 'put the truth into the store before the first fit, see rssqa.tables.rs_sqed_open.unpack_grids')
         self.datasets_, self.methods_ = sorted(X.dataset.astype(str).unique()), sorted(X.method.astype(str).unique())
         self.classes_, oa, part = np.unique(self._classes(X, s, row)), X.oa.to_numpy(float), deal_scenes(X, 2, self.seed)
         x, trials = self._x(X, s, row), []
@@ -272,7 +272,7 @@ class SegmentBaseline(RegressorMixin, BaseEstimator):
         s, row = self._segments(X)
         return np.clip(np.polyval(self.line_, self._mean(self.trees_, self._x(X, s, row), s, row)), 0, 1)
 
-# %% ../../nbs/54_quality.baselines.ipynb #7eda0cc4
+# %% ../../nbs/54_quality.baselines.ipynb #72aa8d21
 GRIDS = dict(ridge=[dict(alpha=float(a)) for a in np.logspace(-1, 5, 13)], trees=[dict(min_samples_leaf=n, max_features=f) for n in (2, 6) for f in (0.15, 0.35)], boosting=[dict(max_leaf_nodes=n) for n in (5, 15, 31)])
 FAST = dict(ridge={}, trees=dict(n_estimators=25), boosting=dict(max_iter=100, learning_rate=0.1)) # while choosing
 
@@ -310,19 +310,19 @@ def _one_hot(methods, X): # (n,M); an unseen method is all zero
 
 class BlockBaseline(RegressorMixin, BaseEstimator):
     "Ridge regression, extra-trees or gradient boosting on chosen blocks (see rssqa.quality.features), tuned across scenes."
-    def __init__(self, blocks: tuple = ('own', 'peers', 'prior', 'taps', 'sem'), learner: str = 'ridge', store: str = '', sem: str = '', directions: int = 24, seed: int = 0):
-        self.blocks, self.learner, self.store, self.sem, self.directions, self.seed = blocks, learner, store, sem, directions, seed
+    def __init__(self, blocks: tuple = ('single_map', 'cross_method', 'prior', 'intermediate', 'semantic'), learner: str = 'ridge', store: str = '', semantic: str = '', directions: int = 24, seed: int = 0):
+        self.blocks, self.learner, self.store, self.semantic, self.directions, self.seed = blocks, learner, store, semantic, directions, seed
 
     def _rest(self, X): # all but the prior
-        b = self.branches_.transform(X)
-        return np.concatenate([getattr(b, name) for name in self.blocks if name != 'prior'] + [_one_hot(self.branches_.methods, X)], 1)
+        b = self.features_.transform(X)
+        return np.concatenate([getattr(b, name) for name in self.blocks if name != 'prior'] + [_one_hot(self.features_.methods, X)], 1)
 
     def _join(self, scaler, prior, rest): return np.concatenate([scaler.transform(spread(prior)), rest], 1) if 'prior' in self.blocks else rest
 
-    def _x(self, X): return self._join(self.branches_.prior_scaler, self.branches_.prior.transform(X), self._rest(X))
+    def _x(self, X): return self._join(self.features_.prior_scaler, self.features_.prior.transform(X), self._rest(X))
 
     def fit(self, X: pd.DataFrame, y=None):
-        self.branches_ = Branches(self.store, self.sem if 'sem' in self.blocks else '', 'taps' in self.blocks, 'peers' in self.blocks, self.directions).fit(X)
+        self.features_ = FeatureExtractor(self.store, self.semantic if 'semantic' in self.blocks else '', 'intermediate' in self.blocks, 'cross_method' in self.blocks, self.directions).fit(X)
         rest = self._rest(X)
         def x_of(train): # the prior of the rows that train, for each of them without its own scene
             prior, out = Prior().fit(X[train]), np.empty((len(X), 3), np.float32)
@@ -335,7 +335,7 @@ class BlockBaseline(RegressorMixin, BaseEstimator):
     def predict(self, X: pd.DataFrame) -> np.ndarray: # (len(X),) 0..1
         return np.clip(self.learner_.predict(self._x(X)), 0, 1)
 
-# %% ../../nbs/54_quality.baselines.ipynb #64d9d54a
+# %% ../../nbs/54_quality.baselines.ipynb #3b893326
 def _neighbour_mean(near, oa, k): # near (q,n) cosines, -inf where forbidden; oa (n,M), NaN where missing -> (q,M)
     out = np.full((len(near), oa.shape[1]), np.nan)
     for m, column in enumerate(oa.T):
@@ -351,14 +351,14 @@ class NeighbourBaseline(RegressorMixin, BaseEstimator):
     "Predict the mean OA of the same method on the nearest training images."
     def __init__(self,
         store: str = '',
-        sem: str = '', # feature table of the encoder
+        semantic: str = '', # feature table of the encoder
         counts: tuple = (1, 3, 8, 20, 50), # numbers of neighbours to choose from
         sample: int = 2000, # images to choose on
         seed: int = 0,
-    ): self.store, self.sem, self.counts, self.sample, self.seed = store, sem, counts, sample, seed
+    ): self.store, self.semantic, self.counts, self.sample, self.seed = store, semantic, counts, sample, seed
 
     def _vectors(self, ids):
-        v = get_vectors(Store(self.store), self.sem, ids)
+        v = get_vectors(Store(self.store), self.semantic, ids)
         return v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-9)
 
     def fit(self, X: pd.DataFrame, y=None):
@@ -400,13 +400,13 @@ class QualityColumns(RegressorMixin, BaseEstimator):
     def predict(self, X: pd.DataFrame) -> np.ndarray: # (len(X),) 0..1
         return np.clip(self.learner_.predict(self._both(X)), 0, 1)
 
-# %% ../../nbs/54_quality.baselines.ipynb #83b48343
+# %% ../../nbs/54_quality.baselines.ipynb #8fa3e82c
 COLUMNS = {'max-softmax': 'conf', 'max-softmax, temperature-scaled': 'conf_t', 'entropy': 'entropy', 'margin': 'margin', 'flip agreement': 'tta', 'agreement with the other methods': 'agree_mean',
            'agreement with their majority': 'agree_majority'}
 
 
 def _of_lattices(table, store, seed):
-    if not store or not has_lattices(Store(store), table): return {}
+    if not store or not has_grids(Store(store), table): return {}
     truth = not Store(store).missing('truth', table.image_id.unique())
     condense(Store(store), table, tables=('conf_hist', *(['segments'] if truth else [])))      # once, before processes run side by side
     found = {'ATC': ThresholdBaseline(store), 'ATC, negative entropy': ThresholdBaseline(store, 'certainty'), 'ATC, line fitted': ThresholdBaseline(store, fitted=True)}
@@ -421,21 +421,21 @@ def _of_quality(table, seed):
 
 def baselines(
     table: pd.DataFrame, # training rows
-    store: str = '', # folder of the store; '' leaves out what needs taps or semantics
-    sem: str = '', # feature table of the encoder
+    store: str = '', # folder of the store; '' leaves out what needs intermediate or semantics
+    semantic: str = '', # feature table of the encoder
     seed: int = 0,
 ) -> dict: # name -> unfitted estimator
-    "List the rivals that can be tried on a table, and condense its lattices where there are some."
+    "List the rivals that can be tried on a table, and condense its prediction_grids where there are some."
     found = {'mean of dataset and method': MeanBaseline()}
     found |= {name: ColumnBaseline(c) for name, c in COLUMNS.items() if c in table and table[c].notna().any()}
     if 'conf_t' in table: found['max-softmax, temperature-scaled, no fit'] = ColumnBaseline('conf_t', fitted=False)
     if 'conf_t' in table and table.conf_t.notna().any(): found |= {'DoC': DifferenceBaseline(), 'DoC, regression': DifferenceBaseline(regression=True)}
     found |= _of_lattices(table, store, seed) | _of_quality(table, seed)
-    make = lambda blocks, learner: BlockBaseline(blocks, learner, store, sem, seed=seed)
-    rest = (('taps',) if store else ()) + (('sem',) if sem else ())
-    if sem: found |= {'ridge: semantics': make(('sem',), 'ridge'), 'encoder features + kNN': NeighbourBaseline(store, sem, seed=seed)}
-    if store: found |= {'ridge: segmenter taps': make(('taps',), 'ridge'), 'segmenter taps + boosting': make(('taps',), 'boosting')}
+    make = lambda blocks, learner: BlockBaseline(blocks, learner, store, semantic, seed=seed)
+    rest = (('intermediate',) if store else ()) + (('semantic',) if semantic else ())
+    if semantic: found |= {'ridge: semantics': make(('semantic',), 'ridge'), 'encoder features + kNN': NeighbourBaseline(store, semantic, seed=seed)}
+    if store: found |= {'ridge: intermediate features': make(('intermediate',), 'ridge'),  'intermediate features + boosting': make(('intermediate',), 'boosting')}
     for learner in ('ridge', 'trees', 'boosting'):
-        found[f'{learner}: dispersion and agreement'] = make(('own', 'peers', 'prior'), learner)
-        if rest: found[f'{learner}: everything'] = make(('own', 'peers', 'prior', *rest), learner)
+        found[f'{learner}: dispersion and agreement'] = make(('single_map', 'cross_method', 'prior'), learner)
+        if rest: found[f'{learner}: everything'] = make(('single_map', 'cross_method', 'prior', *rest), learner)
     return found

@@ -88,24 +88,24 @@ def check_fusion(name: str, d_sem: int = 12, d_seg: int = 20, dim: int = 16) -> 
     if faults: raise Incompatible(f'fusion block {name!r} breaks its promises', '; '.join(faults), 'mend these and run check_fusion again')
     return block
 
-# %% ../../nbs/50_quality.fusion.ipynb #aca146f7
+# %% ../../nbs/50_quality.fusion.ipynb #c6b16763
 class QualityNet(nn.Module):
-    "Score segmentations from their blocks (see rssqa.quality.features.Blocks)."
-    def __init__(self, own: int, peers: int, prior: int, taps: int, sem: int, methods: int, fusion: str = 'scgb', dim: int = 48, hidden: int = 48, dropout: float = 0.2):
+    "Score segmentations from their blocks (see rssqa.quality.features.FeatureBlocks)."
+    def __init__(self, own: int, cross_method: int, prior: int, intermediate: int, sem: int, methods: int, fusion: str = 'scgb', dim: int = 48, hidden: int = 48, dropout: float = 0.2):
         super().__init__()
-        self.adapters = nn.Parameter(torch.randn(methods, taps, dim) * 0.1 * max(taps, 1)**-0.5)
-        self.base = nn.Linear(own + peers + prior, 1)
-        self.fuse = fusions[fusion](max(sem, 1), own + peers + prior + dim, dim)
+        self.adapters = nn.Parameter(torch.randn(methods, intermediate, dim) * 0.1 * max(intermediate, 1)**-0.5)
+        self.base = nn.Linear(own + cross_method + prior, 1)
+        self.fuse = fusions[fusion](max(sem, 1), own + cross_method + prior + dim, dim)
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 1))
         self.drop = nn.Dropout(dropout)
         nn.init.zeros_(self.head[-1].weight); nn.init.zeros_(self.head[-1].bias)
 
-    def embed(self, own, peers, prior, taps, sem, method): # (N,S) (N,P) (N,3) (N,T) (N,D) (N,) -> (N,dim)
+    def embed(self, own, cross_method, prior, intermediate, sem, method): # (N,S) (N,P) (N,3) (N,T) (N,D) (N,) -> (N,dim)
         known = (method >= 0).float()[:, None]
-        adapted = torch.einsum('nt,ntd->nd', self.drop(taps), self.adapters[method.clamp_min(0)]) * known           # (N,dim)
+        adapted = torch.einsum('nt,ntd->nd', self.drop(intermediate), self.adapters[method.clamp_min(0)]) * known           # (N,dim)
         sem = sem if sem.shape[1] else torch.ones_like(own[:, :1])
-        return self.fuse(self.drop(sem), torch.cat([own, peers, prior, adapted], 1))
+        return self.fuse(self.drop(sem), torch.cat([own, cross_method, prior, adapted], 1))
 
-    def forward(self, own, peers, prior, taps, sem, method): # -> (N,) 0..1
-        start = self.base(torch.cat([own, peers, prior], 1))
-        return torch.sigmoid(start + self.head(self.embed(own, peers, prior, taps, sem, method)))[:, 0]
+    def forward(self, own, cross_method, prior, intermediate, sem, method): # -> (N,) 0..1
+        start = self.base(torch.cat([own, cross_method, prior], 1))
+        return torch.sigmoid(start + self.head(self.embed(own, cross_method, prior, intermediate, sem, method)))[:, 0]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plcc_loss', 'rank_loss', 'QualityModel', 'explain', 'save_model', 'load_model']
 
-# %% ../../nbs/52_quality.model.ipynb #027bdf56
+# %% ../../nbs/52_quality.model.ipynb #957723fc
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from joblib import Parallel, delayed
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
-from .features import Branches, Reducer, Scaler
+from .features import FeatureExtractor, Reducer, Scaler
 from ..core import SchemaError, atomic, read_json, seed_all, write_json
 from ..segment.metrics import evaluate, within
 
@@ -43,15 +43,15 @@ def rank_loss(
     pairs = gap > 0                                                                           # NaN compares as False
     return (gap - found)[pairs].clamp_min(0).mean() if pairs.any() else s.sum() * 0
 
-# %% ../../nbs/52_quality.model.ipynb #3a9516e6
+# %% ../../nbs/52_quality.model.ipynb #85758396
 class QualityModel(RegressorMixin, BaseEstimator):
-    "Predict the overall accuracy of segmentations from label-free columns, segmenter taps and scene semantics."
+    "Predict the overall accuracy of segmentations from label-free columns, segmenter intermediate and scene semantics."
     def __init__(self,
-        sem: str = '', # feature table of the encoder, see rssqa.tables.store.feature_table; '' for none
-        taps: bool = True, # use the segmenters' pooled taps (needs a store)
-        peers: bool = True, # use agreement with, and differences to, the other methods
+        semantic: str = '', # feature table of the encoder, see rssqa.tables.store.feature_table; '' for none
+        intermediate: bool = True, # use the segmenters' pooled intermediate (needs a store)
+        cross_method: bool = True, # use agreement with, and differences to, the other methods
         fusion: str = 'scgb', # registered fusion block
-        directions: int = 24, # principal directions kept of sem and of taps
+        directions: int = 24, # principal directions kept of semantic and of intermediate
         dim: int = 48, # width of the fused vector
         absolute: float = 1.0, # weight of smooth L1
         linear: float = 0.1, # weight of (1 - PLCC)/2
@@ -67,7 +67,7 @@ class QualityModel(RegressorMixin, BaseEstimator):
         store: str = '', # folder of the store
         seed: int = 0,
     ):
-        self.sem, self.taps, self.peers, self.fusion, self.directions, self.dim = sem, taps, peers, fusion, directions, dim
+        self.semantic, self.intermediate, self.cross_method, self.fusion, self.directions, self.dim = semantic, intermediate, cross_method, fusion, directions, dim
         self.absolute, self.linear, self.rank = absolute, linear, rank
         self.epochs, self.patience, self.lr, self.weight_decay, self.dropout, self.images = epochs, patience, lr, weight_decay, dropout, images
         self.members, self.target, self.store, self.seed = members, target, store, seed
@@ -75,16 +75,16 @@ class QualityModel(RegressorMixin, BaseEstimator):
     def fit(self, X: pd.DataFrame, y=None) -> 'QualityModel':
         "Train on rows of an SQED table; y defaults to the target column."
         X = X.assign(oa=np.asarray(y, float) if y is not None else _target(X, self.target))
-        self.branches_ = Branches(self.store, self.sem, self.taps, self.peers, self.directions).fit(X)
-        blocks, rows = self.branches_.transform(X, training=True), X[['image_id', 'method', 'dataset', 'scene', 'oa']]
+        self.features_ = FeatureExtractor(self.store, self.semantic, self.intermediate, self.cross_method, self.directions).fit(X)
+        blocks, rows = self.features_.transform(X, training=True), X[['image_id', 'method', 'dataset', 'scene', 'oa']]
         found = Parallel()(delayed(_train_member)(self, blocks, rows, m) for m in range(self.members))
         self.nets_, self.history_, self.n_features_in_ = [net for net, _ in found], pd.DataFrame(sum((h for _, h in found), [])), X.shape[1]
         return self
 
-    def predict(self, X: pd.DataFrame, sem: np.ndarray = None, taps: dict = None) -> np.ndarray: # (len(X),) 0..1, in the order of X
-        "Predict; `sem` and `taps` stand in for the store when a fresh image is scored."
+    def predict(self, X: pd.DataFrame, semantic: np.ndarray = None, intermediate: dict = None) -> np.ndarray: # (len(X),) 0..1, in the order of X
+        "Predict; `semantic` and `intermediate` stand in for the store when a fresh image is scored."
         check_is_fitted(self)
-        blocks = self.branches_.transform(X, sem, taps)
+        blocks = self.features_.transform(X, semantic, intermediate)
         return np.mean([_forward(net, blocks) for net in self.nets_], 0)
 
     def score(self, X: pd.DataFrame, y=None, sample_weight=None) -> float:
@@ -98,9 +98,9 @@ class QualityModel(RegressorMixin, BaseEstimator):
     def embed(self, X: pd.DataFrame) -> np.ndarray: # (len(X), dim)
         "Return the fused vectors of the first network, for plots."
         check_is_fitted(self)
-        return _forward(self.nets_[0], self.branches_.transform(X), embed=True)
+        return _forward(self.nets_[0], self.features_.transform(X), embed=True)
 
-# %% ../../nbs/52_quality.model.ipynb #51950c68
+# %% ../../nbs/52_quality.model.ipynb #30644da0
 def _target(X, name):
     if name not in X: raise SchemaError(f'cannot fit on column {name!r}', f'found {", ".join(map(str, X.columns[:8]))} …', 'choose target="oa" or "miou"')
     return X[name].astype(float)
@@ -112,7 +112,7 @@ def _rows(X, y, target, predicted):
 
 def _tensors(blocks):
     import torch
-    return [torch.tensor(v) for v in (blocks.own, blocks.peers, blocks.prior, blocks.taps, blocks.sem, blocks.method)]
+    return [torch.tensor(v) for v in (blocks.single_map, blocks.cross_method, blocks.prior, blocks.intermediate, blocks.semantic, blocks.method)]
 
 
 def _forward(net, blocks, embed=False):
@@ -141,10 +141,10 @@ def _loss(model, net, tensors, y, group, grid): # grid (B,M) row numbers of whol
     absolute = torch.nn.functional.smooth_l1_loss(s, y[rows], beta=0.05)
     return model.absolute * absolute + model.linear * plcc_loss(s, y[rows], group[rows]) + model.rank * rank_loss(*full)
 
-# %% ../../nbs/52_quality.model.ipynb #f94bd271
+# %% ../../nbs/52_quality.model.ipynb #65f0229a
 def _new_net(model, blocks):
     from rssqa.quality.fusion import QualityNet
-    return QualityNet(blocks.own.shape[1], blocks.peers.shape[1], blocks.prior.shape[1], blocks.taps.shape[1], blocks.sem.shape[1], max(len(model.branches_.methods), 1), model.fusion, model.dim, model.dim, model.dropout)
+    return QualityNet(blocks.single_map.shape[1], blocks.cross_method.shape[1], blocks.prior.shape[1], blocks.intermediate.shape[1], blocks.semantic.shape[1], max(len(model.features_.methods), 1), model.fusion, model.dim, model.dim, model.dropout)
 
 
 def _train_member(model, blocks, X, member): # network, one line an epoch
@@ -170,18 +170,18 @@ def _train_member(model, blocks, X, member): # network, one line an epoch
     net.load_state_dict(kept)
     return net.eval(), history
 
-# %% ../../nbs/52_quality.model.ipynb #9d218b96
-def explain(model: QualityModel, X: pd.DataFrame) -> pd.DataFrame: # one row each: predicted, and the part due to own, peers, prior, taps, sem
+# %% ../../nbs/52_quality.model.ipynb #4870e094
+def explain(model: QualityModel, X: pd.DataFrame) -> pd.DataFrame: # one row each: predicted, and the part due to own, cross_method, prior, intermediate, semantic
     "Split each prediction by leaving out one block at a time."
     from dataclasses import replace
     check_is_fitted(model)
-    blocks = model.branches_.transform(X)
+    blocks = model.features_.transform(X)
     full = np.mean([_forward(net, blocks) for net in model.nets_], 0)
     parts = {b: full - np.mean([_forward(net, replace(blocks, **{b: np.zeros_like(getattr(blocks, b))})) for net in model.nets_], 0)
-             for b in ('own', 'peers', 'prior', 'taps', 'sem') if getattr(blocks, b).shape[1]}
+             for b in ('single_map', 'cross_method', 'prior', 'intermediate', 'semantic') if getattr(blocks, b).shape[1]}
     return pd.DataFrame(dict(predicted=full) | parts, index=X.index)
 
-# %% ../../nbs/52_quality.model.ipynb #80219b99
+# %% ../../nbs/52_quality.model.ipynb #ed8591ca
 def save_model(
     model: QualityModel, # fitted
     folder, # made if missing
@@ -190,9 +190,9 @@ def save_model(
     "Write a fitted model."
     from safetensors.numpy import save_file
     check_is_fitted(model)
-    b, arrays = model.branches_, {}
-    for name, scaler in [('own', b.own_scaler), ('peers', b.peer_scaler), ('prior', b.prior_scaler)]: arrays |= {f'{name}.mean': scaler.mean, f'{name}.std': scaler.std}
-    for name, r in [(f'taps.{m}', r) for m, r in b.tap_reducers.items()] + ([('sem', b.sem_reducer)] if b.sem else []):
+    b, arrays = model.features_, {}
+    for name, scaler in [('single_map', b.own_scaler), ('cross_method', b.peer_scaler), ('prior', b.prior_scaler)]: arrays |= {f'{name}.mean': scaler.mean, f'{name}.std': scaler.std}
+    for name, r in [(f'intermediate.{m}', r) for m, r in b.tap_reducers.items()] + ([('semantic', b.sem_reducer)] if b.semantic else []):
         arrays |= {f'{name}.mean': r.scaler.mean, f'{name}.std': r.scaler.std, f'{name}.basis': r.basis}
     for i, net in enumerate(model.nets_): arrays |= {f'net{i}.{k}': v.numpy() for k, v in net.state_dict().items()}
     folder = Path(folder)
@@ -210,16 +210,16 @@ def load_model(
     from safetensors.numpy import load_file
     config, arrays = read_json(Path(folder)/'config.json'), load_file(Path(folder)/'weights.safetensors')
     model = QualityModel(**config['params'] | dict(store=store))
-    b = model.branches_ = Branches(store, model.sem, model.taps, model.peers, model.directions)
-    b.columns, b.share, b.agree, b.methods, b.taps = config['columns'], np.array(config['share'], bool), config['agree'], config['methods'], any(k.startswith('taps.') for k in arrays)
-    b.own_scaler, b.peer_scaler, b.prior_scaler = (_scaler(arrays, n) for n in ('own', 'peers', 'prior'))
+    b = model.features_ = FeatureExtractor(store, model.semantic, model.intermediate, model.cross_method, model.directions)
+    b.columns, b.share, b.agree, b.methods, b.intermediate = config['columns'], np.array(config['share'], bool), config['agree'], config['methods'], any(k.startswith('intermediate.') for k in arrays)
+    b.own_scaler, b.peer_scaler, b.prior_scaler = (_scaler(arrays, n) for n in ('single_map', 'cross_method', 'prior'))
     b.prior = _prior(**config['prior'])
-    b.tap_reducers = {m: _reducer(arrays, f'taps.{m}') for m in b.methods if f'taps.{m}.basis' in arrays}
-    if model.sem: b.sem_reducer = _reducer(arrays, 'sem')
+    b.tap_reducers = {m: _reducer(arrays, f'intermediate.{m}') for m in b.methods if f'intermediate.{m}.basis' in arrays}
+    if model.semantic: b.sem_reducer = _reducer(arrays, 'semantic')
     model.nets_, model.facts_ = [_net(model, arrays, f'net{i}.') for i in range(model.members)], config['facts']
     return model
 
-# %% ../../nbs/52_quality.model.ipynb #132fbb9c
+# %% ../../nbs/52_quality.model.ipynb #fa0cc58d
 def _scaler(arrays, name):
     s = Scaler()
     s.mean, s.std = arrays[f'{name}.mean'], arrays[f'{name}.std']
@@ -243,9 +243,9 @@ def _reducer(arrays, name):
 def _net(model, arrays, prefix):
     import torch
     from types import SimpleNamespace
-    b = model.branches_
+    b = model.features_
     width = lambda n: SimpleNamespace(shape=(0, n))
-    own, peers = len(b.own_scaler.mean), len(b.peer_scaler.mean) + bool(b.peers)
-    net = _new_net(model, SimpleNamespace(own=width(own), peers=width(peers), prior=width(3), taps=width(b.dim if b.taps else 0), sem=width(b.dim if b.sem else 0)))
+    own, cross_method = len(b.own_scaler.mean), len(b.peer_scaler.mean) + bool(b.cross_method)
+    net = _new_net(model, SimpleNamespace(single_map=width(own), cross_method=width(cross_method), prior=width(3), intermediate=width(b.dim if b.intermediate else 0), semantic=width(b.dim if b.semantic else 0)))
     net.load_state_dict({k.removeprefix(prefix): torch.as_tensor(v) for k, v in arrays.items() if k.startswith(prefix)})
     return net.eval()

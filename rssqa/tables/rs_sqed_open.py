@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'UNSEEN', 'HALVED', 'DAMAGE', 'RECIPE', 'TAP_STEP', 'LEVELS', 'shrink', 'open_tiles', 'damaged',
-           'build_open', 'method_table', 'publish', 'unpack', 'add_semantics', 'publish_lattices', 'unpack_lattices']
+           'build_open', 'method_table', 'publish', 'unpack', 'add_semantics', 'publish_grids', 'unpack_grids']
 
-# %% ../../nbs/45_tables.rs_sqed_open.ipynb #4d4de2e7
+# %% ../../nbs/45_tables.rs_sqed_open.ipynb #a8d4d336
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,8 @@ import pandas as pd
 from ..core import DataNotFound, atomic, progress
 from ..data.datasets import folder_spec, folds, read_image, read_mask, scan
 from ..segment.methods.training import Recipe, cross_fit
-from .sqed import SIDE, build_sqed, check_sqed, coarse, lattices, load_sqed, pack_points, stored_taps, taps_table, thin
-from .store import Store, extract, get_vectors, put_vectors
+from .sqed import SIDE, build_sqed, check_sqed, limit_grid, prediction_grids, load_sqed, pack_points, stored_features, features_table, subsample
+from .store import read_published, Store, extract, get_vectors, put_vectors
 from ..data.synthetic import degrade
 
 # %% ../../nbs/45_tables.rs_sqed_open.ipynb #95ada8aa
@@ -130,13 +130,13 @@ def method_table(table: pd.DataFrame) -> pd.DataFrame: # one row a dataset and m
         rows.append(dict(dataset=dataset, method=method, tiles=len(part), oa=total['oa'], miou=total['miou'], oa_tile=part.oa.mean(), oa_tile_std=part.oa.std()))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/45_tables.rs_sqed_open.ipynb #d3d97ca3
+# %% ../../nbs/45_tables.rs_sqed_open.ipynb #7568c5f0
 TAP_STEP = 1 / 16
 
 
 def publish(
     table: pd.DataFrame, # an SQED table
-    store: Store, # of its taps and vectors
+    store: Store, # of its intermediate and vectors
     sems: list[str], # feature tables of encoders
     out, # folder
     name: str, # stem of the files
@@ -146,13 +146,13 @@ def publish(
     import pyarrow as pa, pyarrow.parquet as pq
     folder, table = Path(out), table.drop(columns=['path', 'mask_path', 'root'], errors='ignore').reset_index(drop=True)
     with atomic(folder/f'{name}.parquet') as tmp: check_sqed(table).to_parquet(tmp, index=False, compression='zstd')
-    taps, order = stored_taps(store, table), table.groupby('method', observed=True).indices
+    intermediate, order = stored_features(store, table), table.groupby('method', observed=True).indices
     packed = [None] * len(table)
     for method, at in order.items():
-        for i, v in zip(at, np.clip(np.round(taps[method] / TAP_STEP), -127, 127).astype(np.int8)): packed[i] = v.tobytes()
+        for i, v in zip(at, np.clip(np.round(intermediate[method] / TAP_STEP), -127, 127).astype(np.int8)): packed[i] = v.tobytes()
     vectors = table.drop_duplicates('image_id').image_id
-    columns = {sem: [v.astype(np.float16).tobytes() for v in get_vectors(store, sem, vectors)] for sem in sems}
-    with atomic(folder/f'{name}_taps.parquet') as tmp: pq.write_table(pa.table(dict(image_id=table.image_id, method=table.method, method_fp=table.method_fp, taps=packed)), tmp, compression='zstd', compression_level=12)
+    columns = {semantic: [v.astype(np.float16).tobytes() for v in get_vectors(store, semantic, vectors)] for semantic in sems}
+    with atomic(folder/f'{name}_features.parquet') as tmp: pq.write_table(pa.table(dict(image_id=table.image_id, method=table.method, method_fp=table.method_fp, features=packed)), tmp, compression='zstd', compression_level=12)
     with atomic(folder/f'{name}_semantics.parquet') as tmp: pq.write_table(pa.table(dict(image_id=vectors, **columns)), tmp, compression='zstd', compression_level=12)
     if quality is not None:
         with atomic(folder/f'{name}_iqa.parquet') as tmp: quality.loc[vectors].to_parquet(tmp, compression='zstd')
@@ -162,13 +162,13 @@ def publish(
 def unpack(
     folder, # written by publish
     name: str, # stem of the files
-    store: Store, # receives taps and vectors
+    store: Store, # receives intermediate and vectors
 ) -> tuple[pd.DataFrame, list[str]]: # the table, feature tables of encoders
     "Read a published table and put its features into a store."
-    table, taps, sems = load_sqed(Path(folder)/f'{name}.parquet'), pd.read_parquet(Path(folder)/f'{name}_taps.parquet'), pd.read_parquet(Path(folder)/f'{name}_semantics.parquet')
-    for (method, fp), part in taps.groupby(['method', 'method_fp'], sort=True):
-        put_vectors(store, taps_table(method, fp), part.image_id, np.stack([np.frombuffer(v, np.int8) for v in part.taps]).astype(np.float32) * TAP_STEP)
-    for sem in sems.columns[1:]: put_vectors(store, sem, sems.image_id, np.stack([np.frombuffer(v, np.float16) for v in sems[sem]]))
+    table, intermediate, sems = load_sqed(Path(folder)/f'{name}.parquet'), read_published(Path(folder)/f'{name}_features.parquet'), pd.read_parquet(Path(folder)/f'{name}_semantics.parquet')
+    for (method, fp), part in intermediate.groupby(['method', 'method_fp'], sort=True):
+        put_vectors(store, features_table(method, fp), part.image_id, np.stack([np.frombuffer(v, np.int8) for v in part.features]).astype(np.float32) * TAP_STEP)
+    for semantic in sems.columns[1:]: put_vectors(store, semantic, sems.image_id, np.stack([np.frombuffer(v, np.float16) for v in sems[semantic]]))
     if (iqa := Path(folder)/f'{name}_iqa.parquet').exists(): table = table.merge(pd.read_parquet(iqa), left_on='image_id', right_index=True, how='left', validate='many_to_one')
     return table, list(sems.columns[1:])
 
@@ -185,26 +185,26 @@ def add_semantics(
     rows = pd.read_parquet(path)
     if lost := sorted(set(rows.image_id) - set(tiles.image_id)):
         raise DataNotFound(f'the tiles do not belong to {path.name}', f'found none for {len(lost)} of {len(rows)} images, {lost[0]} first', 'pass the tiles that the table was made from, byte for byte')
-    sem = extract(tiles[tiles.image_id.isin(rows.image_id)], encoder, store)
-    rows[sem] = [v.astype(np.float16).tobytes() for v in get_vectors(store, sem, rows.image_id)]
+    semantic = extract(tiles[tiles.image_id.isin(rows.image_id)], encoder, store)
+    rows[semantic] = [v.astype(np.float16).tobytes() for v in get_vectors(store, semantic, rows.image_id)]
     with atomic(path) as tmp: rows.to_parquet(tmp, index=False, compression='zstd')
     return path
 
-# %% ../../nbs/45_tables.rs_sqed_open.ipynb #af102977
+# %% ../../nbs/45_tables.rs_sqed_open.ipynb #2f9d21a8
 LEVELS = 15
 
 
-def publish_lattices(
+def publish_grids(
     table: pd.DataFrame, # an SQED table
     store: Store,
     path, # of a parquet file
     chunk: int = 128, # images at once
 ) -> Path:
-    "Write coarse lattices, four bits a number."
+    "Write coarse prediction_grids, four bits a number."
     import pyarrow as pa, pyarrow.parquet as pq
     ids, parts = table.image_id.drop_duplicates(), []
     for i in range(0, len(ids), chunk):
-        for s in map(coarse, lattices(store, table[table.image_id.isin(ids[i:i+chunk])])):
+        for s in map(limit_grid, prediction_grids(store, table[table.image_id.isin(ids[i:i+chunk])])):
             both = (s.p.astype(np.float32) + s.flip) / 510
             codes = np.round(np.sqrt(both) * LEVELS).astype(np.uint8).reshape(len(s.methods), -1)
             codes = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
@@ -214,17 +214,17 @@ def publish_lattices(
     return Path(path)
 
 
-def unpack_lattices(
-    path, # written by publish_lattices
+def unpack_grids(
+    path, # written by publish_grids
     table: pd.DataFrame, # its SQED table
-    store: Store, # receives the lattices
+    store: Store, # receives the prediction_grids
     tiles: pd.DataFrame = None, # with masks, to add the truth
     specs: dict = None, # class table of each dataset
 ) -> None:
-    "Put published lattices into a store, and the truth where masks are given."
+    "Put published prediction_grids into a store, and the truth where masks are given."
     rows = pd.read_parquet(path).merge(table[['image_id', 'method', 'method_fp']], on=['image_id', 'method'])
     packed = [pack_points(_decoded(r)) | dict(pred=r.pred) for r in rows.itertuples()]
-    store.put('lattice', pd.DataFrame(packed).assign(key=rows.image_id + '|' + rows.method_fp))
+    store.put('grid', pd.DataFrame(packed).assign(key=rows.image_id + '|' + rows.method_fp))
     if tiles is None: return
     if lost := sorted(set(table.image_id) - set(tiles[tiles.mask_path.notna()].image_id)):
         raise DataNotFound('the masks do not belong to this table', f'found none for {len(lost)} of {table.image_id.nunique()} images, {lost[0]} first', 'pass the tiles that the table was made from, byte for byte')
@@ -240,7 +240,7 @@ def _decoded(r): # -> (2,k,h,w) uint8: the mean of image and mirror image, twice
     return np.stack([np.round(255 * p / np.maximum(p.sum(0), 1e-6)).astype(np.uint8)] * 2)
 
 
-def _points_of(mask, h, w): # (H,W) -> (h,w), the points of a coarse lattice
-    points = thin(mask)
+def _points_of(mask, h, w): # (H,W) -> (h,w), the points of a coarse grid
+    points = subsample(mask)
     step = max(1, *(-(-n // SIDE) for n in points.shape))
     return points[step//2::step, step//2::step][:h, :w]

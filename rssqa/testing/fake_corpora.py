@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAULTS', 'PAGE', 'fake_samples', 'fake_corpus']
 
-# %% ../../nbs/18_testing.fake_corpora.ipynb #9e9ea70d
+# %% ../../nbs/18_testing.fake_corpora.ipynb #351a9940
 import gzip, io, json, tarfile
 from functools import lru_cache
 from pathlib import Path
@@ -15,9 +15,9 @@ import numpy as np
 
 from ..core import unknown
 from ..data.pairs import PairRecord, write_shards
-from ..data.synthetic import LOOKS, caption, degrade, scene, write_scenes
+from ..data.synthetic import SCENE_TYPES, caption, degrade, scene, write_scenes
 
-# %% ../../nbs/18_testing.fake_corpora.ipynb #54af12fc
+# %% ../../nbs/18_testing.fake_corpora.ipynb #b30012a6
 FAULTS = ('blank', 'long', 'html', 'missing', 'truncated', 'shard')
 PAGE = b'<!DOCTYPE html><html><body>404: this image has moved</body></html>'
 
@@ -43,7 +43,7 @@ def fake_samples(
         if fault not in FAULTS: raise unknown('fault', fault, FAULTS)
     out = []
     for i in range(n):
-        look = list(LOOKS)[i % len(LOOKS)]
+        look = list(SCENE_TYPES)[i % len(SCENE_TYPES)]
         s = _drawn(look, seed + i, size)
         said = (f'{s.caption} .', f'view number {seed + i}: {caption(s.mask, look)}')
         out.append(dict(name=f'{look}_{i + 1}', look=look, split=('train', 'train', 'val', 'test')[i % 4], captions=said,
@@ -61,7 +61,7 @@ def _spoil(samples, faults):
     if 'truncated' in faults and samples[-1]['image']: samples[-1]['image'] = samples[-1]['image'][:len(samples[-1]['image']) // 2]
     return samples
 
-# %% ../../nbs/18_testing.fake_corpora.ipynb #d210ff8e
+# %% ../../nbs/18_testing.fake_corpora.ipynb #02fa8d1f
 def _put(folder, name, data): # write bytes; None writes nothing
     path = folder/name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +201,7 @@ def _webdataset(folder, samples, faults):
 
 
 def _masks(folder, samples, faults):
-    root = write_scenes(folder, tuple(LOOKS), 1, 32, 0)
+    root = write_scenes(folder, tuple(SCENE_TYPES), 1, 32, 0)
     images = sorted((root/'images').iterdir())
     if 'html' in faults: images[2].write_bytes(PAGE)
     if 'missing' in faults: images[3].unlink()

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['GAP', 'BLANK', 'COMMON', 'ASIDE', 'WRITERS', 'CLUES', 'SAYS', 'SAMPLE', 'REMEMBERED', 'SKILL', 'binned', 'tallied',
-           'paint_tile', 'case_reader', 'InMemory', 'InStore', 'standardised', 'Cloud', 'Picked', 'sharpness',
-           'ExplorerState', 'why', 'why_text', 'snapshot', 'example', 'save_run', 'known_without_labels', 'open_run']
+           'paint_tile', 'case_reader', 'InMemory', 'InStore', 'standardised', 'EmbeddingTable', 'EmbeddingSelection',
+           'sharpness', 'ExplorerState', 'why', 'why_text', 'snapshot', 'example', 'save_run', 'known_without_labels',
+           'open_run']
 
-# %% ../../nbs/64_viz.explorer.ipynb #d1e9d740
+# %% ../../nbs/64_viz.explorer.ipynb #5f17a010
 import io, json
 from collections import OrderedDict
 from fnmatch import fnmatchcase
@@ -20,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ..segment.confidence import agreement, label_free
-from ..quality.features import Branches
+from ..quality.features import FeatureExtractor
 from ..core import DataNotFound, Incompatible, MissingFeatures, SchemaError, as_image, atomic, read_json, unknown, write_json
 from ..data.datasets import read_image, read_mask, spec_of
 from ..tables.sqed import label_free_columns, load_sqed, save_sqed, stored_mask
@@ -159,7 +160,7 @@ class InStore:
             if first.sum() >= k or ask >= total: return rows[first][:k], distance[first][:k]
             ask *= 4
 
-# %% ../../nbs/64_viz.explorer.ipynb #6ec419ac
+# %% ../../nbs/64_viz.explorer.ipynb #25e4fe3e
 COMMON = ('image_id', 'dataset', 'scene', 'method', 'oa', 'predicted', 'gap')
 ASIDE = {'u', 'v', 'x', 'y', 'w', 'h', 'path', 'mask_path', 'confusion', 'method_fp', 'image_id'}   # nobody colours by these
 
@@ -190,7 +191,7 @@ def _is_plain(column): # no lists
     return not len(first) or np.ndim(first.iloc[0]) == 0
 
 
-class Cloud:
+class EmbeddingTable:
     "A table of maps, each with a place in the plane."
     def __init__(self,
         table: pd.DataFrame, # one row a map: any of COMMON, and u, v if it is projected already
@@ -198,7 +199,7 @@ class Cloud:
         method: str = None, # 'umap', 'tsne' or 'pca'; default umap up to 20,000 rows, pca above
         numbers: dict = None, # what `separation` measured; None: measured here where features are projected
         seed: int = 0,
-        draft: bool = False, # places of PCA now, those of `method` with `settle`
+        draft: bool = False, # places of PCA now, those of `method` with `wait`
         **options, # for rssqa.viz.projection.project
     ):
         if not len(table): raise SchemaError('cannot explore', 'the table is empty, expected at least one row', 'check the filter or the path it came from')
@@ -210,7 +211,7 @@ class Cloud:
         self.made, self.attrs = 'places of the table', {}
         if features is not None or not {'u', 'v'} <= set(table): self._project(features, method, options)
         else: self.place(self.table)
-        if not draft: self.settle()
+        if not draft: self.wait()
 
     def _project(self, features, method, options): # PCA at once
         self._x = standardised(self.table) if features is None else np.asarray(features)
@@ -220,7 +221,7 @@ class Cloud:
         self.place(next(self._stages))
         self.coming = method
 
-    def wanted(self) -> tuple: # frame as from `project`, what `separation` measured
+    def compute_layout(self) -> tuple: # frame as from `project`, what `separation` measured
         "Compute the places that were asked for, and measure them; changes nothing."
         with self._lock:                                                     # a thread may be at it
             if self._found is None:
@@ -241,9 +242,9 @@ class Cloud:
             self.attrs = emb.attrs
             self.made = how_made(emb.attrs)
 
-    def settle(self) -> 'Cloud':
+    def wait(self) -> 'EmbeddingTable':
         "Wait for the places that were asked for."
-        if self.coming: self.place(*self.wanted())
+        if self.coming: self.place(*self.compute_layout())
         return self
 
     def __len__(self): return len(self.table)
@@ -275,7 +276,7 @@ class Cloud:
         lost, soon = len(self.table) - int(self.placed.sum()), f', {self.coming} is on its way' if self.coming not in ('', self.attrs.get('method')) else ''
         return f'{len(self.table):,} {"map" if len(self.table) == 1 else "maps"} · {self.made}{soon}' + (f' · {lost:,} without a place not drawn' if lost else '') + '\n' + ('separation is being measured' if self.coming else separation_text(self.numbers))
 
-# %% ../../nbs/64_viz.explorer.ipynb #9167a43b
+# %% ../../nbs/64_viz.explorer.ipynb #6cd9691d
 WRITERS = dict(csv=lambda t, path: t.to_csv(path, index=False), parquet=lambda t, path: t.to_parquet(path, index=False))
 
 
@@ -284,9 +285,9 @@ def _flat(table): # lists, which CSV has not, as JSON
     return table.assign(**{c: table[c].map(lambda v: json.dumps(np.asarray(v).tolist())) for c in lists})
 
 
-class Picked(Cloud):
+class EmbeddingSelection(EmbeddingTable):
     "A cloud with a filter, a selection, a point that is looked at, and observers."
-    def __init__(self, table, features=None, **options): # as Cloud
+    def __init__(self, table, features=None, **options): # as EmbeddingTable
         self.rules, self._observers = {}, []
         super().__init__(table, features, **options)
         self.chosen, self.score, self.reason = np.empty(0, np.int64), None, ''
@@ -304,7 +305,7 @@ class Picked(Cloud):
     def _tell(self, what):
         for function in list(self._observers): function(what)
 
-    def filter(self, **rules) -> 'Picked': # column=(low, high), a name, a pattern such as 'town*', a list of names, or None to drop the rule
+    def filter(self, **rules) -> 'EmbeddingSelection': # column=(low, high), a name, a pattern such as 'town*', a list of names, or None to drop the rule
         "Show only rows that pass every rule; earlier rules stay."
         passed = {column: self._passes(self.need(column), rule) for column, rule in rules.items() if rule is not None}   # refuse before changing anything
         self.rules = {c: r for c, r in self.rules.items() if c not in rules} | {c: (rules[c], passed[c]) for c in passed}
@@ -314,7 +315,7 @@ class Picked(Cloud):
 
     def _sift(self): self.mask = np.logical_and.reduce([self.placed, *(hit for _, hit in self.rules.values())])
 
-    def place(self, emb, numbers=None): # as in Cloud
+    def place(self, emb, numbers=None): # as in EmbeddingTable
         "Give every map its place."
         super().place(emb, numbers)
         self._sift()
@@ -330,7 +331,7 @@ class Picked(Cloud):
         if lost := [w for w in wanted if not any(n == w or fnmatchcase(n, w) for n in names)]: raise unknown(column, lost[0], names)
         return np.append(np.array(hit, bool), False)[codes]
 
-    def select(self, rows, score=None, reason: str = 'picked') -> 'Picked': # rows: (m,) row numbers in the order wanted, or (N,) bool; score: (m,) or None
+    def select(self, rows, score=None, reason: str = 'picked') -> 'EmbeddingSelection': # rows: (m,) row numbers in the order wanted, or (N,) bool; score: (m,) or None
         "Select rows."
         rows = np.asarray(rows)
         rows = np.flatnonzero(rows) if rows.dtype == bool and len(rows) == len(self.table) else rows.astype(np.int64).ravel()
@@ -340,7 +341,7 @@ class Picked(Cloud):
         self._tell('selection')
         return self
 
-    def select_shown(self) -> 'Picked':
+    def select_shown(self) -> 'EmbeddingSelection':
         "Select all rows that pass the filter."
         return self.select(self.mask, reason='all that is shown')
 
@@ -404,7 +405,7 @@ def _arrow(table):
     import pyarrow as pa
     return pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata()
 
-# %% ../../nbs/64_viz.explorer.ipynb #0c391794
+# %% ../../nbs/64_viz.explorer.ipynb #a3824982
 CLUES = dict( # clue -> columns, the first one that the table has counts; +1 where large is bad
     dispersion=(('entropy_t', 1), ('entropy', 1), ('conf_t', -1), ('conf', -1)), disagreement=(('agree_majority', -1), ('agree_mean', -1)))
 SAYS = dict(dispersion=('its pixels are less certain', 'its pixels are more certain'), disagreement=('it disagrees with the other methods more', 'it agrees with the other methods more'),
@@ -421,20 +422,20 @@ def sharpness(
     return float(np.abs(laplace(grey)).mean() / max(grey.std(), 1e-3))
 
 
-class ExplorerState(Picked):
+class ExplorerState(EmbeddingSelection):
     "A cloud that can be filtered, selected, searched and questioned: everything the Explorer does, without a window."
     def __init__(self,
-        table: pd.DataFrame, # one row a map, see Cloud
+        table: pd.DataFrame, # one row a map, see EmbeddingTable
         features: np.ndarray = None, # (N,D) to project; neighbours are sought here where there is no store
         store: Store = None, # where the images' vectors are
-        sem: str = None, # their table in the store; default: that of `encoder`
+        semantic: str = None, # their table in the store; default: that of `encoder`
         encoder=None, # SemanticEncoder, its name or a function that loads it, for questions in words
         images: Callable = None, # row -> dict(image, mask, truth, palette, classes), see case_reader
-        **options, # for Cloud
+        **options, # for EmbeddingTable
     ):
         super().__init__(table, features, **options)
-        self.store, self.sem, self.encoder, self.images, self._tiles, self._sharp = store, sem, encoder, images, OrderedDict(), {}
-        if store is not None and sem is None and encoder is not None: self.sem = feature_table(self._open())
+        self.store, self.semantic, self.encoder, self.images, self._tiles, self._sharp = store, semantic, encoder, images, OrderedDict(), {}
+        if store is not None and semantic is None and encoder is not None: self.semantic = feature_table(self._open())
         self._features = features
 
     def _open(self): # the encoder, loaded at the first question
@@ -447,7 +448,7 @@ class ExplorerState(Picked):
     def vectors(self): # -> InStore or InMemory
         "Return the space in which neighbours are sought."
         if 'space' not in self._cache:
-            if self.store is not None and self.sem: self._cache['space'] = InStore(self.store, self.sem, self.table.image_id)
+            if self.store is not None and self.semantic: self._cache['space'] = InStore(self.store, self.semantic, self.table.image_id)
             else:
                 x = standardised(self.table) if self._features is None else self._features
                 if not np.shape(x)[-1]: raise MissingFeatures('cannot look for neighbours', 'there are neither features nor label-free columns', 'pass features, or store and sem')
@@ -472,7 +473,7 @@ class ExplorerState(Picked):
         if not hasattr(encoder, 'encode_text') or not isinstance(self.vectors(), InStore):
             raise Incompatible('cannot search in words', f'found encoder {getattr(encoder, "name", encoder)!r} and {"no " if self.store is None else ""}vectors in a store', 'pass an encoder with a text side, and the store with its vectors')
         if not text.strip(): raise Incompatible('cannot search in words', 'found no word', 'say what should be in the picture, such as "flooded road"')
-        if self.sem != feature_table(encoder): raise Incompatible('cannot search in words', f'the vectors are of {self.sem}, the encoder makes {feature_table(encoder)}', 'pass the encoder that made the vectors')
+        if self.semantic != feature_table(encoder): raise Incompatible('cannot search in words', f'the vectors are of {self.semantic}, the encoder makes {feature_table(encoder)}', 'pass the encoder that made the vectors')
         words = np.asarray(encoder.encode_text([text]).float().cpu())[0]
         rows, distance = self.vectors().near(words, k, self.mask)
         return self.select(rows, 1 - distance, f'most like "{text}"').selection()
@@ -620,7 +621,7 @@ def _draw_tile(state, row, ax):
     ax.imshow(Image.open(io.BytesIO(state.tile(row, 128))))
     ax.set_title(state.name(row).replace('$', r'\$') + (f' · OA {state.values("oa")[row]:.2f}' if 'oa' in state.table else ''), fontsize=7, weight='normal')
 
-# %% ../../nbs/64_viz.explorer.ipynb #197dd8d3
+# %% ../../nbs/64_viz.explorer.ipynb #aaf800be
 SKILL = dict(careful=(1.0, .18), hasty=(2.0, .32), coarse=(4.0, .24)) # made-up method -> blur in pixels, strength of the fog
 
 
@@ -667,23 +668,23 @@ def example(
     import torch
     from rssqa.core import cache_dir
     from rssqa.clip.encoders import load_encoder
-    from rssqa.data.synthetic import CLASSES, LOOKS, PALETTE as COLOURS
-    made = [_example_rows(look, seed, side) for look in LOOKS for seed in range(scenes)]
+    from rssqa.data.synthetic import CLASSES, SCENE_TYPES, PALETTE as COLOURS
+    made = [_example_rows(look, seed, side) for look in SCENE_TYPES for seed in range(scenes)]
     table, cases, maps = pd.concat([m[0] for m in made], ignore_index=True), {m[0].image_id[0]: m[1] for m in made}, {m[0].image_id[0]: m[2] for m in made}
     encoder, store = load_encoder(encoder), store or Store(cache_dir('explorer')/'store')
     lost = store.missing(name := feature_table(encoder), cases)
     for ids in (lost[i:i+32] for i in range(0, len(lost), 32)):
         put_vectors(store, name, ids, encoder.encode_image(torch.as_tensor(np.stack([cases[i]['image'] for i in ids]))).pooled.float().cpu().numpy())
     read = lambda row: cases[row.image_id] | dict(mask=maps[row.image_id][row.method], palette=COLOURS, classes=CLASSES)
-    return ExplorerState(table.assign(predicted=_predicted(table)), store=store, sem=name, encoder=encoder, images=read, method=method, **options)
+    return ExplorerState(table.assign(predicted=_predicted(table)), store=store, semantic=name, encoder=encoder, images=read, method=method, **options)
 
-# %% ../../nbs/64_viz.explorer.ipynb #ab18d066
+# %% ../../nbs/64_viz.explorer.ipynb #9c481172
 def save_run(
     folder, # made if it is not there
     table: pd.DataFrame, # an SQED table
     tiles: pd.DataFrame, # its images, see rssqa.data.datasets.scan
     store: Store, # of its maps and vectors
-    sem: str, # name of the table of vectors
+    semantic: str, # name of the table of vectors
     encoder: str = '', # that made them: a name or a folder
     dtype: str = 'auto', # of the encoder, see rssqa.clip.encoders.load_encoder
 ) -> Path: # folder, with sqed.parquet, tiles.parquet and run.json
@@ -691,17 +692,17 @@ def save_run(
     folder, root = Path(folder), store.root if '://' in store.root else str(Path(store.root).resolve())
     save_sqed(table, folder/'sqed.parquet')
     with atomic(folder/'tiles.parquet') as tmp: tiles[tiles.image_id.isin(table.image_id)].to_parquet(tmp, index=False)
-    write_json(folder/'run.json', dict(store=root, sem=sem, encoder=encoder, dtype=dtype))
+    write_json(folder/'run.json', dict(store=root, semantic=semantic, encoder=encoder, dtype=dtype))
     return folder
 
 
 def known_without_labels(
     table: pd.DataFrame, # an SQED table
-    store: Store, # of its taps and vectors
-    sem: str, # name of the table of vectors
+    store: Store, # of its intermediate and vectors
+    semantic: str, # name of the table of vectors
 ) -> np.ndarray: # (N,D), the branches side by side
     "Put together what is known of each map, to draw it."
-    return Branches(store.root, sem).fit(table).transform(table).side_by_side()
+    return FeatureExtractor(store.root, semantic).fit(table).transform(table).side_by_side()
 
 
 def open_run(
@@ -714,7 +715,7 @@ def open_run(
     if not (folder/'run.json').exists(): raise DataNotFound(f'no run in {folder}', 'expected run.json, sqed.parquet and tiles.parquet', 'pass the folder that rssqa demo wrote, or save_run')
     known, table, tiles = read_json(folder/'run.json'), load_sqed(folder/'sqed.parquet'), pd.read_parquet(folder/'tiles.parquet')
     if '://' not in known['store'] and not Path(known['store']).is_dir(): raise DataNotFound(f'the maps of {folder} are gone', f'expected a store in {known["store"]}', 'run it again')
-    store, sem = Store(known['store']), known['sem']
-    features = known_without_labels(table, store, sem)
+    store, semantic = Store(known['store']), known['sem']
+    features = known_without_labels(table, store, semantic)
     words = partial(load_encoder, known['encoder'], dtype=known['dtype']) if known['encoder'] else None
-    return ExplorerState(table, features, store=store, sem=sem, encoder=words, images=case_reader(tiles, store), **options)
+    return ExplorerState(table, features, store=store, semantic=semantic, encoder=words, images=case_reader(tiles, store), **options)

@@ -145,7 +145,7 @@ def _answer(state, widget, message): # the tooltip of one point
     picture = dict(preview='data:image/png;base64,' + base64.b64encode(state.tile(row, 84)).decode()) if state.images else {}
     widget.send(dict(type='tooltip', index=row) | picture | dict(properties={c: _said(state.table[c].iloc[row]) for c in message.get('properties', ()) if c in state.table}))
 
-# %% ../../nbs/65_viz.explorer_widget.ipynb #bfe857bc
+# %% ../../nbs/65_viz.explorer_widget.ipynb #c1a381a4
 LISTED = 200 # maps in the list
 HINT = 'Point at a map, or lasso some: image, map and error appear here.'
 STYLE = ('.rssqa-explorer .widget-readout {min-width: 92px} .rssqa-explorer :focus-visible {outline: 2px solid #0072B2; outline-offset: 1px} '
@@ -206,7 +206,7 @@ class Explorer:
         table, # DataFrame, one row a map, or an ExplorerState
         features: np.ndarray = None, # (N,D), see ExplorerState
         height: int = 440, # of the scatter, pixels
-        **options, # for ExplorerState: store, sem, encoder, images, method, numbers, seed
+        **options, # for ExplorerState: store, semantic, encoder, images, method, numbers, seed
     ):
         self.state = table if isinstance(table, ExplorerState) else ExplorerState(table, features, **dict(draft=True) | options)
         self.scatter, self.controls, self.screens, self._busy = make_scatter(self.state, height), _controls(self.state), _screens(), False
@@ -222,7 +222,7 @@ class Explorer:
     def _fetch_places(self): # in a thread, where there is a loop that keeps the window alive meanwhile
         if not self.state.coming: return
         try: self._task = asyncio.get_running_loop().create_task(self._await_places())
-        except RuntimeError: self.state.settle()
+        except RuntimeError: self.state.wait()
 
     async def _await_places(self):
         try: found = await asyncio.to_thread(self.state.wanted)

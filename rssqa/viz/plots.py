@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['TIE', 'MEASURES', 'method_regrets', 'plot_ranking', 'choice_table', 'plot_choices', 'plot_cells', 'plot_confidence',
            'learning_rows', 'plot_learning', 'with_originals', 'plot_degradation', 'class_quality', 'plot_classes',
-           'scene_share', 'plot_residuals', 'plot_doubt']
+           'scene_share', 'plot_residuals', 'plot_uncertainty']
 
-# %% ../../nbs/62_viz.plots.ipynb #f85d334a
+# %% ../../nbs/62_viz.plots.ipynb #21dfaf81
 import numpy as np
 import pandas as pd
 
 from ..core import BadImage, Incompatible, SchemaError, unknown
 from ..segment.metrics import IGNORE, accuracy, class_iou, failure_auroc, plcc, srocc, wide
 from .figures import METRICS, OA_MAP, PALETTE, Display, _canvas, _display, _measured, _need, _plain, _title, case_oa, case_panels
+from ..tables.store import read_published
 
 # %% ../../nbs/62_viz.plots.ipynb #25a63f03
 TIE = .005   # OA difference that counts as equal
@@ -304,8 +305,8 @@ def plot_residuals(
     _title(ax, 'residuals, scene by scene', f'n = {len(t):,} maps of {len(data):,} scenes{left}, {len(drawn)} drawn · {said}')
     return _display(data, ax)
 
-# %% ../../nbs/62_viz.plots.ipynb #d803f49b
-def plot_doubt(
+# %% ../../nbs/62_viz.plots.ipynb #c132ff9b
+def plot_uncertainty(
     image, # (3,h,w)
     truth: np.ndarray, # (h,w) class ids, 255 = ignore
     predicted_mask: np.ndarray, # (h,w) class ids

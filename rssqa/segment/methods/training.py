@@ -7,7 +7,7 @@ __all__ = ['REFERENCE_TILES', 'CHECKPOINT_SECONDS', 'Recipe', 'encoder_file', 'm
            'small_weights', 'full_weights', 'small_copies', 'load_segmenter', 'ignore_interrupt', 'cross_fit',
            'manifest']
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #58ba70d1
+# %% ../../../nbs/25_segment.methods.training.ipynb #ff159e3f
 import math, os, time
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..confidence import fit_temperature, pool_taps
+from ..confidence import fit_temperature, pool_features
 from ...core import DataNotFound, Incompatible, LeakError, atomic, digest, file_id, pick_device, progress, read_json, seed_all, unknown, write_json
 from ...data.datasets import DatasetSpec, read_image, read_mask
 from .blocks import ClassSlice
@@ -131,14 +131,14 @@ def _calibrate(segmenter, pixels, per_image: int = 400, seed: int = 0) -> tuple[
     logits, labels = torch.cat(logits), torch.cat(labels)
     return fit_temperature(logits, labels), float((logits.max(1).indices == labels).float().mean())
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #5d2cd5d7
+# %% ../../../nbs/25_segment.methods.training.ipynb #3fa2fc34
 REFERENCE_TILES = 96
 
 
 def _reference(segmenter, pixels): # (2, 2 * sum C_i)
     import torch
     chosen = np.random.default_rng(0).permutation(len(pixels))[:REFERENCE_TILES]
-    pooled = torch.cat([pool_taps(segmenter(torch.as_tensor(pixels[i][0])[None].float() / 255).features).cpu() for i in chosen])
+    pooled = torch.cat([pool_features(segmenter(torch.as_tensor(pixels[i][0])[None].float() / 255).features).cpu() for i in chosen])
     return torch.stack([pooled.mean(0), pooled.std(0, correction=0)])
 
 # %% ../../../nbs/25_segment.methods.training.ipynb #cc11ce58
@@ -191,7 +191,7 @@ def _fit(net, pixels: list, slices: list, recipe: Recipe, folder: Path, device: 
         optimiser.step(); schedule.step(); tick(1)
         if time.monotonic() - saved > CHECKPOINT_SECONDS: _save_checkpoint(folder, step + 1, net, optimiser, schedule); saved = time.monotonic()
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #ce0c13f8
+# %% ../../../nbs/25_segment.methods.training.ipynb #cda53228
 def model_folder(out, method: str, dataset: str, fold: int, recipe: Recipe, tiles: pd.DataFrame) -> Path: # out: folder of models
     "Name the folder of one trained network: it changes with the recipe, the weights and the training tiles."
     weights = encoder_file(method, recipe)
@@ -245,14 +245,14 @@ def train_joint(
 
 def _segmenter(net, name, classes, logits, total, **options): # logits: [start, stop] of this class table among `total`
     if total > len(classes): net = ClassSlice(net, *logits)
-    return TorchSegmenter(net, tuple(classes), net.taps, name, stride=net.stride, **options)
+    return TorchSegmenter(net, tuple(classes), net.layers, name, stride=net.stride, **options)
 
 
 def _finish(folder, segmenter, net, method, spec, recipe, fold, tiles, facts):
     from safetensors.torch import save_file
     state = {k: v.contiguous().cpu() for k, v in net.state_dict().items()}
     with atomic(folder/'model.safetensors') as tmp: save_file(state, tmp)
-    with atomic(folder/'reference.safetensors') as tmp: save_file(dict(taps=segmenter.reference), tmp)
+    with atomic(folder/'reference.safetensors') as tmp: save_file(dict(features=segmenter.reference), tmp)
     weights = encoder_file(method, recipe)
     write_json(folder/'config.json', dict(method=method, dataset=spec.name, classes=spec.classes, palette=spec.palette, fold=fold, recipe=asdict(recipe) | dict(encoder_weights=None),
                encoder_start=Path(weights).name if weights else 'random', temperature=segmenter.temperature, scenes=sorted(set(tiles.scene.astype(str))),
@@ -301,7 +301,7 @@ def _small_copy(folder, out, stored):
     write_json(copy/'config.json', config | dict(weights=f'../../../weights/{method}.safetensors', trained_as=config['fingerprint'], fingerprint=segmenter.fingerprint))
     return copy
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #79a7f075
+# %% ../../../nbs/25_segment.methods.training.ipynb #3038220b
 def load_segmenter(
     folder, # made by train
     device: str = 'auto',
@@ -319,7 +319,7 @@ def load_segmenter(
                            temperature=config['temperature'], device=pick_device(device))
     if segmenter.fingerprint != config['fingerprint']:
         raise Incompatible(f'the weights in {folder} are not the ones that were trained', f'found fingerprint {segmenter.fingerprint}, expected {config["fingerprint"]}', 'train it again')
-    segmenter.config, segmenter.reference = config, load_file(Path(folder)/'reference.safetensors')['taps']
+    segmenter.config, segmenter.reference = config, load_file(Path(folder)/'reference.safetensors')['features']
     return segmenter
 
 # %% ../../../nbs/25_segment.methods.training.ipynb #3c8eff09

@@ -84,17 +84,17 @@ def test_copies_names_and_order_do_not_matter():
     assert q == scene_quantile(r[at], s[at]) == scene_quantile(r, [f'scene {29 - i}' for i in s]) == scene_quantile(np.repeat(r, times), np.repeat(s, times))
 
 
-# ---------------------------------------------------------------- coverage over many worlds
+# ---------------------------------------------------------------- coverage over many trained
 
 @pytest.mark.parametrize('scenes', [12, 19, 60])
 def test_coverage_by_scene_reaches_its_level_and_by_row_does_not(scenes):
-    worlds = [clustered(scenes, seed) for seed in range(120)]
-    errors = [((t.oa - t.predicted).abs().to_numpy(), t.scene.to_numpy()) for t in worlds]
+    trained = [clustered(scenes, seed) for seed in range(120)]
+    errors = [((t.oa - t.predicted).abs().to_numpy(), t.scene.to_numpy()) for t in trained]
     per_scene = np.array([true_coverage(scene_quantile(r, s)) for r, s in errors])
     per_row = np.array([true_coverage(scene_quantile(r, range(len(r)))) for r, _ in errors])
-    se = per_scene.std() / len(worlds)**0.5
+    se = per_scene.std() / len(trained)**0.5
     assert 0.9 - 3 * se < per_scene.mean() < 0.9 + 2 / (scenes + 1) + 3 * se
-    assert per_row.mean() + 3 * per_row.std() / len(worlds)**0.5 < 0.88
+    assert per_row.mean() + 3 * per_row.std() / len(trained)**0.5 < 0.88
 
 
 def test_coverage_of_single_rows_is_exact():

@@ -8,28 +8,28 @@ import pytest
 from filelock import FileLock
 
 from rssqa.core import Incompatible, SchemaError, UnknownName
-from rssqa.viz.degradation import KNOBS, Lab, World, as_png, bench_lab, damage, interval_rows, make_world, with_intervals
+from rssqa.viz.degradation import DEGRADATIONS, DegradationExplorer, Setup, as_png, bench_degradation, damage, interval_rows, make_setup, with_intervals
 from rssqa.segment.metrics import accuracy, confusion
 from rssqa.quality.recommend import Pack
-from rssqa.data.synthetic import CLASSES, LOOKS, scene
-from worlds import world
+from rssqa.data.synthetic import CLASSES, SCENE_TYPES, scene
+from trained import trained_setup
 
-SMALL = World(('pspnet', 'segformer'), steps=4, learn=1, judge=1, calibrate=3, size=64, epochs=4)
+SMALL = Setup(('pspnet', 'segformer'), steps=4, learn=1, judge=1, calibrate=3, size=64, epochs=4)
 
 
 def small_pack() -> Path: # made once a run
     home = Path(os.environ['RSSQA_TEST_RUN'])/'lab-world'
-    with FileLock(f'{home}.lock'): return make_world(home, SMALL)
+    with FileLock(f'{home}.lock'): return make_setup(home, SMALL)
 
 
 @pytest.fixture(scope='module')
-def lab(): return Lab(small_pack(), size=64)
+def lab(): return DegradationExplorer(small_pack(), size=64)
 
 
 def test_knobs_damage_in_the_order_of_the_light():
     x = scene('rural', 1, 48).image
     assert np.array_equal(damage(x, dict(noise=.5, haze=.5)), damage(x, dict(haze=.5, noise=.5)))
-    for k in KNOBS: assert not np.array_equal(damage(x, {k: .6}), x)
+    for k in DEGRADATIONS: assert not np.array_equal(damage(x, {k: .6}), x)
     with pytest.raises(UnknownName, match='blur'): damage(x, dict(blurr=.1))
     with pytest.raises(SchemaError, match='expected 0..1'): damage(x, dict(blur=1.2))
 
@@ -46,7 +46,7 @@ def test_a_wrong_turn_changes_nothing(lab):
     with pytest.raises(SchemaError): lab.set(haze=-1)
     with pytest.raises(UnknownName): lab.set('city')
     after = lab.set()
-    assert after.look == 'town' and after.levels == before.levels and np.array_equal(after.image, before.image)
+    assert after.scene_type == 'town' and after.levels == before.levels and np.array_equal(after.image, before.image)
     lab.reset()
 
 
@@ -58,22 +58,22 @@ def test_a_sweep_puts_the_knob_back(lab):
 
 
 def test_other_packs(lab):
-    with pytest.raises(Incompatible, match='rssqa demo'): Lab(world().home)
-    with pytest.raises(UnknownName, match='pspnet'): Lab(lab.pack, chosen=['pspnett'])
+    with pytest.raises(Incompatible, match='rssqa demo'): DegradationExplorer(trained_setup().home)
+    with pytest.raises(UnknownName, match='pspnet'): DegradationExplorer(lab.pack, chosen=['pspnett'])
     bare = Pack(small_pack(), 'cpu')
     bare.config = {k: v for k, v in bare.config.items() if k != 'intervals'}
-    r = Lab(bare, size=64).reading
+    r = DegradationExplorer(bare, size=64).reading
     assert r.table.low.isna().all() and set(r.table.reason) == {'this pack has no intervals'} and 'no interval' in r.said()
 
 
 def test_the_view_follows_and_explains(lab):
     view = lab.view()
     before = view.pictures['image'].value
-    view.sliders['haze'].value, view.look.value = .8, 'oblique'
-    assert lab.levels['haze'] == .8 and lab.look == 'oblique' and view.pictures['image'].value != before
+    view.sliders['haze'].value, view.scene_type.value = .8, 'oblique'
+    assert lab.levels['haze'] == .8 and lab.scene_type == 'oblique' and view.pictures['image'].value != before
     assert f'OA {lab.reading.table.set_index("method").oa["pspnet"]:.3f}' in view.captions['pspnet'].value and view.numbers.value.count('<circle') == 2
     turns = []
-    lab.set = lambda *a, **k: turns.append(1) or Lab.set(lab, *a, **k)
+    lab.set = lambda *a, **k: turns.append(1) or DegradationExplorer.set(lab, *a, **k)
     view.reset.click()
     del lab.set
     assert len(turns) == 1 and not any(lab.levels.values())               # five sliders, one update
@@ -94,5 +94,5 @@ def test_drawings():
 
 def test_bench(lab):
     lab.set(blur=.5)
-    t = bench_lab(lab, 3)
+    t = bench_degradation(lab, 3)
     assert t.target_ms[0] == 300 and t.met[0] == ('yes' if t.p95_ms[0] < 300 else 'no') and not any(lab.levels.values())

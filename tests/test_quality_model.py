@@ -14,7 +14,7 @@ from rssqa.core import MissingFeatures, Problem, SchemaError
 from rssqa.segment.metrics import srocc
 from rssqa.quality.model import QualityModel, _hold_scenes, explain, load_model, save_model
 from rssqa.tables.store import Store, put_vectors
-from worlds import numbers, with_features, world
+from trained import numbers, with_features, trained_setup
 
 FAST = dict(epochs=8, members=2, images=8, dim=12, directions=4)
 
@@ -36,7 +36,7 @@ def store(home, table, new): return with_features(home/'store', pd.concat([table
 
 
 @pytest.fixture(scope='module')
-def model(table, store): return QualityModel(sem='sem/toy@1', store=store, **FAST).fit(table)
+def model(table, store): return QualityModel(semantic='sem/toy@1', store=store, **FAST).fit(table)
 
 
 @pytest.fixture(scope='module')
@@ -150,7 +150,7 @@ def test_a_table_without_agreement(table, new, plain):
     few, fewer = table.drop(columns=list(AGREEMENT)), new.drop(columns=list(AGREEMENT))
     assert srocc(new.oa, QualityModel(**FAST).fit(few).predict(fewer)) > 0.7
     assert np.isfinite(plain.predict(fewer)).all()                    # known in training, absent now
-    assert srocc(new.oa, QualityModel(peers=False, **FAST).fit(table).predict(new)) > 0.7
+    assert srocc(new.oa, QualityModel(cross_method=False, **FAST).fit(table).predict(new)) > 0.7
 
 
 @pytest.mark.parametrize('share', [0.3, 1.0])
@@ -169,14 +169,14 @@ def test_missing_columns_are_named(plain, new):
 
 
 def test_features_that_were_never_extracted_are_named(table, store, model, new):
-    with pytest.raises(MissingFeatures, match='sem/toy@2'): QualityModel(sem='sem/toy@2', store=store, **FAST).fit(table)
+    with pytest.raises(MissingFeatures, match='sem/toy@2'): QualityModel(semantic='sem/toy@2', store=store, **FAST).fit(table)
     with pytest.raises(MissingFeatures, match='no rows for 1 of'): model.predict(new.assign(image_id=new.image_id.replace(new.image_id[0], 'unknown')))
 
 
 def test_another_encoder_cannot_stand_in(model, new, tmp_path):
     save_model(model, tmp_path/'m')
     put_vectors(Store(tmp_path/'s'), 'sem/toy@2', new.image_id.unique(), np.ones((new.image_id.nunique(), 12)))
-    with pytest.raises(MissingFeatures, match='sem/toy@1|taps/'): load_model(tmp_path/'m', str(tmp_path/'s')).predict(new)
+    with pytest.raises(MissingFeatures, match='sem/toy@1|intermediate/'): load_model(tmp_path/'m', str(tmp_path/'s')).predict(new)
 
 
 def test_fusion_with_a_typo_is_suggested(table):
@@ -210,9 +210,9 @@ def test_incomplete_grid(table, new):
 
 # ---------------------------------------------------------------- files and reasons
 
-@pytest.mark.parametrize('kind', ['everything', 'plain', 'semantics only', 'no peers'])
+@pytest.mark.parametrize('kind', ['everything', 'plain', 'semantics only', 'no cross_method'])
 def test_saved_model_predicts_the_same(kind, table, new, store, tmp_path):
-    options = {'everything': dict(sem='sem/toy@1', store=store), 'plain': {}, 'semantics only': dict(sem='sem/toy@1', store=store, taps=False, fusion='scgb-symmetric'), 'no peers': dict(peers=False)}[kind]
+    options = {'everything': dict(semantic='sem/toy@1', store=store), 'plain': {}, 'semantics only': dict(semantic='sem/toy@1', store=store, intermediate=False, fusion='scgb-symmetric'), 'no cross_method': dict(cross_method=False)}[kind]
     m = QualityModel(**options, **FAST).fit(table)
     folder = save_model(m, tmp_path/'m', data='numbers', srocc=0.9)
     assert store not in (folder/'config.json').read_text()
@@ -230,20 +230,20 @@ def test_missing_and_torn_files_are_named(plain, tmp_path):
 
 def test_explain_names_the_blocks(model, plain, new):
     told = explain(model, new)
-    assert list(told) == ['predicted', 'own', 'peers', 'prior', 'taps', 'sem'] and told.index.equals(new.index)
+    assert list(told) == ['predicted', 'single_map', 'cross_method', 'prior', 'intermediate', 'semantic'] and told.index.equals(new.index)
     assert np.array_equal(told.predicted, model.predict(new)) and (told.drop(columns='predicted').abs().mean() > 0).all()
-    assert list(explain(plain, new)) == ['predicted', 'own', 'peers', 'prior']
+    assert list(explain(plain, new)) == ['predicted', 'single_map', 'cross_method', 'prior']
 
 
 def test_vectors_may_be_given_instead_of_a_store(model, new, store, tmp_path):
-    from rssqa.tables.sqed import stored_taps
+    from rssqa.tables.sqed import stored_features
     from rssqa.tables.store import get_vectors
-    sem, taps = get_vectors(Store(store), 'sem/toy@1', new.image_id), stored_taps(Store(store), new)
+    semantic, intermediate = get_vectors(Store(store), 'sem/toy@1', new.image_id), stored_features(Store(store), new)
     alone = load_model(save_model(model, tmp_path/'m'))
-    assert np.allclose(alone.predict(new, sem, taps), model.predict(new), atol=1e-6)
+    assert np.allclose(alone.predict(new, semantic, intermediate), model.predict(new), atol=1e-6)
 
 
 def test_on_a_real_small_world():
-    w = world()
+    w = trained_setup()
     m = QualityModel(store=str(w.home/'store'), **FAST).fit(w.sqed)
-    assert m.branches_.tap_reducers.keys() == set(w.sqed.method) and np.isfinite(m.predict(w.sqed)).all()
+    assert m.features_.tap_reducers.keys() == set(w.sqed.method) and np.isfinite(m.predict(w.sqed)).all()

@@ -1,4 +1,4 @@
-"""The segmenter protocol: taps, padding, sliding windows, and a check that finds planted faults."""
+"""The segmenter protocol: layers, padding, sliding windows, and a check that finds planted faults."""
 import numpy as np
 import pytest
 import torch
@@ -6,8 +6,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from rssqa.core import BadImage, Incompatible, UnknownName, segmenters
-from rssqa.segment.protocol import (EIGHT, IMAGENET_MEAN, IMAGENET_STD, MIN_SIDE, MethodSpec, Segmenter, SegOutput, TorchSegmenter, _hat, _starts, check_batch,
-                           check_segmenter, crop_like, listen, methods, normalise, pad_to, predict_large)
+from rssqa.segment.protocol import (METHOD_NAMES, IMAGENET_MEAN, IMAGENET_STD, MIN_SIDE, MethodSpec, Segmenter, SegOutput, TorchSegmenter, _hat, _starts, check_batch,
+                           check_segmenter, crop_like, FeatureHooks, methods, normalise, pad_to, predict_large)
 
 quick = settings(max_examples=40, deadline=None)
 ONE = dict(mean=(0, 0, 0), std=(1, 1, 1))
@@ -61,7 +61,7 @@ def test_segmenter_returns_input_size_and_real_feature_pixels(h, w):
 def test_segmenter_describes_itself():
     s = Segmenter.from_torch(Net(), ('a', 'b', 'c', 'd'), stride=8, name='toy')
     assert (s.channels, s.strides, s.classes, s.name) == ((5, 6), (4, 8), tuple('abcd'), 'toy') and not s.net.training
-    assert repr(s).startswith("toy: 4 classes, taps {'decoder': 5, 'encoder': 6}, fingerprint ") and s.reference is None
+    assert repr(s).startswith("toy: 4 classes, layers {'decoder': 5, 'encoder': 6}, fingerprint ") and s.reference is None
 
 
 def test_smaller_logits_are_enlarged():
@@ -80,7 +80,7 @@ def test_fingerprint_sees_all_that_changes_numbers():
     net = Net()
     base = seg(net).fingerprint
     assert base == seg(Net()).fingerprint == seg(Net(), name='other').fingerprint      # a name changes no number
-    changes = [dict(classes='abce'), dict(taps=('encoder',)), dict(mean=(0, 0, 0)), dict(std=(1, 1, 1)), dict(stride=16), dict(temperature=2)]
+    changes = [dict(classes='abce'), dict(layers=('encoder',)), dict(mean=(0, 0, 0)), dict(std=(1, 1, 1)), dict(stride=16), dict(temperature=2)]
     prints = [TorchSegmenter(Net(), **{'classes': 'abcd', 'stride': 8} | c).fingerprint for c in changes]
     with torch.no_grad(): net.head.bias[0] += 1e-3
     assert len({base, seg(net).fingerprint, *prints}) == 8
@@ -94,7 +94,7 @@ def test_results_do_not_depend_on_company():
         assert all(torch.allclose(a, b[i:i+1], atol=1e-5) for a, b in zip(s(x[i:i+1]).features, whole.features))
 
 
-# ---- taps
+# ---- layers
 
 def test_listen_hears_in_the_order_of_names_and_last_of_lists():
     class Lists(Net):
@@ -104,7 +104,7 @@ def test_listen_hears_in_the_order_of_names_and_last_of_lists():
             self.many.forward = lambda x: [x, (x + 1, [x + 2])]
         def forward(self, x): self.many(x); return super().forward(x)
     net, x = Lists(), batch()
-    with listen(net, ('encoder', 'many', 'decoder')) as ear: net(x)
+    with FeatureHooks(net, ('encoder', 'many', 'decoder')) as ear: net(x)
     assert [f.shape[1] for f in ear.features] == [6, 3, 5] and torch.equal(ear.features[1], x + 2)
     assert torch.equal(ear.features[0], net.encoder(x)) and hooks(net) == 0
 
@@ -122,7 +122,7 @@ def test_hooks_are_gone_when_the_net_raises():
 
 
 def test_wrong_taps_list_the_right_ones_and_leave_no_hooks():
-    s = seg(taps=('encoder', 'neck'))
+    s = seg(layers=('encoder', 'neck'))
     with pytest.raises(Incompatible, match='neck.*encoder, decoder, head'): s(batch())
     assert hooks(s.net) == 0
 
@@ -130,7 +130,7 @@ def test_wrong_taps_list_the_right_ones_and_leave_no_hooks():
 def test_tap_that_never_runs_is_named():
     class Idle(Net):
         def __init__(self): super().__init__(); self.aux = nn.Conv2d(3, 1, 1)
-    with pytest.raises(Incompatible, match='aux.*did not run'): seg(Idle(), taps=('aux', 'encoder'))(batch())
+    with pytest.raises(Incompatible, match='aux.*did not run'): seg(Idle(), layers=('aux', 'encoder'))(batch())
 
 
 # ---- input
@@ -284,7 +284,7 @@ FAULTS = {
     'drops the batch': (lambda: Wrap(after=swap(logits=lambda l: l.mean(0))), 'logits have shape (4, 75, 64)'),
     'NaN on a flat image': (lambda: seg(FlatDivides()), 'not finite'),
     'infinite features': (lambda: Wrap(after=swap(features=lambda f: (f[0] / 0, f[1]))), 'not finite'),
-    'no taps': (lambda: seg(taps=()), 'taps are empty'),
+    'no layers': (lambda: seg(layers=()), 'layers are empty'),
     'gradients': (with_gradients, 'carry gradients'),
     'declared channels': (lambda: Wrap(channels=(5, 7)), 'features have (5, 6) channels, declared (5, 7)'),
     'missing feature': (lambda: Wrap(after=swap(features=lambda f: f[:1])), 'declared (5, 6)'),
@@ -309,7 +309,7 @@ def test_faults_are_listed_together():
 
 @pytest.mark.parametrize('size', [(75, 64), (16, 16), (33, 50)])
 def test_good_segmenters_pass_and_come_back(size):
-    for s in (seg(), Wrap(), seg(taps=('encoder',)), TorchSegmenter(Pointwise(), 'abc', stride=1)): assert check_segmenter(s, size) is s
+    for s in (seg(), Wrap(), seg(layers=('encoder',)), TorchSegmenter(Pointwise(), 'abc', stride=1)): assert check_segmenter(s, size) is s
 
 
 def test_check_by_name():
@@ -328,4 +328,4 @@ def test_method_spec_builds_presets():
 
 
 def test_the_eight_methods_are_registered():
-    assert len(EIGHT) == 8 == len(set(EIGHT)) and set(EIGHT) <= set(methods) and all(methods[n].name == n and {'nano', 'tiny', 'standard'} <= set(methods[n].presets) for n in EIGHT)
+    assert len(METHOD_NAMES) == 8 == len(set(METHOD_NAMES)) and set(METHOD_NAMES) <= set(methods) and all(methods[n].name == n and {'nano', 'tiny', 'standard'} <= set(methods[n].presets) for n in METHOD_NAMES)

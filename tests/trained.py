@@ -1,4 +1,4 @@
-"""Small worlds that several test files share: two trained nano networks and their table, and tables made of plain random numbers."""
+"""Small trained that several test files share: two trained nano networks and their table, and tables made of plain random numbers."""
 import pickle
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from rssqa.data.datasets import folder_spec, folds, scan
 from rssqa.segment.methods.training import Recipe, cross_fit
 from rssqa.quality.model import QualityModel, save_model
 from rssqa.quality.recommend import write_pack
-from rssqa.tables.sqed import build_sqed, taps_table
+from rssqa.tables.sqed import build_sqed, features_table
 from rssqa.tables.store import Store, put_vectors
 from rssqa.data.synthetic import write_scenes
 
@@ -25,21 +25,21 @@ def _make(home: Path):
     root = write_scenes(home/'town', 'town', scenes=6, size=64)
     spec, tiles = folder_spec(root), scan(root)
     tiles['fold'] = folds(tiles, 2)
-    fleet = cross_fit(tiles, {spec.name: spec}, home/'models', METHODS, RECIPE, workers=1)
-    sqed = build_sqed(tiles, fleet, {spec.name: spec}, Store(home/'store'), workers=1)
+    networks = cross_fit(tiles, {spec.name: spec}, home/'models', METHODS, RECIPE, workers=1)
+    sqed = build_sqed(tiles, networks, {spec.name: spec}, Store(home/'store'), workers=1)
     save_model(QualityModel(epochs=6, members=1, store=str(home/'store')).fit(sqed), home/'model')
-    write_pack(home, fleet)
-    (home/'done.pickle').write_bytes(pickle.dumps((tiles, fleet, sqed)))
+    write_pack(home, networks)
+    (home/'done.pickle').write_bytes(pickle.dumps((tiles, networks, sqed)))
 
 
 @lru_cache
-def world() -> SimpleNamespace: # home, spec, specs, tiles, fleet, sqed; made once a test run, whatever the number of workers
+def trained_setup() -> SimpleNamespace: # home, spec, specs, tiles, networks, sqed; made once a test run, whatever the number of workers
     home = cache_dir('tests', 'world')
     with FileLock(f'{home}.lock'):
         if not (home/'done.pickle').exists(): _make(home)
-    tiles, fleet, sqed = pickle.loads((home/'done.pickle').read_bytes())
+    tiles, networks, sqed = pickle.loads((home/'done.pickle').read_bytes())
     spec = folder_spec(home/'town')
-    return SimpleNamespace(home=home, spec=spec, specs={spec.name: spec}, tiles=tiles, fleet=fleet, sqed=sqed)
+    return SimpleNamespace(home=home, spec=spec, specs={spec.name: spec}, tiles=tiles, networks=networks, sqed=sqed)
 
 
 def numbers(datasets=2, scenes=6, images=3, methods=3, seed=0) -> pd.DataFrame:
@@ -61,7 +61,7 @@ def with_features(folder, table: pd.DataFrame, width=10, seed=0) -> str:
     "Put pooled taps and a table 'sem/toy@1' of semantic vectors into a store; both know something about OA."
     rng, store = np.random.default_rng(seed), Store(folder)
     for (method, fp), part in table.groupby(['method', 'method_fp']):
-        put_vectors(store, taps_table(method, fp), part.image_id, rng.normal(size=(len(part), width)) + part.oa.to_numpy()[:, None])
+        put_vectors(store, features_table(method, fp), part.image_id, rng.normal(size=(len(part), width)) + part.oa.to_numpy()[:, None])
     oa = table.groupby('image_id').oa.mean()
     put_vectors(store, 'sem/toy@1', oa.index, rng.normal(size=(len(oa), width + 2)) + 2 * oa.to_numpy()[:, None])
     return str(folder)

@@ -6,20 +6,20 @@ from PIL import Image
 
 from rssqa.core import DataNotFound, SchemaError
 from rssqa.data.datasets import folds, folder_spec, read_image, read_mask, scan
-from rssqa.tables.rs_sqed_open import DAMAGE, SIDE, TAP_STEP, add_semantics, damaged, method_table, open_tiles, publish, publish_lattices, shrink, unpack, unpack_lattices
-from rssqa.tables.sqed import coarse, lattices, stored_taps
+from rssqa.tables.rs_sqed_open import DAMAGE, SIDE, TAP_STEP, add_semantics, damaged, method_table, open_tiles, publish, publish_grids, shrink, unpack, unpack_grids
+from rssqa.tables.sqed import limit_grid, prediction_grids, stored_features
 from rssqa.tables.store import Store, get_vectors, put_vectors
 from rssqa.data.synthetic import write_scenes
-from worlds import world
+from trained import trained_setup
 
 
 @pytest.fixture(scope='module')
 def published(tmp_path_factory):
-    w, out = world(), tmp_path_factory.mktemp('tables')
+    w, out = trained_setup(), tmp_path_factory.mktemp('tables')
     store = Store(w.home/'store')
     put_vectors(store, 'sem/toy@1', w.sqed.image_id.unique(), np.random.default_rng(0).normal(size=(w.sqed.image_id.nunique(), 5)))
     publish(w.sqed, store, ['sem/toy@1'], out, 'little')
-    publish_lattices(w.sqed, store, out/'little_lattices.parquet')
+    publish_grids(w.sqed, store, out/'little_grids.parquet')
     return out, store
 
 
@@ -31,13 +31,13 @@ def test_no_column_leads_to_the_imagery(published):
 
 
 def test_back_in_a_store_everything_is_as_before(published, tmp_path):
-    w, (folder, store), back = world(), published, Store(tmp_path)
+    w, (folder, store), back = trained_setup(), published, Store(tmp_path)
     table, sems = unpack(folder, 'little', back)
     assert sems == ['sem/toy@1'] and table.drop(columns='confusion').equals(w.sqed.drop(columns=['confusion', 'path', 'mask_path']))
-    for method, v in stored_taps(store, w.sqed).items():
-        assert np.abs(stored_taps(back, table)[method] - np.clip(v, -127 * TAP_STEP, 127 * TAP_STEP)).max() <= TAP_STEP / 2 + 0.02
-    unpack_lattices(folder/'little_lattices.parquet', table, back, w.tiles, w.specs)
-    for s, t in zip(map(coarse, lattices(store, w.sqed)), lattices(back, table)):
+    for method, v in stored_features(store, w.sqed).items():
+        assert np.abs(stored_features(back, table)[method] - np.clip(v, -127 * TAP_STEP, 127 * TAP_STEP)).max() <= TAP_STEP / 2 + 0.02
+    unpack_grids(folder/'little_grids.parquet', table, back, w.tiles, w.specs)
+    for s, t in zip(map(limit_grid, prediction_grids(store, w.sqed)), prediction_grids(back, table)):
         assert s.methods == t.methods and (s.pred == t.pred).all() and (s.truth == t.truth).all() and t.p.shape == s.p.shape
         assert np.abs((s.p.astype(float) + s.flip) / 510 - t.p / 255).max() < 0.06
 
@@ -52,7 +52,7 @@ class Toy: # an encoder that says the mean of each channel
 
 def test_a_later_encoder_joins_as_a_column(published, tmp_path):
     import shutil
-    w, folder, back = world(), tmp_path/'copy', Store(tmp_path/'back')
+    w, folder, back = trained_setup(), tmp_path/'copy', Store(tmp_path/'back')
     shutil.copytree(published[0], folder)
     before = pd.read_parquet(folder/'little_semantics.parquet')
     add_semantics(folder, 'little', w.tiles, Toy(), Store(tmp_path/'store'))
@@ -64,25 +64,25 @@ def test_a_later_encoder_joins_as_a_column(published, tmp_path):
 
 
 def test_equal_tables_give_equal_files(published, tmp_path):
-    w, (folder, store) = world(), published
+    w, (folder, store) = trained_setup(), published
     publish(w.sqed, store, ['sem/toy@1'], tmp_path, 'little')
-    publish_lattices(w.sqed, store, tmp_path/'little_lattices.parquet', chunk=3)
+    publish_grids(w.sqed, store, tmp_path/'little_grids.parquet', chunk=3)
     assert all((tmp_path/f.name).read_bytes() == f.read_bytes() for f in folder.glob('*.parquet'))
 
 
 def test_truth_is_not_published(published, tmp_path):
     back = Store(tmp_path)
     table, _ = unpack(published[0], 'little', back)
-    unpack_lattices(published[0]/'little_lattices.parquet', table, back)
-    assert all((s.truth == 255).all() for s in lattices(back, table)) and 'truth' not in back.names()
+    unpack_grids(published[0]/'little_grids.parquet', table, back)
+    assert all((s.truth == 255).all() for s in prediction_grids(back, table)) and 'truth' not in back.names()
 
 
 def test_masks_of_other_images_are_refused(published, tmp_path):
     "They used to be dropped without a word, and the jury with them."
-    w, back = world(), Store(tmp_path)
+    w, back = trained_setup(), Store(tmp_path)
     table, _ = unpack(published[0], 'little', back)
     for wrong in (w.tiles.assign(image_id='x' + w.tiles.image_id), w.tiles.iloc[1:]):
-        with pytest.raises(DataNotFound, match='do not belong'): unpack_lattices(published[0]/'little_lattices.parquet', table, back, wrong, w.specs)
+        with pytest.raises(DataNotFound, match='do not belong'): unpack_grids(published[0]/'little_grids.parquet', table, back, wrong, w.specs)
     assert 'truth' not in back.names()
 
 
@@ -117,7 +117,7 @@ def test_damaged_copies_keep_scene_fold_and_truth(tmp_path):
 
 
 def test_method_table_counts_pixels_not_tiles():
-    t = world().sqed
+    t = trained_setup().sqed
     row = method_table(t).iloc[0]
     part = t[(t.method == row.method)]
     assert row.oa == pytest.approx((part.oa * part.n_valid).sum() / part.n_valid.sum(), abs=1e-5) and row.tiles == len(part)

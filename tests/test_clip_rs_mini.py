@@ -47,7 +47,7 @@ def test_a_soup_is_the_mean(world):
     from rssqa.clip.encoders import load_encoder
     for seed in 0, 1: M.make(M.MINI, world/'pairs', world/'weights', world/'home', seed)
     folders = [world/'home'/f'{M.MINI} {seed}' for seed in (0, 1)]
-    one, two, mean = *(load_encoder(str(f)).net.state_dict() for f in folders), M.soup(folders, world/'soup').net.state_dict()
+    one, two, mean = *(load_encoder(str(f)).net.state_dict() for f in folders), M.average_weights(folders, world/'average_weights').net.state_dict()
     assert all(torch.allclose(mean[k], (one[k] + two[k]) / 2, atol=1e-3, rtol=1e-3) for k in mean if mean[k].is_floating_point())
 
 

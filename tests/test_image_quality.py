@@ -14,7 +14,7 @@ from rssqa.tables.image_quality import PROMPTS, _asymmetric, _symmetric, image_q
 from rssqa.tables.sqed import label_free_columns
 from rssqa.tables.store import Store, extract, get_vectors
 from rssqa.data.synthetic import degrade, scene, write_scenes
-from worlds import numbers
+from trained import numbers
 
 
 class Eye:

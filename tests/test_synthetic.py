@@ -8,26 +8,26 @@ from PIL import Image
 
 from rssqa.core import UnknownName, digest
 from rssqa.data.datasets import check_leak, folder_spec, read_image, read_mask, scan
-from rssqa.data.synthetic import (BUILDING, CLASSES, GROUND, KINDS, LOOKS, PALETTE, ROAD, VEGETATION, VEHICLE, WATER, caption, colours, degrade, scene, write_scenes)
+from rssqa.data.synthetic import (BUILDING, CLASSES, GROUND, KINDS, SCENE_TYPES, PALETTE, ROAD, VEGETATION, VEHICLE, WATER, caption, colours, degrade, scene, write_scenes)
 
-PRINT = 'from rssqa.core import digest; from rssqa.data.synthetic import *; print(*(digest(np.round(scene(l, s, 48).image, 4), scene(l, s, 48).mask) for l in LOOKS for s in (0, 5)))'
+PRINT = 'from rssqa.core import digest; from rssqa.data.synthetic import *; print(*(digest(np.round(scene(l, s, 48).image, 4), scene(l, s, 48).mask) for l in SCENE_TYPES for s in (0, 5)))'
 
 
 # ---- scenes
 
-@pytest.mark.parametrize('look', LOOKS)
+@pytest.mark.parametrize('scene_type', SCENE_TYPES)
 @pytest.mark.parametrize('size', [16, 33, 64, 128])
-def test_scene_keeps_the_convention(look, size):
+def test_scene_keeps_the_convention(scene_type, size):
     for seed in range(3):
-        s = scene(look, seed, size)
+        s = scene(scene_type, seed, size)
         assert s.image.shape == (3, size, size) and s.image.dtype == np.float32 and s.image.flags.c_contiguous and 0 <= s.image.min() and s.image.max() <= 1
-        assert s.mask.shape == (size, size) and s.mask.dtype == np.uint8 and s.mask.max() < len(CLASSES) and s.look == look
+        assert s.mask.shape == (size, size) and s.mask.dtype == np.uint8 and s.mask.max() < len(CLASSES) and s.scene_type == scene_type
         assert s.image.std() > 0.02 and len(np.unique(s.mask)) > 1                    # something is there to be segmented
 
 
 def test_scene_is_the_same_in_every_process():
-    want = [digest(np.round(scene(l, s, 48).image, 4), scene(l, s, 48).mask) for l in LOOKS for s in (0, 5)]
-    assert len(set(want)) == 8                                                        # every look and seed is another scene
+    want = [digest(np.round(scene(l, s, 48).image, 4), scene(l, s, 48).mask) for l in SCENE_TYPES for s in (0, 5)]
+    assert len(set(want)) == 8                                                        # every scene_type and seed is another scene
     for hashseed in '12':
         done = subprocess.run([sys.executable, '-c', 'import numpy as np; ' + PRINT], capture_output=True, text=True, env=os.environ | {'PYTHONHASHSEED': hashseed})
         assert done.stdout.split() == want, done.stderr
@@ -40,16 +40,16 @@ def test_scene_neither_reads_nor_moves_global_randomness():
 
 
 def test_looks_differ_as_their_names_say():
-    share = {look: np.mean([np.bincount(scene(look, s, 64).mask.ravel(), minlength=6) / 64**2 for s in range(12)], 0) for look in LOOKS}
+    share = {scene_type: np.mean([np.bincount(scene(scene_type, s, 64).mask.ravel(), minlength=6) / 64**2 for s in range(12)], 0) for scene_type in SCENE_TYPES}
     assert share['flood'][WATER] > 3 * share['town'][WATER] and share['town'][BUILDING] > 4 * share['rural'][BUILDING]
     assert share['rural'][VEGETATION] > share['town'][VEGETATION] and all((v[[GROUND, ROAD, VEGETATION]] > 0.01).all() for v in share.values())
 
 
 def test_picture_shows_its_mask():
-    for look in ('town', 'rural', 'flood'):
+    for scene_type in ('town', 'rural', 'flood'):
         right = []
         for seed in range(4):
-            s = scene(look, seed, 96)
+            s = scene(scene_type, seed, 96)
             means = np.stack([s.image[:, s.mask == c].mean(1) if (s.mask == c).any() else np.full(3, 9.) for c in range(6)])
             right.append((((s.image[None] - means[:, :, None, None])**2).sum(1).argmin(0) == s.mask).mean())
         assert np.mean(right) > 0.5 and min(right) < 0.995                            # colour tells much, and not all
@@ -64,13 +64,13 @@ def test_unknown_names_get_suggestions():
 def test_caption_counts(shares, words):
     mask = np.zeros(100, np.uint8)
     for c, n in shares.items(): mask[:n] = c
-    assert caption(mask.reshape(10, 10), 'town') == LOOKS['town'] + (f', with {words}' if words else '')
+    assert caption(mask.reshape(10, 10), 'town') == SCENE_TYPES['town'] + (f', with {words}' if words else '')
 
 
 def test_caption_of_a_scene_is_that_of_its_mask():
-    for look in LOOKS:
-        s = scene(look, 2, 48)
-        assert s.caption == caption(s.mask, look) and s.caption.startswith(LOOKS[look])
+    for scene_type in SCENE_TYPES:
+        s = scene(scene_type, 2, 48)
+        assert s.caption == caption(s.mask, scene_type) and s.caption.startswith(SCENE_TYPES[scene_type])
 
 
 def test_colours_are_the_palette_and_255_is_black():
@@ -84,7 +84,7 @@ def test_colours_are_the_palette_and_255_is_black():
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('seed', range(4))
 def test_damage_grows_with_its_level_and_repeats(kind, seed):
-    x = scene(list(LOOKS)[seed], seed, 64).image
+    x = scene(list(SCENE_TYPES)[seed], seed, 64).image
     before = x.copy()
     made = [degrade(x, kind, level, seed) for level in (0, .1, .3, .5, .75, 1)]
     far = [np.abs(y - x).mean() for y in made]
@@ -129,7 +129,7 @@ def test_written_scenes_are_read_back(folder):
     for row in table.itertuples(index=False):
         about = rows.loc[row.path]
         seed = int(about.scene[-4:])
-        s, box = scene(about.look, seed, 64), np.s_[about.y0:about.y0 + 32, about.x0:about.x0 + 32]
+        s, box = scene(about.scene_type, seed, 64), np.s_[about.y0:about.y0 + 32, about.x0:about.x0 + 32]
         assert (read_mask(row, spec) == s.mask[box]).all()
         clean = np.abs(read_image(row) - s.image[:, *box]).max() <= 0.51 / 255
         if not clean: assert np.abs(read_image(row) - degrade(s.image[:, *box], about.kind, about.level, seed)).mean() < 0.004      # the table tells how
@@ -138,7 +138,7 @@ def test_written_scenes_are_read_back(folder):
 
 def test_share_of_damaged_scenes_and_split_by_scene(folder):
     rows = pd.read_csv(folder/'splits.csv')
-    assert (rows.groupby('scene')[['split', 'kind', 'level', 'look']].nunique() == 1).all().all()
+    assert (rows.groupby('scene')[['split', 'kind', 'level', 'scene_type']].nunique() == 1).all().all()
     assert 0 < (rows.kind != 'none').mean() < 1
 
 

@@ -1,4 +1,4 @@
-"""The protocol: scenes apart, every predictor on the same rows, and a verdict that can be read off."""
+"""The protocol: scenes apart, every predictor on the same rows, and a comparison_summary that can be read off."""
 import os, signal
 
 import numpy as np
@@ -10,11 +10,11 @@ from sklearn.base import BaseEstimator
 
 from rssqa.bench import protocol as bench
 from rssqa.quality.baselines import ColumnBaseline, MeanBaseline
-from rssqa.bench.protocol import (BETTER, OURS, VIEWS, bootstrap, by_group, commit, compare, contenders, cross_predict, holdout_folds, leaderboard, load_predictions, measure, read_results, run,
-                         save_predictions, save_results, scene_folds, transfer, verdict)
+from rssqa.bench.protocol import (DIRECTION, RS_SQA, VIEWS, bootstrap, by_group, commit, compare, predictors, cross_predict, holdout_folds, leaderboard, load_predictions, measure, read_results, run,
+                         save_predictions, save_results, scene_folds, transfer, comparison_summary)
 from rssqa.core import DataNotFound, Incompatible, LeakError, SchemaError, UnknownName
 from rssqa.segment.metrics import evaluate, gains, single_best, views
-from worlds import numbers
+from trained import numbers
 
 
 @settings(max_examples=25, deadline=None)
@@ -148,7 +148,7 @@ def test_transfer_equals_fitting_by_hand():
         assert np.allclose(told[name], by_hand := e.fit(train).predict(test))
         assert table.loc[name].to_dict() == pytest.approx(evaluate(test.assign(predicted=by_hand), train), nan_ok=True)
     sure = bootstrap(test, told, 'conf', n=20, train=train).value.unstack()
-    for m in BETTER: assert np.allclose(sure[m][table.index], table[m], equal_nan=True), m
+    for m in DIRECTION: assert np.allclose(sure[m][table.index], table[m], equal_nan=True), m
     with pytest.raises(LeakError, match='4 scenes'): transfer(tried, train, test.assign(dataset='d0'))
 
 
@@ -163,7 +163,7 @@ class Logged(ColumnBaseline):
         return super().fit(X)
 
 
-def makes(tmp_path): return lambda seed: {OURS: Logged(log=str(tmp_path/'log'), shot=7), 'mean': MeanBaseline(('method',)), 'by: a/b': ColumnBaseline('conf')}
+def makes(tmp_path): return lambda seed: {RS_SQA: Logged(log=str(tmp_path/'log'), shot=7), 'mean': MeanBaseline(('method',)), 'by: a/b': ColumnBaseline('conf')}
 
 
 def test_a_run_that_was_killed_goes_on_and_ends_the_same(tmp_path, monkeypatch):
@@ -185,7 +185,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(tmp_path, monkeypatch):
 def test_predictions_of_a_run_are_those_of_its_folds(tmp_path):
     t = numbers().sample(frac=1, random_state=2)
     told = run(t, makes(tmp_path), 3, (1, 2), tmp_path/'c')
-    assert list(told) == ['image_id', 'method', 'seed', 'fold', OURS, 'mean', 'by: a/b'] and len(told) == 2 * len(t) and told.notna().all(axis=None)
+    assert list(told) == ['image_id', 'method', 'seed', 'fold', RS_SQA, 'mean', 'by: a/b'] and len(told) == 2 * len(t) and told.notna().all(axis=None)
     for s, part in told.groupby('seed'):
         assert np.array_equal(part.fold, scene_folds(t, 3, s)) and np.array_equal(part.image_id, t.image_id)
         assert np.allclose(part['mean'], cross_predict(dict(m=MeanBaseline(('method',))), t, scene_folds(t, 3, s)).m)
@@ -208,7 +208,7 @@ def test_a_cell_is_known_by_all_that_makes_it(tmp_path):
 
 def test_where_the_store_lies_is_no_part_of_a_cell(tmp_path):
     t = numbers()
-    same, other, none = (bench._identity(contenders(t, store=s)[OURS]) for s in ('here', 'there', ''))
+    same, other, none = (bench._identity(predictors(t, store=s)[RS_SQA]) for s in ('here', 'there', ''))
     assert same == other != none and bench._identity(ColumnBaseline('conf')) != bench._identity(ColumnBaseline('conf', fitted=False))
 
 
@@ -273,10 +273,10 @@ def test_groups_are_measured_by_themselves(judged):
 def test_all_scenes_once_is_the_measure_itself(judged):
     t, told = judged
     sure, table = bootstrap(t, told, 'good', n=10).value.unstack(), leaderboard(t, told)
-    assert set(sure) == set(BETTER) <= set(table)
+    assert set(sure) == set(DIRECTION) <= set(table)
     lower = bootstrap(t, told[told.seed == 0], 'good', ['bad'], n=2, threshold=.5)
     assert lower.failure_below.eq(.5).all() and lower.value['bad', 'failure_auroc'] == pytest.approx(leaderboard(t, told[told.seed == 0], threshold=.5).failure_auroc['bad'])
-    for m in BETTER: assert np.allclose(sure[m][table.index], table[m], atol=1e-5 if 'fitted' in m else 1e-9, equal_nan=True), m
+    for m in DIRECTION: assert np.allclose(sure[m][table.index], table[m], atol=1e-5 if 'fitted' in m else 1e-9, equal_nan=True), m
 
 
 @pytest.mark.filterwarnings('ignore::RuntimeWarning')
@@ -285,7 +285,7 @@ def test_a_draw_equals_measuring_its_scenes_again(judged):
     told = told[told.seed == 0]
     t = t.sort_values(['dataset', 'scene', 'image_id', 'method']).reset_index(drop=True)
     told = t[['image_id', 'method']].merge(told)
-    sheet = bench._Sheet(t.assign(unit=t.scene), 6, 3, .7)
+    sheet = bench.BootstrapTable(t.assign(unit=t.scene), 6, 3, .7)
     for name in ('good', 'coarse', 'bad'):
         mine = t.assign(predicted=told[name])
         chosen = bench._chosen(mine, told.fold.to_numpy(), bench._rivals(mine, told.fold.to_numpy()))
@@ -294,14 +294,14 @@ def test_a_draw_equals_measuring_its_scenes_again(judged):
             copies = [mine.iloc[np.flatnonzero(sheet.unit == u)].assign(image_id=lambda v: v.image_id + f'#{c}') for u, n in enumerate(sheet.times[b]) for c in range(int(n))]
             again = pd.concat(copies, ignore_index=True)
             want = views(again) | gains(chosen.loc[again.drop_duplicates('image_id').image_id.str.split('#').str[0]])
-            for m, value in zip(BETTER, draws[:, b]):
+            for m, value in zip(DIRECTION, draws[:, b]):
                 if 'fitted' not in m: assert value == pytest.approx(want[m], abs=1e-9, nan_ok=True), (name, b, m)
 
 
 def test_draws_keep_datasets_whole():
     t = numbers(2, 5).query("dataset == 'd0' or scene in ['s0', 's1', 's2']")
     for unit, sizes in (('scene', [5, 3]), ('image', [15, 9])):
-        sheet = bench._Sheet(t.assign(unit=t.scene if unit == 'scene' else t.image_id).sort_values(['dataset', 'unit', 'image_id', 'method']), 200, 0, .7)
+        sheet = bench.BootstrapTable(t.assign(unit=t.scene if unit == 'scene' else t.image_id).sort_values(['dataset', 'unit', 'image_id', 'method']), 200, 0, .7)
         assert (sheet.times[0] == 1).all() and np.bincount(sheet.strata).tolist() == sizes
         for d, n in enumerate(sizes): assert (sheet.times[:, sheet.strata == d].sum(1) == n).all() and abs(sheet.times[1:, sheet.strata == d].mean(0) - 1).max() < .35
         sure = bootstrap(t, guesses(t, a=.1, b=.2), 'a', n=9, unit=unit)
@@ -311,7 +311,7 @@ def test_draws_keep_datasets_whole():
 def test_intervals_are_paired_repeatable_and_signed(judged):
     t, told = judged
     sure = bootstrap(t, told, 'good', ['bad', 'mute'], n=60)
-    assert list(sure.index.levels[0]) == ['bad', 'good', 'mute'] and len(sure) == 3 * len(BETTER)
+    assert list(sure.index.levels[0]) == ['bad', 'good', 'mute'] and len(sure) == 3 * len(DIRECTION)
     pd.testing.assert_frame_equal(sure, bootstrap(t.sample(frac=1, random_state=0), told.sample(frac=1, random_state=5), 'good', ['bad', 'mute'], n=60))
     assert not sure.equals(bootstrap(t, told, 'good', ['bad', 'mute'], n=60, seed=1))
     assert sure.loc['good', ['delta', 'delta_low', 'better']].isna().all(axis=None)
@@ -323,7 +323,7 @@ def test_intervals_are_paired_repeatable_and_signed(judged):
     twin = bootstrap(t, told.assign(twin=told.good), 'good', ['twin'], n=20).loc['twin']
     assert (twin.delta == 0).all() and (twin.better == .5).all()
     with pytest.raises(UnknownName, match='bda'): bootstrap(t, told, 'good', ['bda'])
-    with pytest.raises(UnknownName, match=OURS): bootstrap(t, told)
+    with pytest.raises(UnknownName, match=RS_SQA): bootstrap(t, told)
     with pytest.raises(UnknownName, match='tile'): bootstrap(t, told, 'good', unit='tile')
 
 
@@ -338,9 +338,9 @@ def test_the_blind_are_exposed_by_the_view_within_images(judged):
 
 
 def test_intervals_cover_a_known_difference():
-    "Errors of two predictors with scene effects, whose expected difference in MAE is known; 95 % intervals should cover it in about 95 % of worlds."
+    "Errors of two predictors with scene effects, whose expected difference in MAE is known; 95 % intervals should cover it in about 95 % of trained."
     t, hit = numbers(1, 30, 2, 2), 0
-    sheet = bench._Sheet(t.assign(unit=t.scene).sort_values(['dataset', 'unit', 'image_id', 'method']), 300, 0, .7)
+    sheet = bench.BootstrapTable(t.assign(unit=t.scene).sort_values(['dataset', 'unit', 'image_id', 'method']), 300, 0, .7)
     for w in range(200):
         hard = np.random.default_rng(w).exponential(1, 30)[sheet.unit]                              # some scenes are hard for both
         low, high = np.percentile((sheet.mean(.02 * hard, sheet.unit) - sheet.mean(.03 * hard + .01, sheet.unit))[1:], (2.5, 97.5))
@@ -363,38 +363,38 @@ def test_tiles_of_a_scene_are_not_independent():
 
 # ---------------------------------------------------------------- boards
 
-def board(**rows): return pd.DataFrame({OURS if k == 'ours' else k: dict(zip(('srocc_dataset', 'srocc_image', 'mae', 'gap_closed'), v)) for k, v in rows.items()}).T
+def board(**rows): return pd.DataFrame({RS_SQA if k == 'ours' else k: dict(zip(('srocc_dataset', 'srocc_image', 'mae', 'gap_closed'), v)) for k, v in rows.items()}).T
 
 
 def test_verdict_states_the_order():
-    said = verdict(board(ours=(0.9, 0.5, 0.02, 0.3), a=(0.8, 0.6, 0.03, 0.3001), b=(0.85, 0.1, 0.01, 0.1)))
+    said = comparison_summary(board(ours=(0.9, 0.5, 0.02, 0.3), a=(0.8, 0.6, 0.03, 0.3001), b=(0.85, 0.1, 0.01, 0.1)))
     assert 'within-dataset SROCC 0.900, ahead of b (0.850)' in said and 'within-image SROCC 0.500, behind a (0.600)' in said
     assert 'MAE 0.020, behind b (0.010)' in said and 'gap closed 0.300, level with a (0.300)' in said
-    said = verdict(board(ours=(0.1, -0.5, 0.01, -0.3), a=(0.2, -0.6, 0.02, -0.2)))
+    said = comparison_summary(board(ours=(0.1, -0.5, 0.01, -0.3), a=(0.2, -0.6, 0.02, -0.2)))
     assert 'behind a (0.200)' in said and '-0.500, ahead of a (-0.600)' in said and 'MAE 0.010, ahead of a' in said and '-0.300, behind a (-0.200)' in said
 
 
 def test_verdict_skips_a_rival_without_a_value():
-    assert 'ahead of a (0.100)' in verdict(board(ours=(0.9, 0.5, 0.02, 0.3), a=(0.1, 0.1, 0.1, 0.1), b=(np.nan, np.nan, np.nan, np.nan)))
+    assert 'ahead of a (0.100)' in comparison_summary(board(ours=(0.9, 0.5, 0.02, 0.3), a=(0.1, 0.1, 0.1, 0.1), b=(np.nan, np.nan, np.nan, np.nan)))
 
 
 def test_verdict_leaves_out_what_could_not_be_measured():
-    said = verdict(board(ours=(0.9, np.nan, 0.02, np.nan), a=(0.8, np.nan, 0.03, np.nan)))
+    said = comparison_summary(board(ours=(0.9, np.nan, 0.02, np.nan), a=(0.8, np.nan, 0.03, np.nan)))
     assert 'ahead of a (0.800)' in said and 'nan' not in said
 
 
 def test_verdict_of_another():
     table = board(ours=(0.9, 0.5, 0.02, 0.3), a=(0.8, 0.6, 0.03, 0.1))
-    assert verdict(table, 'a').startswith('a: within-dataset SROCC 0.800, behind RS-SQA (0.900); within-image SROCC 0.600, ahead of RS-SQA')
+    assert comparison_summary(table, 'a').startswith('a: within-dataset SROCC 0.800, behind RS-SQA (0.900); within-image SROCC 0.600, ahead of RS-SQA')
 
 
 def test_compare_measures_all_predictors_alike():
     t = numbers(2, 4, 2, 3)
     table, predicted = compare(t, k=2, epochs=3, members=1, extra=dict(spy=Spy()))
-    assert table.index[0] == OURS and 'spy' in table.index and set(table.index) == set(predicted) and predicted.index.equals(t.index)
+    assert table.index[0] == RS_SQA and 'spy' in table.index and set(table.index) == set(predicted) and predicted.index.equals(t.index)
     assert set(VIEWS) <= set(table) and (table.n_rows == len(t)).all()
-    again = cross_predict({OURS: contenders(t, epochs=3, members=1)[OURS]}, t, scene_folds(t, 2))
-    assert np.array_equal(again[OURS], predicted[OURS])
+    again = cross_predict({RS_SQA: predictors(t, epochs=3, members=1)[RS_SQA]}, t, scene_folds(t, 2))
+    assert np.array_equal(again[RS_SQA], predicted[RS_SQA])
 
 
 def test_results_carry_their_provenance(tmp_path):

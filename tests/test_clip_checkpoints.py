@@ -4,8 +4,8 @@ import os
 import pytest
 import torch
 
-from rssqa.clip.conformance import write_container
-from rssqa.clip.checkpoints import (CONTAINERS, clip_shape, detect_container, fitting_architectures, is_long, lengthen, long_masks, misfit_hint,
+from rssqa.clip.conformance import write_format
+from rssqa.clip.checkpoints import (FORMATS, clip_shape, detect_format, fitting_architectures, is_long, lengthen, long_masks, misfit_hint,
                               read_weights)
 from rssqa.core import DataNotFound, Incompatible
 from rssqa.clip.encoders import _net
@@ -24,26 +24,26 @@ def meta(name):
     with torch.device('meta'): return open_clip.CLIP(**open_clip.get_model_config(name)).state_dict()
 
 
-@pytest.mark.parametrize('container', sorted(CONTAINERS))
-def test_every_container_is_named_and_gives_the_same_table(container, tmp_path):
+@pytest.mark.parametrize('format', sorted(FORMATS))
+def test_every_container_is_named_and_gives_the_same_table(format, tmp_path):
     state = state_of()
-    if container == 'bundle': (tmp_path/'open_clip_config.json').write_text('{}')
-    path = write_container(tmp_path if container == 'bundle' else tmp_path/f'w.{"safetensors" if container == "safetensors" else "pt"}', state, container)
-    assert detect_container(tmp_path if container == 'bundle' else path) == container
+    if format == 'bundle': (tmp_path/'open_clip_config.json').write_text('{}')
+    path = write_format(tmp_path if format == 'bundle' else tmp_path/f'w.{"safetensors" if format == "safetensors" else "pt"}', state, format)
+    assert detect_format(tmp_path if format == 'bundle' else path) == format
     again = read_weights(path)
     assert again.keys() == state.keys() and all(torch.equal(again[k], t) for k, t in state.items())
 
 
 def test_raw_contents_and_nested_prefixes_are_named_too():
     state = {'visual.proj': torch.ones(2), 'ln_final.weight': torch.ones(2)}
-    assert detect_container(state) == 'flat' and detect_container(dict(model=state)) == 'open_clip_train'
-    assert detect_container({'module.image_backbone.proj': torch.ones(2), 'module.text_backbone.ln_final.weight': torch.ones(2)}) == 'itra'
+    assert detect_format(state) == 'flat' and detect_format(dict(model=state)) == 'open_clip_train'
+    assert detect_format({'module.image_backbone.proj': torch.ones(2), 'module.text_backbone.ln_final.weight': torch.ones(2)}) == 'itra'
 
 
 def test_itra_inside_a_training_checkpoint(tmp_path):
     inner = {'module._orig_mod.image_backbone.proj': torch.ones(2), 'module._orig_mod.text_backbone.ln_final.weight': torch.zeros(2)}
     torch.save(dict(epoch=1, state_dict=inner), tmp_path/'w.pt')
-    assert read_weights(tmp_path/'w.pt').keys() == {'visual.proj', 'ln_final.weight'} and detect_container(tmp_path/'w.pt') == 'itra'
+    assert read_weights(tmp_path/'w.pt').keys() == {'visual.proj', 'ln_final.weight'} and detect_format(tmp_path/'w.pt') == 'itra'
 
 
 def test_two_names_for_one_tensor_are_refused(tmp_path):
@@ -52,9 +52,9 @@ def test_two_names_for_one_tensor_are_refused(tmp_path):
 
 
 def test_what_is_no_container(tmp_path):
-    with pytest.raises(DataNotFound, match='open_clip_config'): detect_container(tmp_path)
-    with pytest.raises(DataNotFound, match='no weights'): detect_container(tmp_path/'w.pt')
-    with pytest.raises(Incompatible, match='no state dict'): detect_container({'epoch': 3})
+    with pytest.raises(DataNotFound, match='open_clip_config'): detect_format(tmp_path)
+    with pytest.raises(DataNotFound, match='no weights'): detect_format(tmp_path/'w.pt')
+    with pytest.raises(Incompatible, match='no state dict'): detect_format({'epoch': 3})
 
 
 class Evil:
@@ -62,7 +62,7 @@ class Evil:
     def __reduce__(self): return os.mkdir, (str(self.target),)
 
 
-@pytest.mark.parametrize('read', [read_weights, detect_container])
+@pytest.mark.parametrize('read', [read_weights, detect_format])
 def test_code_in_a_pickle_never_runs(tmp_path, read):
     torch.save(dict(state_dict={'visual.proj': torch.ones(2)}, optimizer=Evil(tmp_path/'boom')), tmp_path/'w.pt')
     with pytest.raises(Incompatible, match='mkdir'): read(tmp_path/'w.pt')

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from rssqa.clip.train import (ClipRecipe, Distilled, Heads, KeptViews, PairViews, Towers, Training, batches, cut_view, cut_views, draw_box, loss_of, new_clip, positions, rate, save_clip,
+from rssqa.clip.train import (ClipRecipe, Distilled, Heads, CachedViews, PairViews, Towers, Training, batches, cut_view, cut_views, draw_box, compute_loss, new_clip, positions, rate, save_clip,
                              train_clip)
 from rssqa.core import DataNotFound, Incompatible
 from rssqa.clip.encoders import load_encoder
-from rssqa.clip.cached_stem import LockedViews, cut_stem
+from rssqa.clip.cached_stem import StemViews, cut_stem
 from rssqa.clip.objectives import caption_ids
 from rssqa.clip.towers import read_text
 
@@ -149,7 +149,7 @@ def test_many_views_at_once_are_the_views_one_by_one(turn):
 def test_kept_views_are_the_same_views(encoder):
     table, open = world()
     recipe = replace(RECIPE, small_size=32)
-    one, two = PairViews(table, recipe, encoder, open), KeptViews(table, recipe, encoder, open=open)
+    one, two = PairViews(table, recipe, encoder, open), CachedViews(table, recipe, encoder, open=open)
     a, b = (v.collate([v[3, i] for i in (0, 5, 2)]) for v in (one, two))
     assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in ('tokens', 'ids')) and torch.allclose(a['boxes'], b['boxes']) and {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
     assert two.mark == one.mark and (a['large'] - b['large']).abs().mean() < 0.15 and torch.equal(b['large'], two.collate([two[3, i] for i in (0, 5, 2)])['large'])
@@ -179,7 +179,7 @@ def test_the_teacher_follows_and_has_no_gradient(encoder):
     state = Training(encoder.net, RECIPE, encoder.spec, encoder.dim, 'cpu')
     before, start = [p.clone() for p in state.teacher.parameters()], [p.clone() for p in state.student.parameters()]
     batch = next(iter(batches(data(encoder), RECIPE, range(1))))
-    loss_of(state.towers, state.heads, state.teacher, batch, RECIPE)
+    compute_loss(state.towers, state.heads, state.teacher, batch, RECIPE)
     assert all(p.grad is None for p in state.teacher.parameters()) and all(torch.equal(a, b) for a, b in zip(before, state.teacher.parameters()))
     with torch.no_grad(): [p.add_(1) for p in state.student.parameters()]
     state.teacher.update(state.student)
@@ -273,12 +273,12 @@ def test_kept_views_are_views_and_go_on_after_a_break(tmp_path):
         calls.append(row['key'])
         if len(calls) == 20: raise KeyboardInterrupt
         return open(row)
-    with pytest.raises(KeyboardInterrupt): LockedViews(table, recipe, encoder, stem, tmp_path/'a', open=breaks)
-    one, two = (LockedViews(table, recipe, encoder, stem, tmp_path/f, open=open) for f in 'ab')
+    with pytest.raises(KeyboardInterrupt): StemViews(table, recipe, encoder, stem, tmp_path/'a', open=breaks)
+    one, two = (StemViews(table, recipe, encoder, stem, tmp_path/f, open=open) for f in 'ab')
     assert all(np.array_equal(one.files[k], two.files[k]) for k in ('large', 'small'))
     fresh = PairViews(table, replace(recipe, large=3, small=4), encoder, open)[0, 5]
     assert np.allclose(one.files['large'][5], stem(fresh['large']).numpy(), atol=1e-2, rtol=1e-2)
-    calls.clear(); LockedViews(table, recipe, encoder, stem, tmp_path/'b', open=breaks)
+    calls.clear(); StemViews(table, recipe, encoder, stem, tmp_path/'b', open=breaks)
     assert not calls                                                       # all is there already
     train_clip(rest, one, recipe)
 

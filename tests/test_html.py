@@ -13,7 +13,7 @@ from PIL import Image
 from browser import chromium, opened  # noqa: F401 (a fixture)
 from rssqa.core import Incompatible, SchemaError, UnknownName
 from rssqa.viz.html import CSP, LIMIT, MISSING, drawn, plane, to_html
-from rssqa.data.synthetic import LOOKS, scene
+from rssqa.data.synthetic import SCENE_TYPES, scene
 from rssqa.viz.projection import project, separation
 
 EVIL = '</script><script>alert("x")</script> {part} {data} & "y"'
@@ -21,7 +21,7 @@ EVIL = '</script><script>alert("x")</script> {part} {data} & "y"'
 
 def points(n=300, images=50, seed=0):
     rng = np.random.default_rng(seed)
-    look, oa = rng.choice(list(LOOKS), n), rng.random(n)
+    look, oa = rng.choice(list(SCENE_TYPES), n), rng.random(n)
     table = pd.DataFrame(dict(image_id=[f'im-{i % images:04d}' for i in range(n)], dataset=look, method=rng.choice(['unet', 'pspnet', 'segformer'], n), scene=[f's{i % 9}' for i in range(n)],
                               oa=oa, predicted=np.where(rng.random(n) < .1, np.nan, np.clip(oa + rng.normal(0, .05, n), 0, 1)), boxes=rng.integers(0, 900, n)))
     x = rng.normal(size=(n, 6)) + oa[:, None] * 4
@@ -60,7 +60,7 @@ def test_columns_of_all_kinds(column):
 
 def test_five_thousand_points_with_thumbnails_fit(tmp_path):
     emb, x, table = points(5000, 5000)
-    small = {f'im-{i:04d}': Image.fromarray((scene(list(LOOKS)[i % 4], i, 64).image.transpose(1, 2, 0) * 255).astype(np.uint8)) for i in range(100)}
+    small = {f'im-{i:04d}': Image.fromarray((scene(list(SCENE_TYPES)[i % 4], i, 64).image.transpose(1, 2, 0) * 255).astype(np.uint8)) for i in range(100)}
     images = {f'im-{i:04d}': small[f'im-{i % 100:04d}'] for i in range(5000)}
     path = to_html(emb, tmp_path/'p.html', images=images)
     page = told(path.read_text(encoding='utf-8'))
@@ -118,7 +118,7 @@ def test_mistakes_say_what_to_do(tmp_path):
 @pytest.fixture(scope='module')
 def page(tmp_path_factory, chromium):
     emb, x, table = points()
-    images = {f'im-{i:04d}': scene(list(LOOKS)[i % 4], i, 64).image for i in range(40)}
+    images = {f'im-{i:04d}': scene(list(SCENE_TYPES)[i % 4], i, 64).image for i in range(40)}
     path = to_html(emb, tmp_path_factory.mktemp('page')/'p.html', numbers=separation(x, table.oa, table.dataset, table.scene, emb[['u', 'v']]), images=images, title='Scenes')
     with opened(chromium, path.as_uri(), accept_downloads=True) as seen:
         seen.wait_for_selector('.plane[data-ready]')
@@ -170,7 +170,7 @@ def test_the_thumbnail_is_drawn(page):
     seen.mouse.move(*at[i])
     got = np.array(seen.evaluate('() => { const c = document.querySelector(".plane .tip canvas"); return c.getContext("2d").getImageData(0, 0, 224, 224).data.join() }').split(','), float).reshape(224, 224, 4)[..., :3]
     k = int(rows.image_id[i][-4:])
-    want = scene(list(LOOKS)[k % 4], k, 64).image
+    want = scene(list(SCENE_TYPES)[k % 4], k, 64).image
     assert np.abs(got.mean((0, 1)) / 255 - want.mean((1, 2))).max() < 0.03
 
 

@@ -9,7 +9,7 @@ from rssqa.core import BadImage, DataNotFound, Incompatible, SchemaError, Unknow
 from rssqa.viz.widgets import PairReviewer, Recommender, example_review, marked, read_table, write_table
 from rssqa.quality.recommend import Pack
 from rssqa.data.synthetic import scene
-from test_lab import small_pack
+from test_degradation import small_pack
 
 
 @pytest.fixture(scope='module')
@@ -96,14 +96,14 @@ def test_verdicts_are_saved_and_resumed(tmp_path, suffix):
     review, images = example_review()
     path = tmp_path/f'v{suffix}'
     p = PairReviewer(review, path, images)
-    for verdict in ('right', 'wrong', 'skip', 'right'): p.judge(verdict)
+    for rating in ('right', 'wrong', 'skip', 'right'): p.judge(rating)
     q = PairReviewer(review.sample(8, random_state=1), path, images)               # the order of the table may change
-    assert q.left == 4 and q.review.set_index('pair').verdict.to_dict() == p.review.set_index('pair').verdict.to_dict() and q.review.skipped.sum() == 1
+    assert q.left == 4 and q.review.set_index('pair').rating.to_dict() == p.review.set_index('pair').rating.to_dict() and q.review.skipped.sum() == 1
     while q.current is not None: q.judge('right')
     assert q.left == 0 and q.agreement().judged.sum() == 7
     with pytest.raises(SchemaError, match='no pair left'): q.judge('right')
     q.at = int(np.flatnonzero(q.review.skipped)[0]); q.judge('wrong')               # a skipped pair can be judged after all
-    assert not q.review.skipped.any() and (read_table(path).verdict != '').all()
+    assert not q.review.skipped.any() and (read_table(path).rating != '').all()
 
 
 def test_a_failed_save_takes_the_verdict_back(tmp_path, monkeypatch):
@@ -114,7 +114,7 @@ def test_a_failed_save_takes_the_verdict_back(tmp_path, monkeypatch):
     kept = (tmp_path/'v.csv').read_bytes()
     monkeypatch.setattr(module, 'write_table', lambda *a: (_ for _ in ()).throw(OSError('disk full')))
     view.buttons['wrong'].click()
-    assert 'disk full' in view.said.value and p.at == 1 and p.review.verdict[1] == '' and (tmp_path/'v.csv').read_bytes() == kept
+    assert 'disk full' in view.said.value and p.at == 1 and p.review.rating[1] == '' and (tmp_path/'v.csv').read_bytes() == kept
 
 
 def test_reviewer_explains_faults(tmp_path):
@@ -132,11 +132,11 @@ def test_the_reviewer_view(tmp_path):
     view = PairReviewer(review.assign(after=review.after.where(review.index != 1, '')), tmp_path/'v.csv', images | {review.key[2]: str(tmp_path/'gone.png')}).view()
     assert '0 judged, 0 skipped, 8 left' in view.place.value and view.back.disabled
     view.keyboard._handle_msg(dict(content=dict(data=dict(method='custom', content=dict(key='r'))), buffers=[]))      # as the browser sends it
-    assert view.state.review.verdict[0] == 'right' and 'the pair leaves' in view.text.value and 'right so far' in view.shares.value
+    assert view.state.review.rating[0] == 'right' and 'the pair leaves' in view.text.value and 'right so far' in view.shares.value
     view.buttons['skip'].click()
     assert 'gone.png' in view.said.value and view.picture.layout.display == 'none'
     view.back.click(); view.buttons['wrong'].click()
-    assert view.state.review.verdict[1] == 'wrong' and view.state.at == 2
+    assert view.state.review.rating[1] == 'wrong' and view.state.at == 2
     for _ in range(6): view.press('r')
     assert 'All done' in view.text.value and all(b.disabled for b in view.buttons.values())
 
