@@ -16,9 +16,14 @@ import typer
 
 from .core import Incompatible, MissingFeatures, Problem, datasets, encoders, fusions, real_dir, unknown
 
-# %% ../nbs/91_cli.ipynb #283c3d74
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help='How accurate is each segmentation of an image from above, without labels, and which one should you use?')
+# %% ../nbs/91_cli.ipynb #dbb521a3
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help='How accurate is each segmentation of an image from above, without labels, and which one should you use?',
+)
 data_app = typer.Typer(no_args_is_help=True, help='Get and check datasets.')
 app.add_typer(data_app, name='data')
 
@@ -38,14 +43,16 @@ def main(args: list[str] = None) -> None:
     try: code = app(args, standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort): code = 130
     except Exception as e:
-        usage = getattr(e, 'format_message', None)                       # typer's own errors: unknown verbs, missing arguments
+        # typer's own errors: unknown verbs, missing arguments
+        usage = getattr(e, 'format_message', None)
         if not (usage or isinstance(e, Problem)) or os.environ.get('RSSQA_DEBUG') == '1': raise
-        code, message = 2, usage() if usage else str(e)
+        code = 2
+        message = usage() if usage else str(e)
     if code == 130: message = 'stopped; the same command goes on from here'
     if message: print(f'rssqa: {message}', file=sys.stderr)
     sys.exit(code)
 
-# %% ../nbs/91_cli.ipynb #88963a11
+# %% ../nbs/91_cli.ipynb #3bd05ca6
 @app.command()
 def demo(
     data: Annotated[Optional[Path], typer.Option(help='Folder with real datasets; omit for synthetic scenes.')] = None,
@@ -59,11 +66,22 @@ def demo(
 ):
     "Train eight methods, score their maps without labels, recommend, and compare with the truth."
     from rssqa.demo import real_plan, run, summary, synthetic_plan
-    plan = real_plan(data, sources.split(',') if sources else None, str(weights) if weights else None, encoder, seed, steps) if data else synthetic_plan(seed, steps)
+    plan = (
+        real_plan(
+            data,
+            sources.split(',') if sources else None,
+            str(weights) if weights else None,
+            encoder,
+            seed,
+            steps,
+        )
+        if data
+        else synthetic_plan(seed, steps)
+    )
     board = run(plan, out, workers, seed)
     print(summary(board, plan, out))
 
-# %% ../nbs/91_cli.ipynb #fa19375d
+# %% ../nbs/91_cli.ipynb #0786f34f
 @app.command()
 def score(
     image: Annotated[Path, typer.Argument(help='Image from above.')],
@@ -76,9 +94,22 @@ def score(
     opened = Pack(pack or default_pack())
     if method: opened.segmenter(method, dataset)
     ranked = rank(image, opened, dataset).set_index('method').predicted
-    if dataset is None and len(opened.datasets) > 1: print(f'class table {opened._dataset(None)}; with --dataset also {", ".join(d for d in opened.datasets if d != opened._dataset(None))}')
+    if dataset is None and len(opened.datasets) > 1:
+        print(
+            f'class table {opened._dataset(None)}; with --dataset also {", ".join(d for d in opened.datasets if d != opened._dataset(None))}'
+        )
     for name, value in ranked.items():
-        if method in (None, name): print(f'{name:<16}{value:.3f}' + ('   recommended' if name == ranked.index[0] else '   as good' if ranked.iloc[0] - value < 0.005 else ''))
+        if method in (None, name):
+            print(
+                f'{name:<16}{value:.3f}'
+                + (
+                    '   recommended'
+                    if name == ranked.index[0]
+                    else '   as good'
+                    if ranked.iloc[0] - value < 0.005
+                    else ''
+                )
+            )
 
 
 @app.command()
@@ -91,15 +122,22 @@ def recommend(
     "Rank the methods for every image of a folder and write a table."
     from rssqa.core import Incompatible, atomic
     from rssqa.quality.recommend import recommend
-    if out.suffix not in ('.parquet', '.csv'): raise Incompatible(f'cannot write {out}', f'found suffix {out.suffix!r}, expected .parquet or .csv', 'rename the output')
+    if out.suffix not in ('.parquet', '.csv'):
+        raise Incompatible(
+            f'cannot write {out}',
+            f'found suffix {out.suffix!r}, expected .parquet or .csv',
+            'rename the output',
+        )
     rows, skipped = recommend(folder, pack, dataset)
-    with atomic(out) as tmp: rows.to_csv(tmp, index=False) if out.suffix == '.csv' else rows.to_parquet(tmp, index=False)
+    with atomic(out) as tmp:
+        rows.to_csv(tmp, index=False) if out.suffix == '.csv' else rows.to_parquet(tmp, index=False)
     picks = rows[rows.recommended]
     print(f'{len(picks)} images, {rows.method.nunique()} methods -> {out}')
-    for name, n in picks.method.value_counts().items(): print(f'  {name:<16}{n:>6}   mean predicted OA {picks[picks.method == name].predicted.mean():.3f}')
+    for name, n in picks.method.value_counts().items():
+        print(f'  {name:<16}{n:>6}   mean predicted OA {picks[picks.method == name].predicted.mean():.3f}')
     for s in skipped.itertuples(): print(f'  skipped {s.path}: {s.reason}')
 
-# %% ../nbs/91_cli.ipynb #c79c1f71
+# %% ../nbs/91_cli.ipynb #8d5c79dc
 KINDS = ('methods', 'encoders', 'datasets', 'fusions')
 
 
@@ -119,7 +157,10 @@ def _listing(kind, pattern):
         return [f'{n:<16}{methods[n].family:<13}{methods[n].source}' for n in methods.list(pattern)]
     if kind == 'datasets':
         import rssqa.data.datasets
-        return [f'{n:<16}{len(datasets[n].classes):>2} classes   {datasets[n].licence}' for n in datasets.list(pattern)]
+        return [
+            f'{n:<16}{len(datasets[n].classes):>2} classes   {datasets[n].licence}'
+            for n in datasets.list(pattern)
+        ]
     if kind == 'encoders':
         from rssqa.clip.encoders import SPECS
         specs = {s.name: f'{s.architecture:<22}{s.licence}' for s in SPECS}
@@ -147,7 +188,7 @@ def check(
     from rssqa.data.datasets import scan, summary
     print(summary(scan(root, name)))
 
-# %% ../nbs/91_cli.ipynb #eec2bb54
+# %% ../nbs/91_cli.ipynb #f56a3275
 bench_app = typer.Typer(no_args_is_help=True, help='Reproduce the published numbers.')
 app.add_typer(bench_app, name='bench')
 
@@ -171,10 +212,17 @@ def paper(
         print(told)
         if wrong: raise typer.Exit(1)
         return
-    if not data: raise MissingFeatures('cannot compare without the consensus', 'it learns from masks, and committed predictions would be overwritten by fewer', 'pass --data FOLDER, or check what is committed with --fast')
+    if not data:
+        raise MissingFeatures(
+            'cannot compare without the consensus',
+            'it learns from masks, and committed predictions would be overwritten by fewer',
+            'pass --data FOLDER, or check what is committed with --fast',
+        )
     from rssqa.bench.protocol import save_predictions
     for x in chosen:
-        save_predictions(compute(x, tables, data, tuple(map(int, seeds.split(','))), workers), prediction_file(x, tables))
+        save_predictions(
+            compute(x, tables, data, tuple(map(int, seeds.split(','))), workers), prediction_file(x, tables)
+        )
         for path in write(x, tables, out): print(path)
 
 # %% ../nbs/91_cli.ipynb #6d09a37b
@@ -191,7 +239,7 @@ def speed(
     print(as_text(board))
     if out: save(board, out, 'rssqa bench speed' + ' --quick' * quick + (f' --only "{only}"' if only else ''))
 
-# %% ../nbs/91_cli.ipynb #89a8d5a9
+# %% ../nbs/91_cli.ipynb #6823d706
 @bench_app.command('encoders')
 def encoders_(
     architecture: Annotated[str, typer.Option(help='open_clip model name; weights are drawn at random.')] = 'ViT-B-32',
@@ -202,14 +250,22 @@ def encoders_(
 ):
     "Compare the throughput of an encoder with open_clip's eager float32."
     from rssqa.bench.encoder_speed import COMPILED, VARIANTS, bench_encoders
-    table = bench_encoders(architecture, batch, variants=[v for v in VARIANTS if compiled or v not in COMPILED], device=device)
+    table = bench_encoders(
+        architecture, batch, variants=[v for v in VARIANTS if compiled or v not in COMPILED], device=device
+    )
     print(table.to_string())
     if out:
         from rssqa.bench.protocol import commit, machine
-        command = f'rssqa bench encoders --architecture {architecture} --batch {batch}' + ' --compiled' * compiled + f' --device {device}' * (device != 'cpu')
-        table.reset_index().assign(architecture=architecture, batch=batch, machine=machine(device), commit=commit(), command=command).to_csv(out, index=False)
+        command = (
+            f'rssqa bench encoders --architecture {architecture} --batch {batch}'
+            + ' --compiled' * compiled
+            + f' --device {device}' * (device != 'cpu')
+        )
+        table.reset_index().assign(
+            architecture=architecture, batch=batch, machine=machine(device), commit=commit(), command=command
+        ).to_csv(out, index=False)
 
-# %% ../nbs/91_cli.ipynb #f3591bdd
+# %% ../nbs/91_cli.ipynb #075ee1e3
 @bench_app.command('projection')
 def projection_(
     rows: Annotated[int, typer.Option(help='Points.')] = 10_000,
@@ -226,8 +282,12 @@ def projection_(
     print(speed_summary(board).T.to_string())
     if out:
         from rssqa.bench.protocol import save_results
-        told = board.set_index('variant').assign(identical=board.identical.map({True: 'yes', False: 'no'}).to_numpy())
-        save_results(told, out, PROTOCOL, '', seed, f'rssqa bench projection --rows {rows} --dims {dims} --seed {seed}')
+        told = board.set_index('variant').assign(
+            identical=board.identical.map({True: 'yes', False: 'no'}).to_numpy()
+        )
+        save_results(
+            told, out, PROTOCOL, '', seed, f'rssqa bench projection --rows {rows} --dims {dims} --seed {seed}'
+        )
 
 # %% ../nbs/91_cli.ipynb #e431c70a
 @bench_app.command('explorer')
@@ -260,7 +320,7 @@ def clip_(
     print(pivot(table).T.to_string())
     if out: table.to_csv(out, index=False)
 
-# %% ../nbs/91_cli.ipynb #4d6fa3c5
+# %% ../nbs/91_cli.ipynb #174bd1ec
 @bench_app.command('probe')
 def probe_(
     tiles: Annotated[Path, typer.Option(help='Folder of segmentation sources.')],
@@ -271,8 +331,11 @@ def probe_(
     "Probe the feature maps of CLIP-RS-mini, of its start and of an ImageNet backbone."
     from rssqa.bench.clip_rs_mini import probe_tiles
     from rssqa.clip.encoders import BackboneEncoder, load_encoder
-    found = {'CLIP-RS-mini': load_encoder('clip-rs-mini'), 'the start: its image tower frozen': load_encoder(str(weights/'clip_rs_mini')),
-             'ImageNet backbone': BackboneEncoder(weights=str(weights/'mobilenetv2_100_imagenet.safetensors'))}
+    found = {
+        'CLIP-RS-mini': load_encoder('clip-rs-mini'),
+        'the start: its image tower frozen': load_encoder(str(weights / 'clip_rs_mini')),
+        'ImageNet backbone': BackboneEncoder(weights=str(weights / 'mobilenetv2_100_imagenet.safetensors')),
+    }
     table = probe_tiles(found, tiles, most=most)
     print(table.iloc[:, :6].to_string(index=False))
     if out: table.to_csv(out, index=False)
@@ -288,7 +351,7 @@ def conformance_(out: Annotated[Optional[Path], typer.Option(help='CSV file to w
     if out: table.assign(commit=commit(), command='rssqa bench conformance').to_csv(out)
     if not table.ok.all(): raise typer.Exit(1)
 
-# %% ../nbs/91_cli.ipynb #b3c39fe4
+# %% ../nbs/91_cli.ipynb #69cd1674
 @bench_app.command('degradation')
 def lab_(
     turns: Annotated[int, typer.Option(help='Random turns of a knob.')] = 40,
@@ -304,9 +367,12 @@ def lab_(
     try: table = bench_degradation(DegradationExplorer(pack), turns)
     finally: torch.set_num_threads(threads)
     print(table.T.to_string(header=False))
-    if out: table.assign(threads=1, seed=0, commit=commit(), command=f'rssqa bench degradation --turns {turns}').to_csv(out, index=False)
+    if out:
+        table.assign(
+            threads=1, seed=0, commit=commit(), command=f'rssqa bench degradation --turns {turns}'
+        ).to_csv(out, index=False)
 
-# %% ../nbs/91_cli.ipynb #2c98288a
+# %% ../nbs/91_cli.ipynb #510bffb9
 def apps() -> dict[str, Path]:
     "Find the packaged notebooks, in an installation or in a checkout."
     import rssqa
@@ -330,14 +396,29 @@ def app_(
     known = apps()
     if name not in known: raise unknown('app', name, known)
     if data and not data.exists(): raise Incompatible(f'no file or folder {data}', '', 'check the path')
-    if not importlib.util.find_spec('voila'): raise Incompatible('cannot start an app', 'Voila is not installed', 'run pip install "rssqa[apps]"')
-    said = dict(data=data and data.resolve(), out=out and out.resolve(), pack=pack and pack.resolve(), dataset=dataset)
-    env = os.environ | dict(RSSQA_APP_HERE=os.getcwd()) | {f'RSSQA_APP_{k.upper()}': str(v) for k, v in said.items() if v}
+    if not importlib.util.find_spec('voila'):
+        raise Incompatible('cannot start an app', 'Voila is not installed', 'run pip install "rssqa[apps]"')
+    said = dict(
+        data=data and data.resolve(), out=out and out.resolve(), pack=pack and pack.resolve(), dataset=dataset
+    )
+    env = (
+        os.environ
+        | dict(RSSQA_APP_HERE=os.getcwd())
+        | {f'RSSQA_APP_{k.upper()}': str(v) for k, v in said.items() if v}
+    )
     print(f'http://127.0.0.1:{port}  (stop with Ctrl-C)', flush=True)
-    command = [sys.executable, '-m', 'voila', str(known[name]), f'--port={port}', '--Voila.ip=127.0.0.1', *([] if browser else ['--no-browser'])]
+    command = [
+        sys.executable,
+        '-m',
+        'voila',
+        str(known[name]),
+        f'--port={port}',
+        '--Voila.ip=127.0.0.1',
+        *([] if browser else ['--no-browser']),
+    ]
     raise typer.Exit(subprocess.run(command, env=env).returncode)
 
-# %% ../nbs/91_cli.ipynb #74bf44bf
+# %% ../nbs/91_cli.ipynb #ab93c2b0
 clip_app = typer.Typer(no_args_is_help=True, help='Read corpora, purify captions, train and measure a CLIP.')
 app.add_typer(clip_app, name='clip')
 
@@ -349,7 +430,9 @@ def _pairs(folder, split=None): # the table of a folder of shards, with paths th
     if not path.is_file(): raise DataNotFound(f'no table {path}', '', 'make it with rssqa clip shards')
     table = pd.read_parquet(path)
     home = path.parent.resolve()
-    return table.assign(path=[p and str(home/p) for p in table.path])[table.split == split if split else table.split == table.split]
+    return table.assign(path=[p and str(home / p) for p in table.path])[
+        table.split == split if split else table.split == table.split
+    ]
 
 
 @clip_app.command()
@@ -402,10 +485,23 @@ def train_(
     "Train a CLIP; under torchrun, together with the other processes."
     from rssqa.clip.train import ClipRecipe, PairViews, begin, save_clip, train_clip
     goals = tuple((n, float(w or 1)) for n, _, w in (o.strip().partition(':') for o in objectives.split(',')))
-    recipe = ClipRecipe(steps=steps, batch=batch, chunk=chunk, objectives=goals, lr=lr, small=small, plain='patch-distill' in dict(goals), dtype=dtype, seed=seed)
+    recipe = ClipRecipe(
+        steps=steps,
+        batch=batch,
+        chunk=chunk,
+        objectives=goals,
+        lr=lr,
+        small=small,
+        plain='patch-distill' in dict(goals),
+        dtype=dtype,
+        seed=seed,
+    )
     encoder = begin(net, out, seed)
-    curve = train_clip(encoder.net, PairViews(_pairs(table, split), recipe, encoder), recipe, out, workers=workers)
-    if os.environ.get('RANK', '0') == '0': print(f'loss {curve.loss.iloc[0]:.3f} -> {curve.loss.iloc[-1]:.3f}, {save_clip(encoder, out)}')
+    curve = train_clip(
+        encoder.net, PairViews(_pairs(table, split), recipe, encoder), recipe, out, workers=workers
+    )
+    if os.environ.get('RANK', '0') == '0':
+        print(f'loss {curve.loss.iloc[0]:.3f} -> {curve.loss.iloc[-1]:.3f}, {save_clip(encoder, out)}')
 
 
 @clip_app.command('eval')
@@ -421,8 +517,22 @@ def eval_(
     print(told.round(3).to_string(index=False))
     if out: told.to_csv(out, index=False)
 
-# %% ../nbs/91_cli.ipynb #781e6467
-PARTS = ('torch', 'torchvision', 'timm', 'segmentation-models-pytorch', 'transformers', 'open_clip_torch', 'pylance', 'scikit-learn', 'umap-learn', 'pandas', 'rasterio', 'jupyterlab', 'ipywidgets')
+# %% ../nbs/91_cli.ipynb #376398ae
+PARTS = (
+    'torch',
+    'torchvision',
+    'timm',
+    'segmentation-models-pytorch',
+    'transformers',
+    'open_clip_torch',
+    'pylance',
+    'scikit-learn',
+    'umap-learn',
+    'pandas',
+    'rasterio',
+    'jupyterlab',
+    'ipywidgets',
+)
 
 
 @app.command()
@@ -431,7 +541,9 @@ def doctor():
     import platform, shutil
     from rssqa import __version__
     from rssqa.core import cache_dir, pick_device
-    print(f'rssqa {__version__} · Python {platform.python_version()} · {platform.system()} {platform.machine()}')
+    print(
+        f'rssqa {__version__} · Python {platform.python_version()} · {platform.system()} {platform.machine()}'
+    )
     missing = [p for p in PARTS if not _version(p)]
     print('  ' + ' · '.join(f'{p} {_version(p)}' for p in PARTS if p not in missing))
     import torch
@@ -441,7 +553,9 @@ def doctor():
     print(f'imagery   {real_dir() or "RSSQA_REAL is not set: lessons and tests on real tiles are skipped"}')
     pack = _pack()
     print(f'pack      {pack or "none yet: run rssqa demo"}')
-    if missing: print(f'missing   {", ".join(missing)}: run pip install rssqa, or uv sync'); raise typer.Exit(2)
+    if missing:
+        print(f'missing   {", ".join(missing)}: run pip install rssqa, or uv sync')
+        raise typer.Exit(2)
 
 
 def _version(part):

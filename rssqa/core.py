@@ -17,7 +17,7 @@ from typing import Any, Iterable
 
 import numpy as np
 
-# %% ../nbs/00_core.ipynb #1740035f
+# %% ../nbs/00_core.ipynb #287b2f0a
 class Problem(Exception):
     "An error that says what failed, what was found, and what to do next."
     def __init__(self,
@@ -37,19 +37,23 @@ class UnknownName(Problem, KeyError): "A name that no registry entry, column or 
 class SchemaError(Problem, ValueError): "A table that breaks the rules of its kind."
 class DataNotFound(Problem, FileNotFoundError): "A file or folder that should be there and is not."
 class BadImage(Problem, ValueError): "A picture or mask that cannot be used as it is."
-class Incompatible(Problem, ValueError): "Parts that do not belong together: weights, features, shapes, class tables."
+class Incompatible(Problem, ValueError):
+    "Parts that do not belong together: weights, features, shapes, class tables."
 class LeakError(Problem, ValueError): "A split or label that would let a model see its own test."
 class MissingFeatures(Problem, KeyError): "Features that were asked for before they were extracted."
 class DownloadError(Problem, OSError): "A download that failed, or came out different from what was promised."
 
-# %% ../nbs/00_core.ipynb #5c7f22ba
+# %% ../nbs/00_core.ipynb #d4d473ac
 class Registry:
     "A dictionary from names to factories, with lazy entries, wildcards and suggestions."
     def __init__(self,
         kind: str, # what one entry is called in messages, such as 'method'
         group: str = '', # entry-point group that plugins use, such as 'rssqa.segmenters'
     ):
-        self.kind, self.group, self.entries, self._plugins_done = kind, group, {}, not group
+        self.kind = kind
+        self.group = group
+        self.entries = {}
+        self._plugins_done = not group
 
     def register(self,
         name: str, # unique name
@@ -59,7 +63,9 @@ class Registry:
         "Add an entry; without `entry`, return a decorator."
         if entry is None: return lambda f: self.register(name, f, replace) or f
         if name in self.entries and not replace:
-            raise Incompatible(f'{self.kind} {name!r} is registered already', '', 'choose another name or pass replace=True')
+            raise Incompatible(
+                f'{self.kind} {name!r} is registered already', '', 'choose another name or pass replace=True'
+            )
         self.entries[name] = entry
 
     def list(self, pattern: str = '*') -> list[str]:
@@ -78,9 +84,15 @@ class Registry:
     def _load(self, name, entry):
         try: return importlib.metadata.EntryPoint(name, entry, self.group).load()
         except (ImportError, AttributeError) as e:
-            raise Incompatible(f'cannot load {self.kind} {name!r} from {entry}', str(e), 'install what it needs, or correct its module:attribute') from e
+            raise Incompatible(
+                f'cannot load {self.kind} {name!r} from {entry}',
+                str(e),
+                'install what it needs, or correct its module:attribute',
+            ) from e
 
-    def __contains__(self, name): self._plugins(); return name in self.entries
+    def __contains__(self, name):
+        self._plugins()
+        return name in self.entries
     def __iter__(self): return iter(self.list())
     def __len__(self): return len(self.list())
     def __repr__(self): return f'{len(self)} {self.kind}s: ' + ', '.join(self.list())
@@ -88,7 +100,8 @@ class Registry:
     def _plugins(self):
         if self._plugins_done: return
         self._plugins_done = True
-        for ep in importlib.metadata.entry_points(group=self.group): self.entries.setdefault(ep.name, ep.value)
+        for ep in importlib.metadata.entry_points(group=self.group):
+            self.entries.setdefault(ep.name, ep.value)
 
 
 def unknown(
@@ -108,7 +121,7 @@ encoders = Registry('encoder', 'rssqa.encoders')
 fusions = Registry('fusion block', 'rssqa.fusions')
 datasets = Registry('dataset', 'rssqa.datasets')
 
-# %% ../nbs/00_core.ipynb #3bce4dcc
+# %% ../nbs/00_core.ipynb #e6e6f5bf
 def _plain(x): # what JSON lacks: numpy and torch values as numbers and lists, the rest as text
     return x.tolist() if hasattr(x, 'tolist') else sorted(x) if isinstance(x, (set, frozenset)) else str(x)
 
@@ -117,24 +130,34 @@ def digest(*parts) -> str: # 16 hexadecimal digits
     "Digest bytes, arrays and JSON-able values, in order."
     h = hashlib.blake2b(digest_size=8)
     for part in parts:
-        if isinstance(part, np.ndarray) and not part.dtype.hasobject: h.update(str((part.dtype, part.shape)).encode()); part = np.ascontiguousarray(part).tobytes()
+        if isinstance(part, np.ndarray) and not part.dtype.hasobject:
+            h.update(str((part.dtype, part.shape)).encode())
+            part = np.ascontiguousarray(part).tobytes()
         elif not isinstance(part, bytes): part = json.dumps(part, sort_keys=True, default=_plain).encode()
-        h.update(len(part).to_bytes(8, 'little')); h.update(part)
+        h.update(len(part).to_bytes(8, 'little'))
+        h.update(part)
     return h.hexdigest()
 
 
 def file_id(path) -> str: # 32 hexadecimal digits
     "Return the identity of a file: the digest of its bytes."
     try:
-        with open(path, 'rb') as f: return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        with open(path, 'rb') as f:
+            return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     except FileNotFoundError as e: raise DataNotFound(f'no file {path}', '', 'check the path') from e
 
 
 def state_digest(state: dict) -> str: # a torch state dict
     "Digest the weights of a model, independent of key order and device."
-    return digest(*(x for k in sorted(state) for x in (k, state[k].detach().cpu().contiguous().view(-1).float().numpy())))
+    return digest(
+        *(
+            x
+            for k in sorted(state)
+            for x in (k, state[k].detach().cpu().contiguous().view(-1).float().numpy())
+        )
+    )
 
-# %% ../nbs/00_core.ipynb #9e526cd8
+# %% ../nbs/00_core.ipynb #4aaba80d
 def as_image(
     source, # path, PIL image, array (H,W), (H,W,3|4) or (3,H,W); uint8 0..255 or float 0..1
     name: str = '', # what to call it in messages
@@ -143,22 +166,42 @@ def as_image(
     if isinstance(source, (str, os.PathLike)): return as_image(_open(source), str(source))
     if hasattr(source, 'convert'): source = _from_pil(source, name)
     if hasattr(source, 'detach'): source = source.detach().cpu().numpy()
-    x, name = np.asarray(source), name or 'array'
+    x = np.asarray(source)
+    name = name or 'array'
     if x.ndim == 2: x = np.repeat(x[..., None], 3, -1)
-    if x.ndim != 3 or not x.size: raise BadImage(f'cannot use {name} as an image', f'found shape {x.shape}, expected (H,W), (H,W,3) or (3,H,W)', 'pass one image')
-    if x.shape[0] in (1, 3) and (x.shape[-1] not in (3, 4) or x.shape[0] == 3 != x.shape[-1]): x = np.moveaxis(x, 0, -1)      # channels first
+    if x.ndim != 3 or not x.size:
+        raise BadImage(
+            f'cannot use {name} as an image',
+            f'found shape {x.shape}, expected (H,W), (H,W,3) or (3,H,W)',
+            'pass one image',
+        )
+    # channels first
+    if x.shape[0] in (1, 3) and (x.shape[-1] not in (3, 4) or x.shape[0] == 3 != x.shape[-1]):
+        x = np.moveaxis(x, 0, -1)
     return _rgb01(x, name).transpose(2, 0, 1).copy()
 
 
 def _rgb01(x, name): # (H,W,C) -> (H,W,3) float32
     if x.shape[-1] == 1: x = np.repeat(x, 3, -1)
     if x.shape[-1] not in (3, 4):
-        raise BadImage(f'cannot use {name} as an image', f'found {x.shape[-1]} bands, expected 3', 'select three bands, for example image[..., :3]')
+        raise BadImage(
+            f'cannot use {name} as an image',
+            f'found {x.shape[-1]} bands, expected 3',
+            'select three bands, for example image[..., :3]',
+        )
     if x.dtype == np.uint8: return x[..., :3].astype(np.float32) / 255
     if not np.issubdtype(x.dtype, np.floating):
-        raise BadImage(f'cannot use {name} as an image', f'found {x.dtype} values up to {x.max()}, expected 8-bit', 'rescale with stretch(image)')
+        raise BadImage(
+            f'cannot use {name} as an image',
+            f'found {x.dtype} values up to {x.max()}, expected 8-bit',
+            'rescale with stretch(image)',
+        )
     if not np.isfinite(x).all() or x.min() < 0 or x.max() > 1:
-        raise BadImage(f'cannot use {name} as an image', f'found values {np.nanmin(x):.3g}..{np.nanmax(x):.3g}, expected 0..1', 'divide by the maximum or use stretch(image)')
+        raise BadImage(
+            f'cannot use {name} as an image',
+            f'found values {np.nanmin(x):.3g}..{np.nanmax(x):.3g}, expected 0..1',
+            'divide by the maximum or use stretch(image)',
+        )
     return x[..., :3].astype(np.float32)
 
 
@@ -166,17 +209,36 @@ def _open(path):
     from PIL import Image, UnidentifiedImageError
     try:
         if Path(path).suffix.lower() in ('.tif', '.tiff'): return _tiff(path)
-        with Image.open(path) as im: _refuse_deep(im, path); im.load(); return im
+        with Image.open(path) as im:
+            _refuse_deep(im, path)
+            im.load()
+            return im
     except FileNotFoundError as e: raise DataNotFound(f'no image {path}', '', 'check the path') from e
-    except IsADirectoryError as e: raise BadImage(f'cannot read {path}', 'found a folder, expected an image', 'pass one file, or scan the folder') from e
-    except UnidentifiedImageError as e: raise BadImage(f'cannot read {path}', 'its bytes are no image format that PIL knows', 'check that the file is not a web page or empty') from e
-    except Image.DecompressionBombError as e: raise BadImage(f'cannot read {path}', 'larger than 178 megapixels', 'cut it into tiles first') from e
-    except (OSError, SyntaxError, ValueError) as e: raise BadImage(f'cannot read {path}', f'the file is damaged ({e})', 'copy or download it again') from e
+    except IsADirectoryError as e:
+        raise BadImage(
+            f'cannot read {path}', 'found a folder, expected an image', 'pass one file, or scan the folder'
+        ) from e
+    except UnidentifiedImageError as e:
+        raise BadImage(
+            f'cannot read {path}',
+            'its bytes are no image format that PIL knows',
+            'check that the file is not a web page or empty',
+        ) from e
+    except Image.DecompressionBombError as e:
+        raise BadImage(f'cannot read {path}', 'larger than 178 megapixels', 'cut it into tiles first') from e
+    except (OSError, SyntaxError, ValueError) as e:
+        raise BadImage(
+            f'cannot read {path}', f'the file is damaged ({e})', 'copy or download it again'
+        ) from e
 
 
 def _refuse_deep(im, path): # PIL would keep the upper 8 bits of 16-bit colour without a word
     if im.mode[:3] in ('RGB', 'LA') and ';16' in str(im.tile):
-        raise BadImage(f'cannot use {path} as an image', 'found 16 bits a channel, expected 8', 'read it with rasterio and rescale with stretch(image)')
+        raise BadImage(
+            f'cannot use {path} as an image',
+            'found 16 bits a channel, expected 8',
+            'read it with rasterio and rescale with stretch(image)',
+        )
 
 
 def _tiff(path):
@@ -185,12 +247,17 @@ def _tiff(path):
     warnings.filterwarnings('ignore', category=rasterio.errors.NotGeoreferencedWarning)
     try:
         with rasterio.open(path) as f:
-            bands, kinds = f.read(), f.colorinterp
+            bands = f.read()
+            kinds = f.colorinterp
             if kinds[0] == rasterio.enums.ColorInterp.palette: return _colours(f.colormap(1))[bands[0]]
     except rasterio.errors.RasterioError as e: raise OSError(str(e).splitlines()[0]) from e
     alpha = len(kinds) == 4 and kinds[3] == rasterio.enums.ColorInterp.alpha
     if bands.shape[0] not in (1, 3) and not alpha:
-        raise BadImage(f'cannot use {path} as an image', f'found {bands.shape[0]} bands, expected 3', 'select three bands, for example gdal_translate -b 1 -b 2 -b 3')
+        raise BadImage(
+            f'cannot use {path} as an image',
+            f'found {bands.shape[0]} bands, expected 3',
+            'select three bands, for example gdal_translate -b 1 -b 2 -b 3',
+        )
     return bands[0] if len(bands) == 1 else np.moveaxis(bands[:3], 0, -1)
 
 
@@ -199,7 +266,9 @@ def _colours(table): return np.array([table[i][:3] for i in sorted(table)], np.u
 
 def _from_pil(im, name):
     if im.mode in ('I', 'F') or im.mode.startswith('I;16'): return np.asarray(im)
-    return np.asarray(im if im.mode == 'RGB' else im.convert('RGBA').convert('RGB') if im.mode == 'P' else im.convert('RGB'))
+    return np.asarray(
+        im if im.mode == 'RGB' else im.convert('RGBA').convert('RGB') if im.mode == 'P' else im.convert('RGB')
+    )
 
 
 def stretch(
@@ -211,7 +280,7 @@ def stretch(
     lo, hi = np.nanpercentile(image, [low, high])
     return np.clip((np.nan_to_num(image, nan=lo) - lo) / max(hi - lo, 1e-12), 0, 1).astype(np.float32)
 
-# %% ../nbs/00_core.ipynb #0c8c6f96
+# %% ../nbs/00_core.ipynb #7755274d
 def pick_device(name: str = 'auto') -> str: # 'cuda', 'mps' or 'cpu'
     "Resolve 'auto' to the best device of this machine; RSSQA_DEVICE overrides."
     import torch
@@ -223,12 +292,17 @@ def pick_device(name: str = 'auto') -> str: # 'cuda', 'mps' or 'cpu'
 def seed_all(seed: int) -> None:
     "Seed Python, numpy and torch."
     import torch
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def cache_dir(*parts: str) -> Path:
     "Return (and make) a folder under the cache: RSSQA_CACHE, or the user's cache folder."
-    home = os.environ.get('RSSQA_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'rssqa'
+    home = (
+        os.environ.get('RSSQA_CACHE')
+        or Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'rssqa'
+    )
     path = Path(home).joinpath(*parts)
     path.mkdir(parents=True, exist_ok=True)
     return path
@@ -245,22 +319,33 @@ def bundled(*parts: str) -> Path:
     "Return a folder of what comes along with rssqa, in an installation or in a checkout."
     import rssqa
     here = Path(rssqa.__file__).parent
-    return next((p for home in (here/'models', here.parent/'data'/'models') if (p := home.joinpath(*parts)).exists()), here.joinpath('models', *parts))
+    return next(
+        (
+            p
+            for home in (here / 'models', here.parent / 'data' / 'models')
+            if (p := home.joinpath(*parts)).exists()
+        ),
+        here.joinpath('models', *parts),
+    )
 
-# %% ../nbs/00_core.ipynb #18b159e6
+# %% ../nbs/00_core.ipynb #46ea141c
 @contextmanager
 def atomic(path):
     "Yield a temporary path beside `path`; move it there if the block succeeds, remove it if not."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}')       # same folder: a move across disks would not be atomic
-    try: yield tmp; os.replace(tmp, path)
+    # same folder: a move across disks would not be atomic
+    tmp = path.with_name(f'.{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}')
+    try:
+        yield tmp
+        os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
 
 def write_json(path, obj) -> Path:
     "Write JSON, all or nothing."
-    with atomic(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, sort_keys=True, default=_plain) + '\n', encoding='utf-8')
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps(obj, indent=1, sort_keys=True, default=_plain) + '\n', encoding='utf-8')
     return Path(path)
 
 
@@ -268,9 +353,10 @@ def read_json(path) -> Any:
     "Read JSON; say which file is missing or broken."
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError as e: raise DataNotFound(f'no file {path}', '', 'check the path') from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise SchemaError(f'cannot read {path}', f'not valid JSON ({e})', 'restore the file') from e
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise SchemaError(f'cannot read {path}', f'not valid JSON ({e})', 'restore the file') from e
 
-# %% ../nbs/00_core.ipynb #fdf3b9b9
+# %% ../nbs/00_core.ipynb #b01ceb32
 def progress(
     items: Iterable, # what to loop over
     what: str, # two or three words
@@ -281,7 +367,17 @@ def progress(
     "Loop with a bar that shows rate and time left."
     from tqdm import tqdm
     quiet = os.environ.get('RSSQA_QUIET') == '1'
-    return tqdm(items, what, total, unit=f' {unit}', disable=quiet, file=sys.stderr, dynamic_ncols=True, mininterval=0.5, **kwargs)
+    return tqdm(
+        items,
+        what,
+        total,
+        unit=f' {unit}',
+        disable=quiet,
+        file=sys.stderr,
+        dynamic_ncols=True,
+        mininterval=0.5,
+        **kwargs,
+    )
 
 
 def say(message: str) -> None:

@@ -26,7 +26,7 @@ from .tables.sqed import build_sqed, stored_mask
 from .tables.store import Store, extract
 from .data.synthetic import SCENE_TYPES, write_scenes
 
-# %% ../nbs/90_demo.ipynb #7d83574e
+# %% ../nbs/90_demo.ipynb #9563902f
 @dataclass
 class Plan:
     "What a demo run does, and where its files are."
@@ -47,8 +47,15 @@ def synthetic_plan(seed: int = 0, steps: int = 120) -> Plan:
     "Plan a run on synthetic scenes in four looks."
     home = cache_dir('demo', f'synthetic-{seed}')
     folder = home/'data'/'synthetic'
-    if not (folder/'classes.json').exists(): write_scenes(folder, tuple(SCENE_TYPES), SCENES, size=96, seed=1000 * seed)
-    return Plan('four synthetic looks', home, [folder], Recipe('nano', steps=steps, batch=8, crop=96, lr=5e-3, seed=seed), 'tiny-clip')
+    if not (folder/'classes.json').exists():
+        write_scenes(folder, tuple(SCENE_TYPES), SCENES, size=96, seed=1000 * seed)
+    return Plan(
+        'four synthetic looks',
+        home,
+        [folder],
+        Recipe('nano', steps=steps, batch=8, crop=96, lr=5e-3, seed=seed),
+        'tiny-clip',
+    )
 
 
 def real_plan(
@@ -62,13 +69,33 @@ def real_plan(
     "Plan a run on folders of real tiles."
     data = Path(data)
     found = {p.parent.name: p.parent for p in sorted(data.glob('*/splits.csv'))}
-    if not found: raise DataNotFound(f'no dataset in {data}', 'expected folders with splits.csv, classes.json, images/ and masks/', 'point --data to the folder that holds them')
-    if missing := [s for s in sources or [] if s not in found]: raise DataNotFound(f'no dataset {missing[0]} in {data}', f'found {", ".join(found)}', 'choose among these')
+    if not found:
+        raise DataNotFound(
+            f'no dataset in {data}',
+            'expected folders with splits.csv, classes.json, images/ and masks/',
+            'point --data to the folder that holds them',
+        )
+    if missing := [s for s in sources or [] if s not in found]:
+        raise DataNotFound(
+            f'no dataset {missing[0]} in {data}', f'found {", ".join(found)}', 'choose among these'
+        )
     chosen = list(sources or [s for s in SOURCES if s in found] or list(found)[:2])
-    weights = weights or next((str(p) for p in (real_dir('weights'), data.parent/'weights') if p and p.is_dir()), None)
-    encoder = encoder or (str(Path(weights)/'clip_rs_mini') if weights and (Path(weights)/'clip_rs_mini').is_dir() else 'tiny-clip')
+    weights = weights or next(
+        (str(p) for p in (real_dir('weights'), data.parent / 'weights') if p and p.is_dir()), None
+    )
+    encoder = encoder or (
+        str(Path(weights) / 'clip_rs_mini')
+        if weights and (Path(weights) / 'clip_rs_mini').is_dir()
+        else 'tiny-clip'
+    )
     home = cache_dir('demo', f'real-{digest([str(found[s].resolve()) for s in chosen])[:8]}')
-    return Plan(' and '.join(chosen), home, [found[s] for s in chosen], Recipe('tiny', steps=steps, batch=8, crop=128, lr=1.5e-3, encoder_weights=weights, seed=seed), encoder)
+    return Plan(
+        ' and '.join(chosen),
+        home,
+        [found[s] for s in chosen],
+        Recipe('tiny', steps=steps, batch=8, crop=128, lr=1.5e-3, encoder_weights=weights, seed=seed),
+        encoder,
+    )
 
 # %% ../nbs/90_demo.ipynb #8c8f5b1c
 @contextmanager
@@ -95,7 +122,7 @@ def _looks(table): # the looks of the synthetic set count as datasets of the tab
     looks = table.scene.astype(str).str.extract(rf'^({"|".join(SCENE_TYPES)})\d+$', expand=False)
     return table.assign(dataset=np.where(table.dataset == 'synthetic', looks, table.dataset))
 
-# %% ../nbs/90_demo.ipynb #f6f53af5
+# %% ../nbs/90_demo.ipynb #13ef09b9
 def _features(plan, tiles, store):
     from rssqa.clip.encoders import load_encoder
     return extract(tiles, load_encoder(plan.encoder, dtype='float32'), store)
@@ -103,7 +130,9 @@ def _features(plan, tiles, store):
 
 def _fit(plan, table, store, semantic, networks, board, seed):
     model = QualityModel(store=str(store.root), semantic=semantic, seed=seed).fit(table)
-    facts = {v: float(board.loc[RS_SQA, v]) for v in VIEWS} | dict(data=plan.title, rows=len(table), seed=seed)
+    facts = {v: float(board.loc[RS_SQA, v]) for v in VIEWS} | dict(
+        data=plan.title, rows=len(table), seed=seed
+    )
     save_model(model, plan.home/'model', **facts)
     write_pack(plan.home, networks, 'model', plan.encoder)
     write_json(cache_dir('demo')/'latest.json', dict(pack=str(plan.home)))
@@ -112,21 +141,39 @@ def _fit(plan, table, store, semantic, networks, board, seed):
 def _picture(table, store, semantic, seed): # the plane of what is known without labels, and its numbers
     from rssqa.viz.projection import project, separation
     known = known_without_labels(table, store, semantic)
-    emb = project(known, 'umap', seed, table=table[['image_id', 'dataset', 'scene', 'method', 'oa', 'predicted']])
-    return emb, separation(known, table.oa, table.dataset, table.scene, uv=emb[['u', 'v']].to_numpy() if len(emb) == len(table) else None, seed=seed)
+    emb = project(
+        known, 'umap', seed, table=table[['image_id', 'dataset', 'scene', 'method', 'oa', 'predicted']]
+    )
+    return emb, separation(
+        known,
+        table.oa,
+        table.dataset,
+        table.scene,
+        uv=emb[['u', 'v']].to_numpy() if len(emb) == len(table) else None,
+        seed=seed,
+    )
 
 
 def _cases(table, tiles, specs, store, n=8):
     from rssqa.viz.figures import worst
-    at, out = tiles.set_index('image_id'), []
+    at = tiles.set_index('image_id')
+    out = []
     for row in worst(table, n).itertuples():
         tile = at.loc[row.image_id]
         spec = specs[tile.dataset]
-        out.append(dict(image=read_image(tile), truth=read_mask(tile, spec), mask=stored_mask(store, row.image_id, row.method_fp), palette=spec.palette,
-                        title=f'{row.dataset} · {row.method}', predicted=row.predicted))
+        out.append(
+            dict(
+                image=read_image(tile),
+                truth=read_mask(tile, spec),
+                mask=stored_mask(store, row.image_id, row.method_fp),
+                palette=spec.palette,
+                title=f'{row.dataset} · {row.method}',
+                predicted=row.predicted,
+            )
+        )
     return out
 
-# %% ../nbs/90_demo.ipynb #77b388bd
+# %% ../nbs/90_demo.ipynb #61a4f0f9
 def run(
     plan: Plan,
     out='rssqa-demo', # folder for report.html, results.csv, and the table that the Explorer opens
@@ -134,21 +181,30 @@ def run(
     seed: int = 0,
 ) -> pd.DataFrame: # one row a predictor
     "Train, segment, score, compare and write the report."
-    begun, out, store = time.monotonic(), Path(out), Store(plan.home/'store')
+    begun = time.monotonic()
+    out = Path(out)
+    store = Store(plan.home/'store')
     with _stage(plan, f'tiles: {plan.title}'): tiles, specs = _tiles(plan)
-    with _stage(plan, 'training the methods on other scenes'): networks = cross_fit(tiles, specs, plan.home/'networks', plan.chosen, plan.recipe, workers)
-    with _stage(plan, 'segmenting and describing'): table = _looks(build_sqed(tiles, networks, specs, store, workers=workers))
+    with _stage(plan, 'training the methods on other scenes'):
+        networks = cross_fit(tiles, specs, plan.home/'networks', plan.chosen, plan.recipe, workers)
+    with _stage(plan, 'segmenting and describing'):
+        table = _looks(build_sqed(tiles, networks, specs, store, workers=workers))
     with _stage(plan, 'reading the scenes'): semantic = _features(plan, tiles, store)
-    with _stage(plan, 'comparing predictors'): board, predicted = compare(table, str(store.root), semantic, seed=seed, workers=workers or os.cpu_count() or 1)
-    with _stage(plan, 'fitting the model that is kept'): _fit(plan, table, store, semantic, networks, board, seed)
+    with _stage(plan, 'comparing predictors'):
+        board, predicted = compare(
+            table, str(store.root), semantic, seed=seed, workers=workers or os.cpu_count() or 1
+        )
+    with _stage(plan, 'fitting the model that is kept'):
+        _fit(plan, table, store, semantic, networks, board, seed)
     table = table.assign(predicted=predicted[RS_SQA])
     save_run(out, table, tiles, store, semantic, plan.encoder, 'float32')
     command = _command()
     save_results(board, out/'results.csv', '5-fold cross-validation by scene', plan.title, seed, command)
-    with _stage(plan, 'writing the report'): _report(plan, out/'report.html', table, board, tiles, specs, store, semantic, seed, command, begun)
+    with _stage(plan, 'writing the report'):
+        _report(plan, out/'report.html', table, board, tiles, specs, store, semantic, seed, command, begun)
     return board
 
-# %% ../nbs/90_demo.ipynb #447f44f1
+# %% ../nbs/90_demo.ipynb #b7d65ed8
 def _command(): # as typed, without the folders of this machine
     if Path(sys.argv[0]).stem != 'rssqa': return 'rssqa.demo.run'
     return ' '.join(['rssqa', *(f'…/{Path(a).name}' if Path(a).is_absolute() else a for a in sys.argv[1:])])
@@ -158,22 +214,46 @@ def _report(plan, path, table, board, tiles, specs, store, semantic, seed, comma
     from rssqa.viz.report import write_report
     emb, numbers = _picture(table, store, semantic, seed)
     at = tiles.set_index('image_id')
-    facts = dict(title=f'Eight methods on {plan.title}', asked=f'{table.image_id.nunique():,} tiles were segmented by {table.method.nunique()} methods, each by a network that never saw their scene. '
-                 'How good is each map, and which one should be used, if nobody had labelled them?', ours=RS_SQA, always=single_best(table), separation=numbers, data=plan.title,
-                 split='5-fold cross-validation by scene; the rival of each recommendation is chosen on training scenes', seeds=str(seed), command=command,
-                 networks=f'{plan.recipe.preset}, {plan.recipe.steps} steps of {plan.recipe.batch} crops of {plan.recipe.crop} px', encoder=Path(plan.encoder).name,
-                 minutes=' · '.join(f'{k} {v / 60:.1f}' for k, v in plan.seconds.items()) + f' · all {(time.monotonic() - begun) / 60:.1f}')
+    facts = dict(
+        title=f'Eight methods on {plan.title}',
+        asked=f'{table.image_id.nunique():,} tiles were segmented by {table.method.nunique()} methods, each by a network that never saw their scene. '
+        'How good is each map, and which one should be used, if nobody had labelled them?',
+        ours=RS_SQA,
+        always=single_best(table),
+        separation=numbers,
+        data=plan.title,
+        split='5-fold cross-validation by scene; the rival of each recommendation is chosen on training scenes',
+        seeds=str(seed),
+        command=command,
+        networks=f'{plan.recipe.preset}, {plan.recipe.steps} steps of {plan.recipe.batch} crops of {plan.recipe.crop} px',
+        encoder=Path(plan.encoder).name,
+        minutes=' · '.join(f'{k} {v / 60:.1f}' for k, v in plan.seconds.items())
+        + f' · all {(time.monotonic() - begun) / 60:.1f}',
+    )
     thumbs = [read_image(at.loc[i]) for i in emb.image_id.head(400)]
     write_report(path, table, emb, board, _cases(table, tiles, specs, store), facts, thumbs)
 
 
-MEASURE_LABELS = dict(srocc_image='SROCC within image', srocc_dataset='SROCC within dataset', plcc_dataset='PLCC', mae='MAE', top1='top-1', regret='regret', gap_closed='gap closed')
+MEASURE_LABELS = dict(
+    srocc_image='SROCC within image',
+    srocc_dataset='SROCC within dataset',
+    plcc_dataset='PLCC',
+    mae='MAE',
+    top1='top-1',
+    regret='regret',
+    gap_closed='gap closed',
+)
 
 
 def as_text(board: pd.DataFrame) -> str:
     "Format the comparison for a terminal: RS-SQA first, then the baselines by MAE."
     order = [RS_SQA, *board.drop(index=RS_SQA).sort_values('mae').index]
-    return board.loc[order, list(VIEWS)].astype(float).rename(columns=MEASURE_LABELS).to_string(float_format=lambda v: f'{v:.3f}')
+    return (
+        board.loc[order, list(VIEWS)]
+        .astype(float)
+        .rename(columns=MEASURE_LABELS)
+        .to_string(float_format=lambda v: f'{v:.3f}')
+    )
 
 
 def summary(
@@ -184,4 +264,4 @@ def summary(
     "Say in a few lines what came out and where it lies."
     row = board.loc[RS_SQA]
     single = f'Always using the method that is best on average is right for {row.top1_single:.0%} of the images and loses {row.regret_single:.3f} OA; following {RS_SQA} is right for {row.top1:.0%} and loses {row.regret:.3f}.'
-    return f'{as_text(board)}\n\n{comparison_summary(board)}\n{single}\n{sum(plan.seconds.values()) / 60:.1f} minutes. Report: {Path(out)/"report.html"}\nLook around: rssqa app explorer --data {out}'
+    return f'{as_text(board)}\n\n{comparison_summary(board)}\n{single}\n{sum(plan.seconds.values()) / 60:.1f} minutes. Report: {Path(out) / "report.html"}\nLook around: rssqa app explorer --data {out}'

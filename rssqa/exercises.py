@@ -15,7 +15,7 @@ import pandas as pd
 
 from .core import Problem, Registry
 
-# %% ../nbs/02_exercises.ipynb #2e5b9e64
+# %% ../nbs/02_exercises.ipynb #7aa37395
 exercises = Registry('exercise')
 
 
@@ -24,8 +24,10 @@ class Exercise:
     "A question with a function that knows the answer."
     question: str
     reference: Callable # what was given -> the right answer
-    slips: dict[str, Callable] = field(default_factory=dict) # what went wrong -> function that makes this mistake
-    trials: Callable | None = None # () -> list of argument tuples; then the answer is a function that takes them
+    # what went wrong -> function that makes this mistake
+    slips: dict[str, Callable] = field(default_factory=dict)
+    # () -> list of argument tuples; then the answer is a function that takes them
+    trials: Callable | None = None
     tolerance: float = 0.01 # of numbers: absolute for those up to 1, relative above
 
 
@@ -37,7 +39,7 @@ class Outcome:
     def __bool__(self): return self.right
     def __repr__(self): return textwrap.fill(self.said, 100)
 
-# %% ../nbs/02_exercises.ipynb #abc07559
+# %% ../nbs/02_exercises.ipynb #11ed1c2a
 def _plain(x): # arrays, series and scalars of numpy and torch -> numbers, lists, dictionaries
     if isinstance(x, pd.Series): return x.to_dict()
     x = x.tolist() if hasattr(x, 'tolist') else x
@@ -56,24 +58,47 @@ def difference(
     tolerance: float = 0.01, # absolute for numbers up to 1, relative above
 ) -> str: # what differs, or '' if nothing does; never the right answer
     "Say in what way an answer differs from the right one."
-    answer, right = _plain(answer), _plain(right)
+    answer = _plain(answer)
+    right = _plain(right)
     if _kind(answer) != _kind(right): return f'found {_kind(answer)}, expected {_kind(right)}'
     if isinstance(right, dict):
         if lost := sorted(map(str, set(right) ^ set(answer))): return f'the names differ: check {lost[0]}'
-        return next((f'{k}: {said}' for k in right if (said := difference(answer[k], right[k], tolerance))), '')
+        return next(
+            (f'{k}: {said}' for k in right if (said := difference(answer[k], right[k], tolerance))), ''
+        )
     if isinstance(right, list):
         if len(answer) != len(right): return f'found {len(answer)} values, expected {len(right)}'
-        return next((f'value {i}: {said}' for i, (a, b) in enumerate(zip(answer, right)) if (said := difference(a, b, tolerance))), '')
-    return _number_difference(answer, right, tolerance) if _kind(right) == 'a number' else '' if answer == right else f'{answer!r} is not it'
+        return next(
+            (
+                f'value {i}: {said}'
+                for i, (a, b) in enumerate(zip(answer, right))
+                if (said := difference(a, b, tolerance))
+            ),
+            '',
+        )
+    return (
+        _number_difference(answer, right, tolerance)
+        if _kind(right) == 'a number'
+        else ''
+        if answer == right
+        else f'{answer!r} is not it'
+    )
 
 
 def _number_difference(a, b, tolerance):
-    if np.isnan(a) or np.isnan(b): return '' if np.isnan(a) and np.isnan(b) else 'found no number (NaN)' if np.isnan(a) else 'there is no number to give here: expected NaN'
+    if np.isnan(a) or np.isnan(b):
+        return (
+            ''
+            if np.isnan(a) and np.isnan(b)
+            else 'found no number (NaN)'
+            if np.isnan(a)
+            else 'there is no number to give here: expected NaN'
+        )
     if abs(a - b) <= tolerance * max(1, abs(b)): return ''
     if abs(a / 100 - b) <= tolerance: return 'right, but in percent: accuracies and shares are 0..1 here'
     return f'{a:.4g} is too {"high" if a > b else "low"}'
 
-# %% ../nbs/02_exercises.ipynb #412676fe
+# %% ../nbs/02_exercises.ipynb #d3d7a0e3
 def check(
     name: str, # 'tutorial/question', see `exercises`
     answer: Any, # number, name, list, set, dictionary, or a function
@@ -82,7 +107,8 @@ def check(
     "Judge the answer to an exercise."
     ex = exercises[name]
     if ex.trials is None: return _verdict(ex, answer, lambda f: f(*given))
-    if not callable(answer): return Outcome(False, f'not yet: found {_kind(_plain(answer))}, expected a function. {ex.question}')
+    if not callable(answer):
+        return Outcome(False, f'not yet: found {_kind(_plain(answer))}, expected a function. {ex.question}')
     return next((v for args in ex.trials() if not (v := _on_trial(ex, answer, args))), _praise())
 
 
@@ -92,7 +118,10 @@ def _praise(): return Outcome(True, 'right')
 def _on_trial(ex, answer, args):
     shown = ', '.join(textwrap.shorten(' '.join(repr(a).split()), 70, placeholder=' …') for a in args)
     try: got = answer(*args)
-    except Exception as e: return Outcome(False, f'not yet: your function raised {type(e).__name__}: {e}. It was called with {shown}')
+    except Exception as e:
+        return Outcome(
+            False, f'not yet: your function raised {type(e).__name__}: {e}. It was called with {shown}'
+        )
     return _verdict(ex, got, lambda f: f(*args), f' (called with {shown})')
 
 
@@ -100,7 +129,9 @@ def _verdict(ex, answer, run, where=''): # run: function -> what it makes of wha
     if isinstance(answer, Problem): return Outcome(False, f'not yet: {answer}')
     said = difference(answer, run(ex.reference), ex.tolerance)
     if not said: return _praise()
-    slip = next((why for why, f in ex.slips.items() if not difference(answer, run(f), ex.tolerance / 2)), None)
+    slip = next(
+        (why for why, f in ex.slips.items() if not difference(answer, run(f), ex.tolerance / 2)), None
+    )
     return Outcome(False, f'not yet: {slip or said + where}')
 
 
@@ -108,7 +139,7 @@ def ask(name: str) -> str: # name: 'tutorial/question'
     "Return the question of an exercise."
     return exercises[name].question
 
-# %% ../nbs/02_exercises.ipynb #f0d0c304
+# %% ../nbs/02_exercises.ipynb #2d802196
 def _masks(seed=0, n=4): # small truths and maps; one part of the truth has no label
     rng = np.random.default_rng(seed)
     for i in range(n):
@@ -129,36 +160,79 @@ exercises.register('accuracy_without_labels/oa', Exercise(
 def _overconfidence(table): return (table.conf - table.oa).groupby(table.method).mean()
 
 
-exercises.register('accuracy_without_labels/boastful', Exercise(
-    'Which method claims most in excess of what it achieves: the largest mean of confidence less OA?', lambda t: _overconfidence(t).idxmax(),
-    {'this one claims most; ask who claims most beyond what it achieves': lambda t: t.groupby('method').conf.mean().idxmax(),
-     'this one has the lowest OA; subtract it from the confidence': lambda t: t.groupby('method').oa.mean().idxmin(),
-     'the other way round: this one claims least in excess': lambda t: _overconfidence(t).idxmin()}))
+exercises.register(
+    'accuracy_without_labels/boastful',
+    Exercise(
+        'Which method claims most in excess of what it achieves: the largest mean of confidence less OA?',
+        lambda t: _overconfidence(t).idxmax(),
+        {
+            'this one claims most; ask who claims most beyond what it achieves': lambda t: (
+                t.groupby('method').conf.mean().idxmax()
+            ),
+            'this one has the lowest OA; subtract it from the confidence': lambda t: (
+                t.groupby('method').oa.mean().idxmin()
+            ),
+            'the other way round: this one claims least in excess': lambda t: _overconfidence(t).idxmin(),
+        },
+    ),
+)
 
-# %% ../nbs/02_exercises.ipynb #833792e2
-exercises.register('two_branches/taps', Exercise(
-    'How many numbers does the segmenter branch hand over for one map, given the channels of its taps?', lambda channels: 2 * sum(channels),
-    {'you counted the means; the standard deviations come along': sum,
-     'that is the deepest tap alone': lambda channels: 2 * channels[-1]}))
-exercises.register('two_branches/gate', Exercise(
-    'Write gate(seg, sem): the segmenter vector plus itself times the semantic vector, element by element.', lambda seg, sem: seg + seg * sem,
-    {'the ungated vector must be added: a gate of zero should leave it as it is': lambda seg, sem: seg * sem,
-     'this adds the two vectors; a gate multiplies': lambda seg, sem: seg + sem},
-    lambda: [tuple(np.random.default_rng(i).normal(size=(2, 4))) for i in range(3)]))
-exercises.register('build_an_sqed/rows', Exercise(
-    'How many rows has the table of all tiles and methods?', lambda tiles, methods: len(tiles) * len(methods),
-    {'one row an image is not enough: a row is one map': lambda tiles, methods: len(tiles),
-     'a tile is judged by one network of each method, that of its own fold, not by all': lambda tiles, methods: len(tiles) * len(methods) * tiles.fold.nunique()}))
+# %% ../nbs/02_exercises.ipynb #f229ac9c
+exercises.register(
+    'two_branches/taps',
+    Exercise(
+        'How many numbers does the segmenter branch hand over for one map, given the channels of its taps?',
+        lambda channels: 2 * sum(channels),
+        {
+            'you counted the means; the standard deviations come along': sum,
+            'that is the deepest tap alone': lambda channels: 2 * channels[-1],
+        },
+    ),
+)
+exercises.register(
+    'two_branches/gate',
+    Exercise(
+        'Write gate(seg, sem): the segmenter vector plus itself times the semantic vector, element by element.',
+        lambda seg, sem: seg + seg * sem,
+        {
+            'the ungated vector must be added: a gate of zero should leave it as it is': lambda seg, sem: (
+                seg * sem
+            ),
+            'this adds the two vectors; a gate multiplies': lambda seg, sem: seg + sem,
+        },
+        lambda: [tuple(np.random.default_rng(i).normal(size=(2, 4))) for i in range(3)],
+    ),
+)
+exercises.register(
+    'build_an_sqed/rows',
+    Exercise(
+        'How many rows has the table of all tiles and methods?',
+        lambda tiles, methods: len(tiles) * len(methods),
+        {
+            'one row an image is not enough: a row is one map': lambda tiles, methods: len(tiles),
+            'a tile is judged by one network of each method, that of its own fold, not by all': lambda tiles, methods: (
+                len(tiles) * len(methods) * tiles.fold.nunique()
+            ),
+        },
+    ),
+)
 exercises.register('build_an_sqed/torn', Exercise(
     'Which scene lies in more than one split?', lambda table: table.groupby('scene').split.nunique().idxmax(),
     {'that scene has the most rows, all in one split': lambda table: table.scene.value_counts().idxmax()}))
 
-# %% ../nbs/02_exercises.ipynb #cd03407a
+# %% ../nbs/02_exercises.ipynb #f71d9dc4
 def _told(seed): # a small table of predictions
     rng = np.random.default_rng(seed)
     hard = np.repeat(rng.uniform(0.3, 0.9, 5), 4)
     oa = hard + rng.normal(0, 0.05, 20)
-    return pd.DataFrame(dict(image_id=np.repeat([*'abcde'], 4), method=[*'wxyz'] * 5, oa=oa.clip(0, 1), predicted=(hard + 0.5 * (oa - hard) + rng.normal(0, 0.04, 20)).clip(0, 1)))
+    return pd.DataFrame(
+        dict(
+            image_id=np.repeat([*'abcde'], 4),
+            method=[*'wxyz'] * 5,
+            oa=oa.clip(0, 1),
+            predicted=(hard + 0.5 * (oa - hard) + rng.normal(0, 0.04, 20)).clip(0, 1),
+        )
+    )
 
 
 def _spearman(t): return float(t.oa.rank().corr(t.predicted.rank()))
@@ -167,16 +241,34 @@ def _spearman(t): return float(t.oa.rank().corr(t.predicted.rank()))
 def _within(t): return float(np.mean([_spearman(part) for _, part in t.groupby('image_id')]))
 
 
-exercises.register('train_a_quality_model/within', Exercise(
-    'Write within(table): the rank correlation of oa and predicted inside each image, averaged over images.', _within,
-    {'this ranks all maps together: compute it inside each image first': _spearman,
-     'these are linear correlations; rank both columns first': lambda t: float(np.mean([p.oa.corr(p.predicted) for _, p in t.groupby('image_id')]))},
-    lambda: [(_told(i),) for i in range(3)]))
-exercises.register('train_a_quality_model/error', Exercise(
-    'By how much is the mean absolute error of the model lower than that of the mean of dataset and method?',
-    lambda t: float((t['mean'] - t.oa).abs().mean() - (t.predicted - t.oa).abs().mean()),
-    {'the sign: the question asks how much *lower* the error of the model is': lambda t: float((t.predicted - t.oa).abs().mean() - (t['mean'] - t.oa).abs().mean()),
-     'that is the error of the model itself': lambda t: float((t.predicted - t.oa).abs().mean())}, tolerance=0.001))
+exercises.register(
+    'train_a_quality_model/within',
+    Exercise(
+        'Write within(table): the rank correlation of oa and predicted inside each image, averaged over images.',
+        _within,
+        {
+            'this ranks all maps together: compute it inside each image first': _spearman,
+            'these are linear correlations; rank both columns first': lambda t: float(
+                np.mean([p.oa.corr(p.predicted) for _, p in t.groupby('image_id')])
+            ),
+        },
+        lambda: [(_told(i),) for i in range(3)],
+    ),
+)
+exercises.register(
+    'train_a_quality_model/error',
+    Exercise(
+        'By how much is the mean absolute error of the model lower than that of the mean of dataset and method?',
+        lambda t: float((t['mean'] - t.oa).abs().mean() - (t.predicted - t.oa).abs().mean()),
+        {
+            'the sign: the question asks how much *lower* the error of the model is': lambda t: float(
+                (t.predicted - t.oa).abs().mean() - (t['mean'] - t.oa).abs().mean()
+            ),
+            'that is the error of the model itself': lambda t: float((t.predicted - t.oa).abs().mean()),
+        },
+        tolerance=0.001,
+    ),
+)
 
 
 def _explained(group, y): # share of the variance of y between groups
@@ -184,50 +276,140 @@ def _explained(group, y): # share of the variance of y between groups
     return float(y.groupby(np.asarray(group)).transform('mean').var(ddof=0) / y.var(ddof=0))
 
 
-exercises.register('read_a_umap/explained', Exercise(
-    'Write explained(group, y): the variance of the group means (each row counts) over the variance of y.', _explained,
-    {'you gave the share that is left inside the groups': lambda g, y: 1 - _explained(g, y),
-     'count each group by its rows: give every row the mean of its group first': lambda g, y: float(pd.Series(y).groupby(np.asarray(g)).mean().var(ddof=0) / np.var(y))},
-    lambda: [(np.array([*'aaab' * 3]), np.random.default_rng(i).normal(size=12) + np.tile([0, 0, 0, 2.], 3)) for i in range(3)]))
-exercises.register('read_a_umap/surviving', Exercise(
-    'Which of the claims about the picture survive a number in the original space? Give a set of their names.',
-    lambda numbers, least: {k for k, v in numbers.items() if v >= least},
-    {'you kept the ones that fail': lambda numbers, least: {k for k, v in numbers.items() if v < least}}))
+exercises.register(
+    'read_a_umap/explained',
+    Exercise(
+        'Write explained(group, y): the variance of the group means (each row counts) over the variance of y.',
+        _explained,
+        {
+            'you gave the share that is left inside the groups': lambda g, y: 1 - _explained(g, y),
+            'count each group by its rows: give every row the mean of its group first': lambda g, y: float(
+                pd.Series(y).groupby(np.asarray(g)).mean().var(ddof=0) / np.var(y)
+            ),
+        },
+        lambda: [
+            (np.array([*'aaab' * 3]), np.random.default_rng(i).normal(size=12) + np.tile([0, 0, 0, 2.0], 3))
+            for i in range(3)
+        ],
+    ),
+)
+exercises.register(
+    'read_a_umap/surviving',
+    Exercise(
+        'Which of the claims about the picture survive a number in the original space? Give a set of their names.',
+        lambda numbers, least: {k for k, v in numbers.items() if v >= least},
+        {'you kept the ones that fail': lambda numbers, least: {k for k, v in numbers.items() if v < least}},
+    ),
+)
 
-# %% ../nbs/02_exercises.ipynb #d6d01b95
+# %% ../nbs/02_exercises.ipynb #c0f0a2d2
 def _best(t): return t.groupby('image_id').oa.max()
 def _chosen(t): return t.loc[t.groupby('image_id').predicted.idxmax()].set_index('image_id').oa
 
 
-exercises.register('which_method/regret', Exercise(
-    'Write regret(table): what following the highest prediction loses against the best method of each image, on average.', lambda t: float((_best(t) - _chosen(t)).mean()),
-    {'the sign: a loss is positive here': lambda t: float((_chosen(t) - _best(t)).mean()),
-     'that is the error of the prediction of the chosen map, not what the choice loses': lambda t: float((t.loc[t.groupby('image_id').predicted.idxmax()].predicted - t.loc[t.groupby('image_id').predicted.idxmax()].oa).abs().mean()),
-     'that compares with the mean method; the rival is the best one of the image': lambda t: float((t.groupby('image_id').oa.mean() - _chosen(t)).mean())},
-    lambda: [(_told(i),) for i in range(3)], 0.001))
-exercises.register('which_method/close', Exercise(
-    'On which share of the images are the two highest predictions closer than 0.01?',
-    lambda t: float(t.groupby('image_id').predicted.apply(lambda p: np.diff(np.sort(p)[-2:])[0] < 0.01).mean()),
-    {'that is the share of images where they are *not* that close': lambda t: float(t.groupby('image_id').predicted.apply(lambda p: np.diff(np.sort(p)[-2:])[0] >= 0.01).mean()),
-     'you compared the highest with the lowest': lambda t: float(t.groupby('image_id').predicted.apply(lambda p: np.ptp(p) < 0.01).mean())}))
+exercises.register(
+    'which_method/regret',
+    Exercise(
+        'Write regret(table): what following the highest prediction loses against the best method of each image, on average.',
+        lambda t: float((_best(t) - _chosen(t)).mean()),
+        {
+            'the sign: a loss is positive here': lambda t: float((_chosen(t) - _best(t)).mean()),
+            'that is the error of the prediction of the chosen map, not what the choice loses': lambda t: (
+                float(
+                    (
+                        t.loc[t.groupby('image_id').predicted.idxmax()].predicted
+                        - t.loc[t.groupby('image_id').predicted.idxmax()].oa
+                    )
+                    .abs()
+                    .mean()
+                )
+            ),
+            'that compares with the mean method; the rival is the best one of the image': lambda t: float(
+                (t.groupby('image_id').oa.mean() - _chosen(t)).mean()
+            ),
+        },
+        lambda: [(_told(i),) for i in range(3)],
+        0.001,
+    ),
+)
+exercises.register(
+    'which_method/close',
+    Exercise(
+        'On which share of the images are the two highest predictions closer than 0.01?',
+        lambda t: float(
+            t.groupby('image_id').predicted.apply(lambda p: np.diff(np.sort(p)[-2:])[0] < 0.01).mean()
+        ),
+        {
+            'that is the share of images where they are *not* that close': lambda t: float(
+                t.groupby('image_id').predicted.apply(lambda p: np.diff(np.sort(p)[-2:])[0] >= 0.01).mean()
+            ),
+            'you compared the highest with the lowest': lambda t: float(
+                t.groupby('image_id').predicted.apply(lambda p: np.ptp(p) < 0.01).mean()
+            ),
+        },
+    ),
+)
 
-# %% ../nbs/02_exercises.ipynb #05ab9eb2
-exercises.register('train_a_clip/shared', Exercise(
-    'Write shared(table): the share of captions (rows) whose sentence stands behind more than one image (key).', lambda t: float((t.groupby('caption').key.transform('nunique') > 1).mean()),
-    {'two captions of the same image are no confusion: count images, not rows': lambda t: float(t.caption.duplicated(keep=False).mean()),
-     'you counted different sentences; the share is of rows': lambda t: float((t.groupby('caption').key.nunique() > 1).mean())},
-    lambda: [(pd.DataFrame(dict(key=[*'aabcd'], caption=[*'xyxzz'])),), (pd.DataFrame(dict(key=[*'aabcc'], caption=[*'xxyyz'])),)]))
-exercises.register('train_a_clip/chance', Exercise(
-    'What loss has a net that knows nothing, with this batch?', lambda batch: float(np.log(batch)),
-    {'natural logarithm, please': lambda batch: float(np.log2(batch)), 'that is the chance to be right; the loss is its negative logarithm': lambda batch: 1 / batch}))
+# %% ../nbs/02_exercises.ipynb #bce2770f
+exercises.register(
+    'train_a_clip/shared',
+    Exercise(
+        'Write shared(table): the share of captions (rows) whose sentence stands behind more than one image (key).',
+        lambda t: float((t.groupby('caption').key.transform('nunique') > 1).mean()),
+        {
+            'two captions of the same image are no confusion: count images, not rows': lambda t: float(
+                t.caption.duplicated(keep=False).mean()
+            ),
+            'you counted different sentences; the share is of rows': lambda t: float(
+                (t.groupby('caption').key.nunique() > 1).mean()
+            ),
+        },
+        lambda: [
+            (pd.DataFrame(dict(key=[*'aabcd'], caption=[*'xyxzz'])),),
+            (pd.DataFrame(dict(key=[*'aabcc'], caption=[*'xxyyz'])),),
+        ],
+    ),
+)
+exercises.register(
+    'train_a_clip/chance',
+    Exercise(
+        'What loss has a net that knows nothing, with this batch?',
+        lambda batch: float(np.log(batch)),
+        {
+            'natural logarithm, please': lambda batch: float(np.log2(batch)),
+            'that is the chance to be right; the loss is its negative logarithm': lambda batch: 1 / batch,
+        },
+    ),
+)
 
 
 def _smallest_cut(cuts, lost): return next(float(c) for c, share in zip(cuts, lost) if share >= 0.9)
 
 
-exercises.register('purify_captions/cut', Exercise(
-    'Which is the smallest cut that removes at least 90 % of the shuffled captions?', lambda table: _smallest_cut(table.cut, table.shuffled),
-    {'that cut removes 90 % of the *clean* captions': lambda table: _smallest_cut(table.cut, table.clean) if (table.clean >= 0.9).any() else np.nan}, tolerance=0.001))
-exercises.register('purify_captions/price', Exercise(
-    'What share of the clean captions goes with that cut?', lambda table: float(table.clean[np.isclose(table.cut, _smallest_cut(table.cut, table.shuffled))].iloc[0]),
-    {'that is the share of shuffled ones': lambda table: float(table.shuffled[np.isclose(table.cut, _smallest_cut(table.cut, table.shuffled))].iloc[0])}))
+exercises.register(
+    'purify_captions/cut',
+    Exercise(
+        'Which is the smallest cut that removes at least 90 % of the shuffled captions?',
+        lambda table: _smallest_cut(table.cut, table.shuffled),
+        {
+            'that cut removes 90 % of the *clean* captions': lambda table: (
+                _smallest_cut(table.cut, table.clean) if (table.clean >= 0.9).any() else np.nan
+            )
+        },
+        tolerance=0.001,
+    ),
+)
+exercises.register(
+    'purify_captions/price',
+    Exercise(
+        'What share of the clean captions goes with that cut?',
+        lambda table: float(
+            table.clean[np.isclose(table.cut, _smallest_cut(table.cut, table.shuffled))].iloc[0]
+        ),
+        {
+            'that is the share of shuffled ones': lambda table: float(
+                table.shuffled[np.isclose(table.cut, _smallest_cut(table.cut, table.shuffled))].iloc[0]
+            )
+        },
+    ),
+)

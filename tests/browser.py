@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from rssqa.bench.explorer_speed import CHROMIUM, FLAGS, JupyterLab, drag, run_all  # noqa: F401 (tests take them from here)
+# noqa: F401 (tests take them from here)
+from rssqa.bench.explorer_speed import CHROMIUM, FLAGS, JupyterLab, drag, run_all
 
 NOISE = ('favicon', 'ERR_INTERNET_DISCONNECTED', 'ERR_NAME_NOT_RESOLVED')
 WHY = 'no chromium on the path: the views are not tried in a browser'
@@ -33,7 +34,12 @@ def chromium():
 def overhear(page, kinds=('error',), noise=NOISE):
     "Remember what the console of a page complains of, in `page.faults`."
     page.faults = []
-    page.on('console', lambda m: page.faults.append(m.text) if m.type in kinds and not any(n in m.text for n in noise) else None)
+    page.on(
+        'console',
+        lambda m: (
+            page.faults.append(m.text) if m.type in kinds and not any(n in m.text for n in noise) else None
+        ),
+    )
     page.on('pageerror', lambda e: page.faults.append(str(e)))
     return page
 
@@ -50,7 +56,8 @@ def page(chromium):
 @contextmanager
 def opened(chromium, address, width=1200, height=860, **options):
     "Open a page from a file, with the network off; afterwards nothing may have gone wrong on its console, and nobody was asked for anything."
-    context, asked = chromium.new_context(offline=True, viewport=dict(width=width, height=height), **options), []
+    context = chromium.new_context(offline=True, viewport=dict(width=width, height=height), **options)
+    asked = []
     page = overhear(context.new_page(), ('error', 'warning'), ())
     page.on('request', lambda r: asked.append(r.url))
     try:

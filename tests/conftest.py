@@ -4,19 +4,36 @@ from pathlib import Path
 
 import pytest
 
-FLAGS = {'slow': 'takes minutes', 'gpu': 'needs an accelerator', 'weights': 'needs downloaded weights', 'real': 'needs real imagery below RSSQA_REAL'}
+FLAGS = {
+    'slow': 'takes minutes',
+    'gpu': 'needs an accelerator',
+    'weights': 'needs downloaded weights',
+    'real': 'needs real imagery below RSSQA_REAL',
+}
 FIRST = 'RSSQA_TEST_RUN' not in os.environ       # not a worker or a fork of a run that is under way
 
 
 def prepare_environment():
     "Set what numpy, torch, numba and matplotlib read when they are first imported; subprocesses and workers inherit it."
-    os.environ |= dict(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MKL_NUM_THREADS='1', NUMBA_THREADING_LAYER='workqueue',
-                       MPLBACKEND='agg', RSSQA_QUIET='1', ARROW_DEFAULT_MEMORY_POOL='system',          # jemalloc's thread can hang a worker that exits
-                       TQDM_DISABLE='1', PYDEVD_DISABLE_FILE_VALIDATION='1')
+    os.environ |= dict(
+        OMP_NUM_THREADS='1',
+        OPENBLAS_NUM_THREADS='1',
+        MKL_NUM_THREADS='1',
+        NUMBA_THREADING_LAYER='workqueue',
+        MPLBACKEND='agg',
+        RSSQA_QUIET='1',
+        ARROW_DEFAULT_MEMORY_POOL='system',  # jemalloc's thread can hang a worker that exits
+        TQDM_DISABLE='1',
+        PYDEVD_DISABLE_FILE_VALIDATION='1',
+    )
     os.environ.setdefault('RSSQA_DEVICE', 'cpu')
     os.environ.pop('IN_TEST', None)                      # with it nbdev_export does nothing
     run = Path(tempfile.mkdtemp(prefix='rssqa-test-'))   # one folder for all workers of this run
-    os.environ |= dict(RSSQA_TEST_RUN=str(run), RSSQA_CACHE=os.environ.get('RSSQA_TEST_CACHE') or str(run/'cache'), IPYTHONDIR=str(run/'ipython'))
+    os.environ |= dict(
+        RSSQA_TEST_RUN=str(run),
+        RSSQA_CACHE=os.environ.get('RSSQA_TEST_CACHE') or str(run / 'cache'),
+        IPYTHONDIR=str(run / 'ipython'),
+    )
 
 
 if FIRST: prepare_environment()
@@ -29,14 +46,16 @@ def pytest_addoption(parser):
 def asked_flags(config) -> set:
     "Return the opt-in flags of this run; `real` is on wherever RSSQA_REAL is set."
     flags = set(config.getoption('--nb-flags').split())
-    if unknown := flags - FLAGS.keys(): raise pytest.UsageError(f'--nb-flags: no {", ".join(sorted(unknown))}; choose from {" ".join(FLAGS)}')
+    if unknown := flags - FLAGS.keys():
+        raise pytest.UsageError(f'--nb-flags: no {", ".join(sorted(unknown))}; choose from {" ".join(FLAGS)}')
     return flags | ({'real'} if os.environ.get('RSSQA_REAL') else set())
 
 
 def pytest_configure(config):
     flags = asked_flags(config)
     if 'weights' not in flags: os.environ['HF_HUB_OFFLINE'] = '1'
-    for flag, why in FLAGS.items(): config.addinivalue_line('markers', f'{flag}: {why}; runs with --nb-flags {flag}')
+    for flag, why in FLAGS.items():
+        config.addinivalue_line('markers', f'{flag}: {why}; runs with --nb-flags {flag}')
 
 
 def pytest_unconfigure(config):
@@ -47,7 +66,10 @@ def pytest_collection_modifyitems(config, items):
     off = FLAGS.keys() - asked_flags(config)
     for item in items:
         for mark in item.iter_markers():
-            if mark.name in off: item.add_marker(pytest.mark.skip(reason=f'{FLAGS[mark.name]}; ask with --nb-flags {mark.name}'))
+            if mark.name in off:
+                item.add_marker(
+                    pytest.mark.skip(reason=f'{FLAGS[mark.name]}; ask with --nb-flags {mark.name}')
+                )
 
 
 @pytest.fixture(scope='session')

@@ -5,8 +5,26 @@ A server process imports them once and does nothing else, so that its forks star
 import contextlib, multiprocessing, os, sys, tempfile, traceback
 from pathlib import Path
 
-HEAVY = ['torch', 'torchvision', 'pandas', 'matplotlib.pyplot', 'matplotlib_inline.backend_inline', 'timm', 'open_clip', 'scipy.stats',
-         'sklearn.linear_model', 'PIL.Image', 'pytest', 'nbformat', 'yaml', 'pypandoc', 'nbdev.test', 'nbdev.showdoc', 'nbdev.serve_drv', 'execnb.shell']
+HEAVY = [
+    'torch',
+    'torchvision',
+    'pandas',
+    'matplotlib.pyplot',
+    'matplotlib_inline.backend_inline',
+    'timm',
+    'open_clip',
+    'scipy.stats',
+    'sklearn.linear_model',
+    'PIL.Image',
+    'pytest',
+    'nbformat',
+    'yaml',
+    'pypandoc',
+    'nbdev.test',
+    'nbdev.showdoc',
+    'nbdev.serve_drv',
+    'execnb.shell',
+]
 METHOD = 'forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn'
 context = multiprocessing.get_context(METHOD)
 if METHOD == 'forkserver': context.set_forkserver_preload(HEAVY)
@@ -31,7 +49,11 @@ def run_forked(function, *args, limit_s=600, tail=60) -> str:
         process.start()
         process.join(limit_s)
         late = process.is_alive()
-        if late: process.terminate(); process.join(5); process.kill(); process.join()
+        if late:
+            process.terminate()
+            process.join(5)
+            process.kill()
+            process.join()
         if process.exitcode == 0 and not late: return ''
         lines = log.read_text(encoding='utf-8', errors='replace').splitlines() if log.exists() else []
         why = f'not done after {limit_s} s' if late else f'exit code {process.exitcode}'

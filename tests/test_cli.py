@@ -28,7 +28,14 @@ def call(capsys, *args):
 def demo():
     "A demo run in miniature, one for all workers: two looks, three methods, a dozen steps; every stage is the real one."
     home = Path(os.environ['RSSQA_TEST_RUN'])/'demo'
-    plan = Plan('two looks', home/'run', [home/'data'/'synthetic'], Recipe('nano', steps=12, batch=4, crop=64, lr=5e-3), 'tiny-clip', ['segformer', 'pspnet', 'upernet-swin'])
+    plan = Plan(
+        'two looks',
+        home / 'run',
+        [home / 'data' / 'synthetic'],
+        Recipe('nano', steps=12, batch=4, crop=64, lr=5e-3),
+        'tiny-clip',
+        ['segformer', 'pspnet', 'upernet-swin'],
+    )
     with FileLock(f'{home}.lock'):
         if not (home/'done.pickle').exists():
             write_scenes(plan.folders[0], ('town', 'flood'), scenes=6, size=64)
@@ -38,11 +45,23 @@ def demo():
 
 def test_demo_writes_report_table_and_pack(demo):
     plan, board, home = demo
-    assert {p.name for p in (home/'out').iterdir()} == {'report.html', 'results.csv', 'run.json', 'sqed.parquet', 'tiles.parquet'}
+    assert {p.name for p in (home / 'out').iterdir()} == {
+        'report.html',
+        'results.csv',
+        'run.json',
+        'sqed.parquet',
+        'tiles.parquet',
+    }
     table = pd.read_parquet(home/'out'/'sqed.parquet')
-    assert len(table) == 48 * 3 and set(table.dataset) == {'town', 'flood'} and table.predicted.between(0, 1).all()
+    assert (
+        len(table) == 48 * 3
+        and set(table.dataset) == {'town', 'flood'}
+        and table.predicted.between(0, 1).all()
+    )
     saved = pd.read_csv(home/'out'/'results.csv')
-    assert {'protocol', 'data', 'seed', 'commit', 'command'} <= set(saved) and set(saved.predictor) == set(board.index)
+    assert {'protocol', 'data', 'seed', 'commit', 'command'} <= set(saved) and set(saved.predictor) == set(
+        board.index
+    )
     html = (home/'out'/'report.html').read_text()
     assert 'two looks' in html and 'src="http' not in html and 'href="http' not in html
     assert json.loads((cache_dir('demo')/'latest.json').read_text())['pack'] == str(plan.home)
@@ -51,7 +70,12 @@ def test_demo_writes_report_table_and_pack(demo):
 def test_demo_reports_every_predictor_beside_ours(demo):
     plan, board, home = demo
     text = summary(board, plan, home/'out')
-    assert as_text(board).splitlines()[2].startswith(RS_SQA) and all(name in text for name in board.index) and 'minutes' in text and f'rssqa app explorer --data {home/"out"}' in text
+    assert (
+        as_text(board).splitlines()[2].startswith(RS_SQA)
+        and all(name in text for name in board.index)
+        and 'minutes' in text
+        and f'rssqa app explorer --data {home / "out"}' in text
+    )
     assert board.loc['mean of dataset and method', 'gap_closed'] == pytest.approx(0, abs=0.35)
 
 
@@ -68,7 +92,9 @@ def test_second_run_computes_nothing_again(demo, monkeypatch):
 def test_score_and_recommend(demo, capsys, tmp_path):
     plan, _, home = demo
     for i, look in enumerate(('town', 'flood', 'rural')):
-        Image.fromarray((scene(look, 900 + i, 64).image.transpose(1, 2, 0) * 255).astype(np.uint8)).save(tmp_path/f'{look}.png')
+        Image.fromarray((scene(look, 900 + i, 64).image.transpose(1, 2, 0) * 255).astype(np.uint8)).save(
+            tmp_path / f'{look}.png'
+        )
     (tmp_path/'page.png').write_text('<html>not found</html>')
     Image.new('RGB', (1, 1)).save(tmp_path/'dot.png')
     code, out, _ = call(capsys, 'score', tmp_path/'town.png', '--pack', plan.home)
@@ -95,8 +121,15 @@ def test_score_and_recommend(demo, capsys, tmp_path):
     (('score',), ('IMAGE',))])
 def test_a_mistake_is_one_line_and_exit_code_2(demo, capsys, tmp_path, args, words):
     Image.new('RGB', (64, 64), 'green').save(tmp_path/'green.png')
-    code, out, err = call(capsys, *[{'PACK': demo[0].home, 'IMAGE': tmp_path/'green.png'}.get(a, a) for a in args])
-    assert code == 2 and 'Traceback' not in err and err.startswith('rssqa: ') and len(err.strip().splitlines()) == 1
+    code, out, err = call(
+        capsys, *[{'PACK': demo[0].home, 'IMAGE': tmp_path / 'green.png'}.get(a, a) for a in args]
+    )
+    assert (
+        code == 2
+        and 'Traceback' not in err
+        and err.startswith('rssqa: ')
+        and len(err.strip().splitlines()) == 1
+    )
     assert all(w.lower() in err.lower() for w in words), err
 
 
@@ -123,4 +156,8 @@ def test_help_and_typos_do_not_load_torch():
 @pytest.mark.real
 def test_real_plan_finds_weights_and_sources(real):
     plan = real_plan(real/'seg')
-    assert [f.name for f in plan.folders] == ['mumbai_pleiades', 'dubai_mbrsc'] and plan.recipe.encoder_weights and plan.encoder.endswith('clip_rs_mini')
+    assert (
+        [f.name for f in plan.folders] == ['mumbai_pleiades', 'dubai_mbrsc']
+        and plan.recipe.encoder_weights
+        and plan.encoder.endswith('clip_rs_mini')
+    )

@@ -8,8 +8,18 @@ from rssqa.core import write_json
 from rssqa.clip.encoders import load_encoder
 from rssqa.testing.fake_corpora import fake_corpus
 
-NET = dict(embed_dim=16, custom_text=True, vision_cfg=dict(timm_model_name='mobilenetv2_035', timm_model_pretrained=False, timm_pool='avg', timm_proj='linear', image_size=32),
-           text_cfg=dict(context_length=32, vocab_size=49408, width=16, heads=2, layers=1))
+NET = dict(
+    embed_dim=16,
+    custom_text=True,
+    vision_cfg=dict(
+        timm_model_name='mobilenetv2_035',
+        timm_model_pretrained=False,
+        timm_pool='avg',
+        timm_proj='linear',
+        image_size=32,
+    ),
+    text_cfg=dict(context_length=32, vocab_size=49408, width=16, heads=2, layers=1),
+)
 
 
 def run(*words):
@@ -24,16 +34,54 @@ def test_from_a_corpus_to_an_encoder(tmp_path):
     table = pd.read_parquet(tmp_path/'shards/pairs.parquet')
     write_json(tmp_path/'net/open_clip_config.json', dict(model_cfg=NET))
     for steps in 2, 2:                                                   # the second call finds everything done
-        told = run('clip', 'train', tmp_path/'shards', '--net', tmp_path/'net', '--out', tmp_path/'run', '--steps', steps, '--batch', 4, '--split', '', '--workers', 0,
-                   '--objectives', 'itc, local-global:0.5', '--small', 1)
+        told = run(
+            'clip',
+            'train',
+            tmp_path / 'shards',
+            '--net',
+            tmp_path / 'net',
+            '--out',
+            tmp_path / 'run',
+            '--steps',
+            steps,
+            '--batch',
+            4,
+            '--split',
+            '',
+            '--workers',
+            0,
+            '--objectives',
+            'itc, local-global:0.5',
+            '--small',
+            1,
+        )
     assert 'loss' in told and len(pd.read_csv(tmp_path/'run/curve.csv')) == 2
     assert load_encoder(str(tmp_path/'run')).dim == 16
-    assert 'zero-shot' in run('clip', 'eval', tmp_path/'run', tmp_path/'shards', '--split', '', '--out', tmp_path/'eval.csv') and len(pd.read_csv(tmp_path/'eval.csv'))
+    assert 'zero-shot' in run(
+        'clip', 'eval', tmp_path / 'run', tmp_path / 'shards', '--split', '', '--out', tmp_path / 'eval.csv'
+    ) and len(pd.read_csv(tmp_path / 'eval.csv'))
     run('clip', 'purify', tmp_path/'shards', '--encoder', tmp_path/'run', '--out', tmp_path/'pure')
     pure = pd.read_parquet(tmp_path/'pure/purified.parquet')
     assert 0 < len(pure) <= len(table) and set(pure.pair) <= set(table.pair)
-    begun = run('clip', 'train', tmp_path/'pure/purified.parquet', '--net', tmp_path/'run', '--out', tmp_path/'more', '--steps', 1, '--batch', 2, '--split', '', '--workers', 0)
-    assert 'loss' in begun                                               # paths of a purified table open from anywhere, and an encoder is a start
+    begun = run(
+        'clip',
+        'train',
+        tmp_path / 'pure/purified.parquet',
+        '--net',
+        tmp_path / 'run',
+        '--out',
+        tmp_path / 'more',
+        '--steps',
+        1,
+        '--batch',
+        2,
+        '--split',
+        '',
+        '--workers',
+        0,
+    )
+    # paths of a purified table open from anywhere, and an encoder is a start
+    assert 'loss' in begun
 
 
 @pytest.mark.parametrize('words, said', [(('clip', 'shards', 'karpaty', '.', 'out'), 'karpathy'), (('clip', 'eval', 'tiny-clip', 'nowhere'), 'rssqa clip shards')])

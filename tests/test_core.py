@@ -9,20 +9,58 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 from rssqa import core
-from rssqa.core import (BadImage, DataNotFound, DownloadError, Incompatible, LeakError, MissingFeatures, Problem, Registry, SchemaError, UnknownName,
-                        as_image, atomic, cache_dir, digest, file_id, pick_device, progress, read_json, real_dir, say, seed_all, state_digest, stretch,
-                        unknown, write_json)
+from rssqa.core import (
+    BadImage,
+    DataNotFound,
+    DownloadError,
+    Incompatible,
+    LeakError,
+    MissingFeatures,
+    Problem,
+    Registry,
+    SchemaError,
+    UnknownName,
+    as_image,
+    atomic,
+    cache_dir,
+    digest,
+    file_id,
+    pick_device,
+    progress,
+    read_json,
+    real_dir,
+    say,
+    seed_all,
+    state_digest,
+    stretch,
+    unknown,
+    write_json,
+)
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-KINDS = {UnknownName: KeyError, SchemaError: ValueError, DataNotFound: FileNotFoundError, BadImage: ValueError, Incompatible: ValueError,
-         LeakError: ValueError, MissingFeatures: KeyError, DownloadError: OSError}
+KINDS = {
+    UnknownName: KeyError,
+    SchemaError: ValueError,
+    DataNotFound: FileNotFoundError,
+    BadImage: ValueError,
+    Incompatible: ValueError,
+    LeakError: ValueError,
+    MissingFeatures: KeyError,
+    DownloadError: OSError,
+}
 
 
 def refused(error, make, *words):
     "Assert a one-line problem in three parts that says the words; return it."
     with pytest.raises(error) as caught: make()
     text = str(caught.value)
-    assert '\n' not in text and caught.value.what and caught.value.found and caught.value.todo and text.endswith(('.', '?')), text
+    assert (
+        '\n' not in text
+        and caught.value.what
+        and caught.value.found
+        and caught.value.todo
+        and text.endswith(('.', '?'))
+    ), text
     assert all(w in text for w in words), text
     return caught.value
 
@@ -32,7 +70,9 @@ def refused(error, make, *words):
 @pytest.mark.parametrize('kind, builtin', KINDS.items())
 def test_problem_is_what_people_catch_and_survives_copies(kind, builtin):
     e = kind('cannot x', 'found 1, expected 2', 'do y')
-    assert isinstance(e, builtin) and isinstance(e, Problem) and str(e) == 'cannot x. Found 1, expected 2. Do y.'
+    assert (
+        isinstance(e, builtin) and isinstance(e, Problem) and str(e) == 'cannot x. Found 1, expected 2. Do y.'
+    )
     for other in (pickle.loads(pickle.dumps(e)), copy.copy(e)):                      # a worker process hands it over whole
         assert type(other) is kind and str(other) == str(e) and (other.found, other.todo) == (e.found, e.todo)
 
@@ -48,8 +88,16 @@ def test_all_problem_classes_are_tested(): assert set(Problem.__subclasses__()) 
 
 def test_registry_register_list_replace():
     r = Registry('fruit')
-    r.register('b', 2); r.register('a.x', 1)
-    assert list(r) == ['a.x', 'b'] and r.list('a.*') == ['a.x'] and len(r) == 2 and 'b' in r and 'c' not in r and repr(r) == '2 fruits: a.x, b'
+    r.register('b', 2)
+    r.register('a.x', 1)
+    assert (
+        list(r) == ['a.x', 'b']
+        and r.list('a.*') == ['a.x']
+        and len(r) == 2
+        and 'b' in r
+        and 'c' not in r
+        and repr(r) == '2 fruits: a.x, b'
+    )
     with pytest.raises(Incompatible, match="'b' is registered already"): r.register('b', 3)
     r.register('b', 3, replace=True)
     assert r['b'] == 3
@@ -68,7 +116,9 @@ def test_registry_suggests_near_names_and_lists_when_none_is_near():
 
 
 def test_registry_imports_lazily_and_once(tmp_path, monkeypatch):
-    (tmp_path/'lazy_part.py').write_text('import builtins\nbuiltins.rssqa_loads = getattr(builtins, "rssqa_loads", 0) + 1\nclass A:\n    b = object()\n')
+    (tmp_path / 'lazy_part.py').write_text(
+        'import builtins\nbuiltins.rssqa_loads = getattr(builtins, "rssqa_loads", 0) + 1\nclass A:\n    b = object()\n'
+    )
     monkeypatch.syspath_prepend(tmp_path)
     r = Registry('part')
     r.register('a', 'lazy_part:A.b')
@@ -81,7 +131,8 @@ def test_registry_names_what_a_lazy_entry_lacks(entry, words):
     r = Registry('part')
     r.register('p', entry)
     refused(Incompatible, lambda: r['p'], "part 'p'", entry, words)
-    assert r.entries['p'] == entry                                                     # mended and tried again, it may work
+    # mended and tried again, it may work
+    assert r.entries['p'] == entry
 
 
 def test_registry_names_the_plugin_whose_own_import_fails(tmp_path, monkeypatch):
@@ -96,13 +147,20 @@ def test_plugins_come_from_a_distribution_on_the_path(tmp_path, monkeypatch):
     info = tmp_path/'fake_plugin-1.0.dist-info'
     info.mkdir()
     (info/'METADATA').write_text('Metadata-Version: 2.1\nName: fake-plugin\nVersion: 1.0\n')
-    (info/'entry_points.txt').write_text('[rssqa.testparts]\nextra = fake_plugin_mod:thing\nown = fake_plugin_mod:thing\n')
+    (info / 'entry_points.txt').write_text(
+        '[rssqa.testparts]\nextra = fake_plugin_mod:thing\nown = fake_plugin_mod:thing\n'
+    )
     (tmp_path/'fake_plugin_mod.py').write_text('thing = 42')
     monkeypatch.syspath_prepend(tmp_path)
     r = Registry('part', 'rssqa.testparts')
     r.register('own', 1)
-    assert 'fake_plugin_mod' not in sys.modules and r.list() == ['extra', 'own'] and 'fake_plugin_mod' not in sys.modules
-    assert r['extra'] == 42 and r['own'] == 1                                          # a plugin does not take a name that is taken
+    assert (
+        'fake_plugin_mod' not in sys.modules
+        and r.list() == ['extra', 'own']
+        and 'fake_plugin_mod' not in sys.modules
+    )
+    # a plugin does not take a name that is taken
+    assert r['extra'] == 42 and r['own'] == 1
 
 
 def test_registry_looks_for_plugins_once_and_not_before_it_must(monkeypatch):
@@ -121,7 +179,21 @@ def test_registry_looks_for_plugins_once_and_not_before_it_must(monkeypatch):
 
 def test_digest_separates_parts_types_and_shapes():
     a = np.arange(6, dtype=np.int32)
-    different = [('a', 'bc'), ('ab', 'c'), ('abc',), (a,), (a.reshape(2, 3),), (a.astype(np.int64),), (a, a), (1,), ('1',), (None,), (b'1', b''), (), ('',)]
+    different = [
+        ('a', 'bc'),
+        ('ab', 'c'),
+        ('abc',),
+        (a,),
+        (a.reshape(2, 3),),
+        (a.astype(np.int64),),
+        (a, a),
+        (1,),
+        ('1',),
+        (None,),
+        (b'1', b''),
+        (),
+        ('',),
+    ]
     assert len({digest(*d) for d in different}) == len(different)
     assert digest(a.reshape(2, 3).T) == digest(a.reshape(2, 3).T.copy()) and len(digest()) == 16
     assert digest({'x': 1, 'y': (2, 3)}) == digest({'y': [2, 3], 'x': 1})
@@ -129,7 +201,9 @@ def test_digest_separates_parts_types_and_shapes():
 
 def test_digest_sees_every_value_of_nested_and_object_arrays():
     long = np.arange(5000)
-    changed = long.copy(); changed[2500] = -1                                          # str(array) would hide the middle
+    # str(array) would hide the middle
+    changed = long.copy()
+    changed[2500] = -1
     assert digest({'x': long}) != digest({'x': changed})
     words = lambda: np.array([''.join(('a', 'b')), 'c'], object)
     assert digest(words()) == digest(words()) and digest(np.float32(.5)) == digest(.5)
@@ -137,7 +211,15 @@ def test_digest_sees_every_value_of_nested_and_object_arrays():
 
 def test_digest_is_the_same_in_every_process():
     code = "from rssqa.core import digest; print(digest({'b','a','c'}, {'k': 1.5}, 'text'))"
-    found = {subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | {'PYTHONHASHSEED': str(s)}).stdout for s in (1, 2)}
+    found = {
+        subprocess.run(
+            [sys.executable, '-c', code],
+            capture_output=True,
+            text=True,
+            env=os.environ | {'PYTHONHASHSEED': str(s)},
+        ).stdout
+        for s in (1, 2)
+    }
     assert found == {digest({'a', 'b', 'c'}, {'k': 1.5}, 'text') + '\n'}
 
 
@@ -152,7 +234,10 @@ def test_state_digest_ignores_order_and_layout_but_no_weight():
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
     state = net.state_dict()
     want = state_digest(state)
-    assert state_digest(dict(reversed(state.items()))) == want and state_digest({k: v.clone() for k, v in state.items()}) == want
+    assert (
+        state_digest(dict(reversed(state.items()))) == want
+        and state_digest({k: v.clone() for k, v in state.items()}) == want
+    )
     for k in state:
         with_one = {n: v.clone() for n, v in state.items()}
         with_one[k].view(-1)[0] += 1
@@ -166,11 +251,19 @@ def test_state_digest_ignores_order_and_layout_but_no_weight():
 # ---- pictures that can be used
 
 def check(x, h, w):
-    assert x.shape == (3, h, w) and x.dtype == np.float32 and x.flags.c_contiguous and x.flags.writeable and 0 <= x.min() and x.max() <= 1
+    assert (
+        x.shape == (3, h, w)
+        and x.dtype == np.float32
+        and x.flags.c_contiguous
+        and x.flags.writeable
+        and 0 <= x.min()
+        and x.max() <= 1
+    )
     return x
 
 
-sides = st.integers(5, 20)                                                             # 3 and 4 are also numbers of bands
+# 3 and 4 are also numbers of bands
+sides = st.integers(5, 20)
 
 
 @quick
@@ -194,7 +287,8 @@ def test_every_layout_and_type_of_array(h, w, bands, first, dtype, as_tensor, se
     x = check(as_image(torch.as_tensor(a.copy()) if as_tensor else a), h, w)
     assert np.allclose(x, want, atol=1e-3 if dtype == 'float16' else 1e-6)
     x[:] = 0
-    assert (a == before).all()                                                         # a copy, never a view of what was given
+    # a copy, never a view of what was given
+    assert (a == before).all()
     assert np.array_equal(as_image(check(as_image(a), h, w)), as_image(a))             # twice is once
 
 
@@ -203,17 +297,24 @@ def test_one_pixel(shape): assert np.allclose(check(as_image(np.full(shape, 51, 
 
 
 def test_channel_order_where_it_can_be_told():
-    tall = np.zeros((3, 40, 4), np.float32); tall[0] = 1
-    assert as_image(tall).shape == (3, 40, 4) and as_image(tall)[0].all()               # three planes, four columns
-    assert as_image(np.zeros((3, 7, 3), np.uint8)).shape == (3, 3, 7)                   # both ways possible: channels last
+    tall = np.zeros((3, 40, 4), np.float32)
+    tall[0] = 1
+    # three planes, four columns
+    assert as_image(tall).shape == (3, 40, 4) and as_image(tall)[0].all()
+    # both ways possible: channels last
+    assert as_image(np.zeros((3, 7, 3), np.uint8)).shape == (3, 3, 7)
     assert as_image(np.zeros((1, 9, 3), np.uint8)).shape == (3, 1, 9)
 
 
 def test_paths_pil_and_arrays_agree(tmp_path):
     a = np.random.default_rng(0).integers(0, 256, (9, 11, 3), np.uint8)
     for ext in ('png', 'tif', 'bmp', 'webp'):
-        Image.fromarray(a).save(tmp_path/f'x.{ext}', lossless=True) if ext == 'webp' else Image.fromarray(a).save(tmp_path/f'x.{ext}')
-        assert np.array_equal(as_image(tmp_path/f'x.{ext}'), as_image(a)) and np.array_equal(as_image(str(tmp_path/f'x.{ext}')), as_image(a)), ext
+        Image.fromarray(a).save(tmp_path / f'x.{ext}', lossless=True) if ext == 'webp' else Image.fromarray(
+            a
+        ).save(tmp_path / f'x.{ext}')
+        assert np.array_equal(as_image(tmp_path / f'x.{ext}'), as_image(a)) and np.array_equal(
+            as_image(str(tmp_path / f'x.{ext}')), as_image(a)
+        ), ext
 
 
 def test_cmyk_jpeg_and_palette_with_transparency(tmp_path):
@@ -230,14 +331,17 @@ def geotiff(path, bands, dtype='uint8', **kwargs):
     a = np.arange(bands * 48).reshape(bands, 6, 8).astype(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        with rasterio.open(path, 'w', driver='GTiff', height=6, width=8, count=bands, dtype=dtype, **({'photometric': 'MINISBLACK'} | kwargs)) as f: f.write(a)
+        with rasterio.open(path, 'w', driver='GTiff', height=6, width=8, count=bands, dtype=dtype, **({'photometric': 'MINISBLACK'} | kwargs)) as f:
+            f.write(a)
     return a
 
 
 @pytest.mark.parametrize('bands, how', [(1, {}), (3, {}), (3, dict(photometric='RGB', compress='deflate')), (4, dict(photometric='RGB', alpha='YES'))])
 def test_geotiff_of_one_three_and_alpha(tmp_path, bands, how):
     a = geotiff(tmp_path/'x.tif', bands, **how)
-    assert np.allclose(check(as_image(tmp_path/'x.tif'), 6, 8) * 255, np.broadcast_to(a[:3] if bands > 1 else a, (3, 6, 8)))
+    assert np.allclose(
+        check(as_image(tmp_path / 'x.tif'), 6, 8) * 255, np.broadcast_to(a[:3] if bands > 1 else a, (3, 6, 8))
+    )
 
 
 def test_palette_tiff_arrives_in_its_colours(tmp_path):
@@ -258,9 +362,16 @@ def test_geotiff_that_needs_a_decision(tmp_path, bands, dtype, words):
 def deep_png(path, channels, colour_type):
     "Write 16 bits a channel, which PIL cannot."
     rows = b''.join(b'\0' + bytes(range(8 * channels)) for _ in range(4))               # 4 pixels wide
-    chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    chunk = lambda kind, data: (
+        struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    )
     head = struct.pack('>IIBBBBB', 4, 4, 16, colour_type, 0, 0, 0)
-    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
+    path.write_bytes(
+        b'\x89PNG\r\n\x1a\n'
+        + chunk(b'IHDR', head)
+        + chunk(b'IDAT', zlib.compress(rows))
+        + chunk(b'IEND', b'')
+    )
 
 
 @pytest.mark.parametrize('channels, colour_type', [(1, 0), (3, 2), (2, 4), (4, 6)])
@@ -278,12 +389,15 @@ def test_sixteen_bit_png_of_every_colour_type_is_refused(tmp_path, channels, col
     (lambda: np.zeros((0, 6, 3), np.uint8), '(0, 6, 3)'), (lambda: np.zeros((0, 0)), '(0, 0'), (lambda: Image.new('I', (5, 6)), 'int32'),
     (lambda: Image.new('I;16', (5, 6)), 'uint16'), (lambda: Image.fromarray(np.full((5, 6), 300, np.float32)), '300')])
 @pytest.mark.filterwarnings('ignore:All-NaN')
-def test_arrays_that_need_a_decision(make, words): refused(BadImage, lambda: as_image(make(), 'tile 7'), 'tile 7', words)
+def test_arrays_that_need_a_decision(make, words):
+    refused(BadImage, lambda: as_image(make(), 'tile 7'), 'tile 7', words)
 
 
 def encoded(ext):
     out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)).save(out, {'jpg': 'jpeg', 'tif': 'tiff'}.get(ext, ext))
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)).save(
+        out, {'jpg': 'jpeg', 'tif': 'tiff'}.get(ext, ext)
+    )
     return out.getvalue()
 
 
@@ -299,7 +413,9 @@ def test_files_that_are_no_pictures(tmp_path, ext, data):
 def test_damaged_files_are_refused_or_read_never_crash(tmp_path, ext, at, cut):
     data = encoded(ext)
     n = int(len(data) * at)
-    (tmp_path/f'd.{ext}').write_bytes(data[:n] if cut else data[:n] + bytes(255 - b for b in data[n:n+9]) + data[n+9:])
+    (tmp_path / f'd.{ext}').write_bytes(
+        data[:n] if cut else data[:n] + bytes(255 - b for b in data[n : n + 9]) + data[n + 9 :]
+    )
     try: x = as_image(tmp_path/f'd.{ext}')
     except BadImage as e: assert f'd.{ext}' in str(e) and '\n' not in str(e)
     else: assert x.shape[0] == 3 and x.dtype == np.float32 and (not cut or ext == 'gif')
@@ -343,7 +459,8 @@ def test_stretch_gives_what_as_image_takes(dtype, low, high, seed):
 
 def test_stretch_of_flat_and_holed_pictures():
     assert (stretch(np.full((4, 4), 7)) == 0).all()
-    holed = np.arange(400.).reshape(20, 20); holed[0, 0] = np.nan
+    holed = np.arange(400.).reshape(20, 20)
+    holed[0, 0] = np.nan
     assert np.isfinite(stretch(holed)).all() and stretch(holed)[0, 0] == 0
     assert as_image(stretch((np.arange(300).reshape(10, 30) * 200).astype(np.uint16))).max() == 1
 
@@ -352,7 +469,8 @@ def test_stretch_of_flat_and_holed_pictures():
 
 def test_pick_device(monkeypatch):
     monkeypatch.setenv('RSSQA_DEVICE', 'meta')
-    assert pick_device() == 'meta' and pick_device('cpu') == 'cpu'                      # a named device wins over the variable
+    # a named device wins over the variable
+    assert pick_device() == 'meta' and pick_device('cpu') == 'cpu'
     monkeypatch.delenv('RSSQA_DEVICE')
     assert pick_device() in ('cpu', 'cuda', 'mps')
 
@@ -367,9 +485,11 @@ def test_seed_all_repeats_all_three(seed):
 def test_cache_dir_order_of_homes(tmp_path, monkeypatch):
     monkeypatch.setenv('RSSQA_CACHE', str(tmp_path/'own'))
     assert cache_dir('a', 'b') == tmp_path/'own/a/b' and (tmp_path/'own/a/b').is_dir()
-    monkeypatch.delenv('RSSQA_CACHE'); monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'xdg'))
+    monkeypatch.delenv('RSSQA_CACHE')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'xdg'))
     assert cache_dir() == tmp_path/'xdg/rssqa'
-    monkeypatch.delenv('XDG_CACHE_HOME'); monkeypatch.setattr(Path, 'home', lambda: tmp_path/'me')
+    monkeypatch.delenv('XDG_CACHE_HOME')
+    monkeypatch.setattr(Path, 'home', lambda: tmp_path/'me')
     assert cache_dir('x') == tmp_path/'me/.cache/rssqa/x'
 
 
@@ -387,7 +507,9 @@ def test_atomic_keeps_the_old_file_when_the_block_dies(tmp_path, error):
     target = tmp_path/'a/b/x.txt'
     for had in (False, True):
         with pytest.raises(error):
-            with atomic(target) as tmp: tmp.write_text('half'); raise error
+            with atomic(target) as tmp:
+                tmp.write_text('half')
+                raise error
         assert [p.name for p in target.parent.iterdir()] == ['x.txt'] * had
         if not had: target.write_text('old')
     assert target.read_text() == 'old'
@@ -396,7 +518,12 @@ def test_atomic_keeps_the_old_file_when_the_block_dies(tmp_path, error):
 def test_atomic_shows_nothing_before_the_end_and_keeps_the_suffix(tmp_path):
     target = tmp_path/'model.tar.gz'
     with atomic(target) as tmp:
-        assert tmp.parent == target.parent and tmp.suffix == '.gz' and tmp.name.startswith('.') and not target.exists()
+        assert (
+            tmp.parent == target.parent
+            and tmp.suffix == '.gz'
+            and tmp.name.startswith('.')
+            and not target.exists()
+        )
         tmp.write_text('x')
         assert not target.exists()
     assert target.read_text() == 'x' and len(list(tmp_path.iterdir())) == 1
@@ -412,14 +539,16 @@ def test_atomic_respects_the_umask(tmp_path, umask):
 
 
 def test_atomic_survives_a_killed_process(tmp_path):
-    code = f"import os\nfrom rssqa.core import atomic\nwith atomic({str(tmp_path/'x.txt')!r}) as t: t.write_text('half'); os._exit(9)"
+    code = f"import os\nfrom rssqa.core import atomic\nwith atomic({str(tmp_path / 'x.txt')!r}) as t: t.write_text('half'); os._exit(9)"
     (tmp_path/'x.txt').write_text('old')
     assert subprocess.run([sys.executable, '-c', code]).returncode == 9
     assert (tmp_path/'x.txt').read_text() == 'old'
 
 
 def test_concurrent_writers_and_readers_see_whole_files(tmp_path):
-    target, seen, errors = tmp_path/'x.json', set(), []
+    target = tmp_path/'x.json'
+    seen = set()
+    errors = []
     write_json(target, [-1] * 2000)
     def work(i):
         try:
@@ -441,7 +570,15 @@ def test_json_round_trip(tmp_path, obj): assert read_json(write_json(tmp_path/'x
 
 
 def test_json_keeps_numbers_numbers(tmp_path):
-    made = dict(n=np.int64(3), x=np.float32(.5), yes=np.bool_(True), a=np.arange(3000), t=torch.ones(2), p=Path('a'), s={2, 1})
+    made = dict(
+        n=np.int64(3),
+        x=np.float32(0.5),
+        yes=np.bool_(True),
+        a=np.arange(3000),
+        t=torch.ones(2),
+        p=Path('a'),
+        s={2, 1},
+    )
     got = read_json(write_json(tmp_path/'x.json', made))
     assert got == dict(n=3, x=.5, yes=True, a=list(range(3000)), t=[1, 1], p='a', s=[1, 2])
 
@@ -455,7 +592,8 @@ def test_read_json_says_what_is_wrong(tmp_path):
 
 def test_failed_json_leaves_the_old_file(tmp_path):
     write_json(tmp_path/'x.json', 1)
-    with pytest.raises(TypeError): write_json(tmp_path/'x.json', {1: 'a', 'b': 2})      # keys that cannot be sorted
+    with pytest.raises(TypeError):  # keys that cannot be sorted
+        write_json(tmp_path/'x.json', {1: 'a', 'b': 2})
     assert read_json(tmp_path/'x.json') == 1 and len(list(tmp_path.iterdir())) == 1
 
 
@@ -468,7 +606,9 @@ def test_progress_and_say_are_quiet_when_asked(capsys, monkeypatch):
         assert list(progress(iter('abc'), 'reading', total=3, unit='file')) == ['a', 'b', 'c']
         say('done')
         out, err = capsys.readouterr()
-        assert out == '' and (err == '' if quiet == '1' else 'reading' in err and ' file/s' in err and err.endswith('done\n'))
+        assert out == '' and (
+            err == '' if quiet == '1' else 'reading' in err and ' file/s' in err and err.endswith('done\n')
+        )
 
 
 def test_exports_exist(): assert all(hasattr(core, n) for n in core.__all__)

@@ -11,9 +11,40 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from rssqa.data.catalog import isprs, snap
-from rssqa.core import BadImage, DataNotFound, Incompatible, LeakError, Problem, SchemaError, UnknownName, datasets, file_id
-from rssqa.data.datasets import (IGNORE, ByColour, ById, DatasetSpec, check_leak, class_fractions, colourise, default_palette, folder_spec, folds,
-                        legend, make_spec, read_image, read_mask, read_valid, scan, spec_of, split_by_scene, split_random, summary, tile)
+from rssqa.core import (
+    BadImage,
+    DataNotFound,
+    Incompatible,
+    LeakError,
+    Problem,
+    SchemaError,
+    UnknownName,
+    datasets,
+    file_id,
+)
+from rssqa.data.datasets import (
+    IGNORE,
+    ByColour,
+    ById,
+    DatasetSpec,
+    check_leak,
+    class_fractions,
+    colourise,
+    default_palette,
+    folder_spec,
+    folds,
+    legend,
+    make_spec,
+    read_image,
+    read_mask,
+    read_valid,
+    scan,
+    spec_of,
+    split_by_scene,
+    split_random,
+    summary,
+    tile,
+)
 from rssqa.testing.fake_datasets import erode, fake_dataset, generic_spec, paint
 
 real = pytest.mark.skipif(not os.environ.get('RSSQA_REAL'), reason='RSSQA_REAL is unset')
@@ -25,7 +56,9 @@ def rows(table): return list(table.itertuples(index=False))
 
 
 def row_of(path, mask=None, w=None, h=None, x=0, y=0):
-    return SimpleNamespace(root=str(path.parent), path=path.name, mask_path=mask, dataset='t', x=x, y=y, w=w, h=h)
+    return SimpleNamespace(
+        root=str(path.parent), path=path.name, mask_path=mask, dataset='t', x=x, y=y, w=w, h=h
+    )
 
 
 @pytest.fixture
@@ -49,15 +82,20 @@ def message(e):
 
 @pytest.mark.parametrize('name', OFFICIAL)
 def test_fake_of_each_layout_decodes_to_what_was_painted(name, tmp_path):
-    spec, table = datasets[name], scan(fake_dataset(name, tmp_path, seed=3), name)
+    spec = datasets[name]
+    table = scan(fake_dataset(name, tmp_path, seed=3), name)
     assert set(table.columns) == set('image_id dataset scene split root path mask_path x y w h gsd_m'.split())
     assert set(table.dataset) == {name} and table.image_id.is_unique and Path(table.root[0]).is_absolute()
     assert not table.path.str.contains(r'\\').any() and not table.path.str.startswith('/').any()
     for row in rows(table[table.mask_path.notna()]):
-        ids, image = read_mask(row), read_image(row)
-        assert ids.dtype == np.uint8 and ids.shape == (64, 80) == image.shape[1:] and image.dtype == np.float32
+        ids = read_mask(row)
+        image = read_image(row)
+        assert (
+            ids.dtype == np.uint8 and ids.shape == (64, 80) == image.shape[1:] and image.dtype == np.float32
+        )
         assert set(np.unique(ids)) <= {*range(len(spec.classes)), IGNORE}
-        tint = 40 + 0.6 * np.array(spec.palette)[ids[ids != IGNORE]]                        # the picture was painted from the true mask
+        # the picture was painted from the true mask
+        tint = 40 + 0.6 * np.array(spec.palette)[ids[ids != IGNORE]]
         assert np.abs(255 * image.transpose(1, 2, 0)[ids != IGNORE] - tint).mean() < 20
 
 
@@ -65,14 +103,23 @@ def test_fake_of_each_layout_decodes_to_what_was_painted(name, tmp_path):
 def test_colours_and_ids_are_inverse(name):
     spec = datasets[name]
     ids = np.arange(len(spec.classes), dtype=np.uint8)[None]
-    assert (ByColour(tuple(zip(spec.palette, range(len(spec.classes)))))(colourise(ids, spec.palette)) == ids).all()
+    assert (
+        ByColour(tuple(zip(spec.palette, range(len(spec.classes)))))(colourise(ids, spec.palette)) == ids
+    ).all()
     if spec.decode.mode == 'RGB': assert (spec.decode(colourise(ids, spec.palette)) == ids).all()
     assert spec.licence and spec.homepage and spec.citation and (spec.downloads or spec.manual)
 
 
 def test_isprs_class_order_and_black_boundary():
-    assert datasets['vaihingen'].classes == datasets['potsdam'].classes == ('impervious_surface', 'building', 'low_vegetation', 'tree', 'car', 'clutter')
-    colours = np.array([[(255, 255, 255), (0, 0, 255), (0, 255, 255), (0, 255, 0), (255, 255, 0), (255, 0, 0), (0, 0, 0)]], np.uint8)
+    assert (
+        datasets['vaihingen'].classes
+        == datasets['potsdam'].classes
+        == ('impervious_surface', 'building', 'low_vegetation', 'tree', 'car', 'clutter')
+    )
+    colours = np.array(
+        [[(255, 255, 255), (0, 0, 255), (0, 255, 255), (0, 255, 0), (255, 255, 0), (255, 0, 0), (0, 0, 0)]],
+        np.uint8,
+    )
     assert datasets['vaihingen'].decode(colours).tolist() == [[0, 1, 2, 3, 4, 5, IGNORE]]
 
 
@@ -92,16 +139,22 @@ def test_isprs_official_lists(tmp_path):
 
 def test_isprs_takes_eroded_masks_if_there_are_any_and_full_ones_on_request(tmp_path):
     fake_dataset('vaihingen', tmp_path)
-    auto, full = scan(tmp_path, 'vaihingen'), scan(tmp_path, isprs('vaihingen', labels='full'))
-    assert auto.mask_path.str.contains('noBoundary').all() and not full.mask_path.str.contains('noBoundary').any()
-    a, f = read_mask(rows(auto)[0]), read_mask(rows(full)[0])
+    auto = scan(tmp_path, 'vaihingen')
+    full = scan(tmp_path, isprs('vaihingen', labels='full'))
+    assert (
+        auto.mask_path.str.contains('noBoundary').all()
+        and not full.mask_path.str.contains('noBoundary').any()
+    )
+    a = read_mask(rows(auto)[0])
+    f = read_mask(rows(full)[0])
     assert (a == erode(f)).all() and (f != IGNORE).all() and 0 < (a == IGNORE).mean() < 0.5
     shutil.rmtree(tmp_path/'eroded')
     assert scan(tmp_path, 'vaihingen').mask_path.tolist() == full.mask_path.tolist()
 
 
 def test_isprs_training_mask_missing_is_an_error_and_test_mask_may_be_hidden(tmp_path):
-    fake_dataset('vaihingen', tmp_path); shutil.rmtree(tmp_path/'eroded')
+    fake_dataset('vaihingen', tmp_path)
+    shutil.rmtree(tmp_path/'eroded')
     (tmp_path/'gts/top_mosaic_09cm_area2.tif').unlink()
     assert scan(tmp_path, 'vaihingen').set_index('scene').mask_path['2'] is None
     (tmp_path/'gts/top_mosaic_09cm_area3.tif').unlink()
@@ -111,7 +164,9 @@ def test_isprs_training_mask_missing_is_an_error_and_test_mask_may_be_hidden(tmp
 
 def test_potsdam_7_10_is_left_out_and_said_so(tmp_path):
     table = scan(fake_dataset('potsdam', tmp_path), 'potsdam')
-    assert '7_10' not in set(table.scene) and 'top_potsdam_7_10' in summary(table) and 'faulty' in summary(table)
+    assert (
+        '7_10' not in set(table.scene) and 'top_potsdam_7_10' in summary(table) and 'faulty' in summary(table)
+    )
     assert '7_10' in set(scan(tmp_path, isprs('potsdam', faulty=True)).scene)
 
 
@@ -136,7 +191,8 @@ def test_potsdam_with_other_bands_only_says_what_to_add(tmp_path):
 def test_padding_colour_of_a_foreign_splitter_is_an_error_not_impervious_surface(tmp_path):
     fake_dataset('vaihingen', tmp_path)
     path = tmp_path/'eroded/top_mosaic_09cm_area1_noBoundary.tif'
-    stored = np.array(Image.open(path)); stored[:5] = (6, 0, 0)
+    stored = np.array(Image.open(path))
+    stored[:5] = (6, 0, 0)
     Image.fromarray(stored).save(path)
     with pytest.raises(BadImage) as e: read_mask(rows(scan(tmp_path, 'vaihingen'))[0])
     assert path.name in message(e) and '(6, 0, 0) on 400 px' in message(e)
@@ -149,7 +205,10 @@ def test_loveda_ids_no_data_and_hidden_test_labels(tmp_path):
     with pytest.raises(BadImage): spec.decode(np.array([[8]], np.uint8))
     table = scan(fake_dataset('loveda', tmp_path), 'loveda')
     assert table.groupby('split').size().to_dict() == {'train': 4, 'val': 4, 'test': 4}
-    assert table[table.split == 'test'].mask_path.isna().all() and table[table.split != 'test'].mask_path.notna().all()
+    assert (
+        table[table.split == 'test'].mask_path.isna().all()
+        and table[table.split != 'test'].mask_path.notna().all()
+    )
     assert table.scene.is_unique and table.scene.str.match('(urban|rural)-').all()
     assert (read_mask(rows(table)[0])[:4] == IGNORE).all()
     with pytest.raises(DataNotFound) as e: read_mask(rows(table[table.split == 'test'])[0])
@@ -158,12 +217,27 @@ def test_loveda_ids_no_data_and_hidden_test_labels(tmp_path):
 
 def test_uavid_order_sequences_and_renamed_split_folders(tmp_path):
     spec = datasets['uavid']
-    assert spec.classes == ('clutter', 'building', 'road', 'static_car', 'tree', 'low_vegetation', 'human', 'moving_car')
+    assert spec.classes == (
+        'clutter',
+        'building',
+        'road',
+        'static_car',
+        'tree',
+        'low_vegetation',
+        'human',
+        'moving_car',
+    )
     assert spec.decode(np.array([[(0, 0, 0), (192, 0, 192), (64, 0, 128)]], np.uint8)).tolist() == [[0, 3, 7]]
     table = scan(fake_dataset('uavid', tmp_path), 'uavid')
-    assert table.groupby('scene').split.first().to_dict() == {'seq1': 'train', 'seq2': 'train', 'seq16': 'val', 'seq21': 'test'}
+    assert table.groupby('scene').split.first().to_dict() == {
+        'seq1': 'train',
+        'seq2': 'train',
+        'seq16': 'val',
+        'seq21': 'test',
+    }
     assert table.groupby('scene').size().eq(2).all() and table[table.split == 'test'].mask_path.isna().all()
-    for old, new in (('train', 'uavid_train'), ('valid', 'uavid_val'), ('test', 'uavid_test')): (tmp_path/old).rename(tmp_path/new)
+    for old, new in (('train', 'uavid_train'), ('valid', 'uavid_val'), ('test', 'uavid_test')):
+        (tmp_path/old).rename(tmp_path/new)
     again = scan(tmp_path, 'uavid')
     assert again.image_id.tolist() == table.image_id.tolist() and again.split.tolist() == table.split.tolist()
 
@@ -171,13 +245,18 @@ def test_uavid_order_sequences_and_renamed_split_folders(tmp_path):
 def test_floodnet_ids_are_as_stored_and_a_folder_above_is_fine(tmp_path):
     fake_dataset('floodnet', tmp_path/'FloodNet-Supervised_v1.0')
     table = scan(tmp_path, 'floodnet')
-    assert table.path[0].startswith('FloodNet-Supervised_v1.0/train/train-org-img/') and table.mask_path.notna().all()
+    assert (
+        table.path[0].startswith('FloodNet-Supervised_v1.0/train/train-org-img/')
+        and table.mask_path.notna().all()
+    )
     assert datasets['floodnet'].decode(np.arange(10, dtype=np.uint8)[None]).tolist() == [list(range(10))]
     assert datasets['floodnet'].classes[1:3] == ('building_flooded', 'building_non_flooded')
 
 
 def test_one_split_alone_is_fine_an_empty_split_is_not(tmp_path):
-    fake_dataset('loveda', tmp_path); shutil.rmtree(tmp_path/'Train'); shutil.rmtree(tmp_path/'Test')
+    fake_dataset('loveda', tmp_path)
+    shutil.rmtree(tmp_path/'Train')
+    shutil.rmtree(tmp_path/'Test')
     assert set(scan(tmp_path, 'loveda').split) == {'val'}
     (tmp_path/'Train/Urban/images_png').mkdir(parents=True)
     with pytest.raises(DataNotFound) as e: scan(tmp_path, 'loveda')
@@ -221,13 +300,17 @@ def test_many_faults_are_counted_and_can_be_skipped(pair):
 
 def test_unknown_colour_names_file_colour_and_count(pair):
     root, _, image, mask = pair
-    stored = colourise(mask, RGB); stored[0, :7] = (1, 2, 3)
+    stored = colourise(mask, RGB)
+    stored[0, :7] = (1, 2, 3)
     Image.fromarray(stored).save(root/'masks/a.png')
     spec = make_spec('t', 'abc', palette=RGB)
     with pytest.raises(BadImage) as e: read_mask(rows(scan(root, spec))[0], spec)
     assert 'masks/a.png' in message(e) and '(1, 2, 3) on 7 px' in message(e)
     forgiving = make_spec('t', 'abc', palette=RGB, ignore=[(1, 2, 3)])
-    assert (read_mask(rows(scan(root, forgiving))[0], forgiving) == np.where(np.arange(600).reshape(20, 30) < 7, IGNORE, mask)).all()
+    assert (
+        read_mask(rows(scan(root, forgiving))[0], forgiving)
+        == np.where(np.arange(600).reshape(20, 30) < 7, IGNORE, mask)
+    ).all()
 
 
 def test_class_id_out_of_range_names_file(pair):
@@ -271,7 +354,8 @@ def test_16_bit_is_named(tmp_path, suffix):
 def test_16_bit_rgb_png_is_not_read_as_8_bit(tmp_path):
     import rasterio
     (tmp_path/'images').mkdir()
-    with rasterio.open(tmp_path/'images/deep.png', 'w', driver='PNG', width=4, height=4, count=3, dtype='uint16') as f: f.write(np.full((3, 4, 4), 4000, np.uint16))
+    with rasterio.open(tmp_path/'images/deep.png', 'w', driver='PNG', width=4, height=4, count=3, dtype='uint16') as f:
+        f.write(np.full((3, 4, 4), 4000, np.uint16))
     with pytest.raises(BadImage) as e: scan(tmp_path, make_spec('t', 'ab', masks=None))
     assert 'deep.png' in message(e)
 
@@ -294,7 +378,8 @@ def test_truncated_file_is_named_by_scan(tmp_path, suffix, fraction):
     (tmp_path/'images').mkdir()
     path = tmp_path/f'images/cut.{suffix}'
     Image.fromarray(paint(RGB, 1, (100, 120))[0]).save(path)
-    whole = path.read_bytes(); path.write_bytes(whole[:int(len(whole) * fraction)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:int(len(whole) * fraction)])
     with pytest.raises(BadImage) as e: scan(tmp_path, make_spec('t', 'ab', masks=None))
     assert f'cut.{suffix}' in message(e)
 
@@ -354,23 +439,32 @@ def test_id_masks_in_any_depth(tmp_path, convert, suffix):
 
 def test_palette_masks_are_numbers_for_ids_and_colours_for_colours(tmp_path):
     mask = paint(RGB, 2, (9, 13))[1]
-    im = Image.fromarray(mask); im.putpalette([v for c in RGB for v in c]); im.save(tmp_path/'m.png')
+    im = Image.fromarray(mask)
+    im.putpalette([v for c in RGB for v in c])
+    im.save(tmp_path/'m.png')
     row = row_of(tmp_path/'x.png', 'm.png', 13, 9)
-    assert (read_mask(row, make_spec('t', 'abc')) == mask).all() and (read_mask(row, make_spec('t', 'abc', palette=RGB)) == mask).all()
+    assert (read_mask(row, make_spec('t', 'abc')) == mask).all() and (
+        read_mask(row, make_spec('t', 'abc', palette=RGB)) == mask
+    ).all()
 
 
 def test_colour_masks_for_ids_and_grey_masks_for_colours_are_refused(tmp_path):
     mask = paint(RGB, 2, (9, 13))[1]
-    Image.fromarray(colourise(mask, RGB)).save(tmp_path/'c.png'); Image.fromarray(mask).save(tmp_path/'g.tif')
-    with pytest.raises(BadImage, match='c.png'): read_mask(row_of(tmp_path/'x', 'c.png', 13, 9), make_spec('t', 'abc'))
-    with pytest.raises(BadImage, match='g.tif'): read_mask(row_of(tmp_path/'x', 'g.tif', 13, 9), make_spec('t', 'abc', palette=RGB))
+    Image.fromarray(colourise(mask, RGB)).save(tmp_path/'c.png')
+    Image.fromarray(mask).save(tmp_path/'g.tif')
+    with pytest.raises(BadImage, match='c.png'):
+        read_mask(row_of(tmp_path/'x', 'c.png', 13, 9), make_spec('t', 'abc'))
+    with pytest.raises(BadImage, match='g.tif'):
+        read_mask(row_of(tmp_path/'x', 'g.tif', 13, 9), make_spec('t', 'abc', palette=RGB))
 
 
 @given(st.lists(st.integers(-300, 70000), min_size=1, max_size=30))
 @settings(max_examples=60, deadline=None)
 def test_ids_never_pass_undescribed(values):
-    raw, decode = np.array([values], np.int32), ById(((0, IGNORE), (7, 0), (200, 1)))
-    if set(values) <= {0, 7, 200}: assert decode(raw).tolist() == [[{0: IGNORE, 7: 0, 200: 1}[v] for v in values]]
+    raw = np.array([values], np.int32)
+    decode = ById(((0, IGNORE), (7, 0), (200, 1)))
+    if set(values) <= {0, 7, 200}:
+        assert decode(raw).tolist() == [[{0: IGNORE, 7: 0, 200: 1}[v] for v in values]]
     else:
         with pytest.raises(BadImage): decode(raw)
 
@@ -378,11 +472,13 @@ def test_ids_never_pass_undescribed(values):
 @given(st.integers(0, 2**24 - 1))
 @settings(max_examples=100, deadline=None)
 def test_colours_never_pass_undescribed(key):
-    colour, known = (key >> 16, key >> 8 & 255, key & 255), dict(zip(RGB, range(3)))
+    colour = (key >> 16, key >> 8 & 255, key & 255)
+    known = dict(zip(RGB, range(3)))
     raw = np.array([[colour]], np.uint8)
     if colour in known: assert ByColour(tuple(known.items()))(raw)[0, 0] == known[colour]
     else:
-        with pytest.raises(BadImage, match=str(colour).replace('(', r'\(').replace(')', r'\)')): ByColour(tuple(known.items()))(raw)
+        with pytest.raises(BadImage, match=str(colour).replace('(', r'\(').replace(')', r'\)')):
+            ByColour(tuple(known.items()))(raw)
 
 
 @pytest.mark.parametrize('classes,palette', [((), ()), (('a', 'a'), RGB[:2]), (('a', 'b'), RGB), (('a', 'b'), RGB[:1] * 2), (('a',), ((0, 0, 256),)),
@@ -398,7 +494,11 @@ def test_default_palette_is_distinct():
 def test_colourise_and_legend():
     spec = datasets['floodnet']
     mask = np.array([[0, 1, 1, IGNORE]], np.uint8)
-    assert colourise(mask, spec.palette, ignore=(9, 9, 9)).tolist()[0] == [list(spec.palette[0]), *[list(spec.palette[1])] * 2, [9, 9, 9]]
+    assert colourise(mask, spec.palette, ignore=(9, 9, 9)).tolist()[0] == [
+        list(spec.palette[0]),
+        *[list(spec.palette[1])] * 2,
+        [9, 9, 9],
+    ]
     assert np.allclose(legend(spec, mask).fraction[:2], (1 / 3, 2 / 3)) and legend(spec).hex[1] == '#ff0000'
     with pytest.raises(Incompatible, match='10'): colourise(np.array([[10]], np.uint8), spec.palette)
 
@@ -407,9 +507,19 @@ def test_colourise_and_legend():
 
 def test_generic_folder_with_scenes_and_without_masks(tmp_path):
     table = scan(fake_dataset('generic', tmp_path), generic_spec())
-    assert sorted(set(table.scene)) == ['east', 'north', 'south'] and set(table.split) == {''} and (table.gsd_m == 0.2).all()
-    blind = scan(tmp_path, replace(generic_spec(), find=make_spec('g', 'abc', images='img/*', masks=None).find))
-    assert blind.mask_path.isna().all() and blind.mask_path[0] is None and len(tile(blind, 32, spec=generic_spec())) > 0
+    assert (
+        sorted(set(table.scene)) == ['east', 'north', 'south']
+        and set(table.split) == {''}
+        and (table.gsd_m == 0.2).all()
+    )
+    blind = scan(
+        tmp_path, replace(generic_spec(), find=make_spec('g', 'abc', images='img/*', masks=None).find)
+    )
+    assert (
+        blind.mask_path.isna().all()
+        and blind.mask_path[0] is None
+        and len(tile(blind, 32, spec=generic_spec())) > 0
+    )
 
 
 def test_own_dataset_needs_a_description_to_be_read(tmp_path):
@@ -424,17 +534,33 @@ def test_masks_beside_images_ids_and_split_by_path(tmp_path):
     for split in ('train', 'test'):
         (tmp_path/split).mkdir()
         image, mask = paint(RGB, len(split), (8, 8))
-        Image.fromarray(image).save(tmp_path/split/'p.jpg'); Image.fromarray(mask * 40 + 40).save(tmp_path/split/'p_gt.png')
-    spec = make_spec('t', 'abc', images='*/*.jpg', masks='{folder}/{stem}_gt.png', ids=(40, 80, 120), split=lambda p: p.parts[0], scene=lambda p: p.parts[0])
+        Image.fromarray(image).save(tmp_path/split/'p.jpg')
+        Image.fromarray(mask * 40 + 40).save(tmp_path/split/'p_gt.png')
+    spec = make_spec(
+        't',
+        'abc',
+        images='*/*.jpg',
+        masks='{folder}/{stem}_gt.png',
+        ids=(40, 80, 120),
+        split=lambda p: p.parts[0],
+        scene=lambda p: p.parts[0],
+    )
     table = scan(tmp_path, spec)
-    assert table.split.tolist() == ['test', 'train'] and table.mask_path.tolist() == ['test/p_gt.png', 'train/p_gt.png']
+    assert table.split.tolist() == ['test', 'train'] and table.mask_path.tolist() == [
+        'test/p_gt.png',
+        'train/p_gt.png',
+    ]
     assert (read_mask(rows(table)[1], spec) == paint(RGB, 5, (8, 8))[1]).all()
     with pytest.raises(SchemaError): make_spec('t', 'abc', ids=(1, 2))
 
 
 def test_folder_format(tmp_path):
     table = scan(fake_dataset('folder', tmp_path))
-    assert set(table.dataset) == {'fake_folder'} and (table.gsd_m == 0.5).all() and table.groupby('split').size().to_dict() == {'train': 9, 'val': 3, 'test': 3}
+    assert (
+        set(table.dataset) == {'fake_folder'}
+        and (table.gsd_m == 0.5).all()
+        and table.groupby('split').size().to_dict() == {'train': 9, 'val': 3, 'test': 3}
+    )
     assert spec_of(rows(table)[0]).classes == ('building', 'road', 'vegetation', 'water')
     check_leak(table)
 
@@ -459,17 +585,35 @@ def test_folder_format_faults_name_the_file(tmp_path):
 
 def test_folder_format_ids_with_gaps_empty_masks_and_own_gsd(tmp_path):
     image, mask = paint(RGB, 0, (8, 8))
-    Image.fromarray(image).save(tmp_path/'a.png'); Image.fromarray(image[::-1]).save(tmp_path/'b.png'); Image.fromarray(mask * 5).save(tmp_path/'m.png')
-    (tmp_path/'classes.json').write_text(json.dumps(dict(ignore_index=0, classes=[dict(id=10, name='x', rgb=RGB[0]), dict(id=5, name='y', rgb=RGB[1])])))
-    (tmp_path/'splits.csv').write_text('image,mask,scene,split,gsd_m\na.png,m.png,07,train,0.1\nb.png,,8,test,\n')
+    Image.fromarray(image).save(tmp_path/'a.png')
+    Image.fromarray(image[::-1]).save(tmp_path/'b.png')
+    Image.fromarray(mask * 5).save(tmp_path/'m.png')
+    (tmp_path / 'classes.json').write_text(
+        json.dumps(
+            dict(
+                ignore_index=0, classes=[dict(id=10, name='x', rgb=RGB[0]), dict(id=5, name='y', rgb=RGB[1])]
+            )
+        )
+    )
+    (tmp_path / 'splits.csv').write_text(
+        'image,mask,scene,split,gsd_m\na.png,m.png,07,train,0.1\nb.png,,8,test,\n'
+    )
     table = scan(tmp_path)
-    assert table.scene.tolist() == ['07', '8'] and table.mask_path[1] is None and table.gsd_m[0] == 0.1 and np.isnan(table.gsd_m[1])
-    assert (read_mask(rows(table)[0]) == np.array([IGNORE, 0, 1])[mask]).all() and spec_of(rows(table)[0]).classes == ('y', 'x')
+    assert (
+        table.scene.tolist() == ['07', '8']
+        and table.mask_path[1] is None
+        and table.gsd_m[0] == 0.1
+        and np.isnan(table.gsd_m[1])
+    )
+    assert (read_mask(rows(table)[0]) == np.array([IGNORE, 0, 1])[mask]).all() and spec_of(
+        rows(table)[0]
+    ).classes == ('y', 'x')
 
 
 def test_scan_is_deterministic_and_ids_are_digests(tmp_path):
     fake_dataset('loveda', tmp_path)
-    a, b = scan(tmp_path, 'loveda'), scan(tmp_path, 'loveda')
+    a = scan(tmp_path, 'loveda')
+    b = scan(tmp_path, 'loveda')
     assert a.equals(b) and a.image_id[3] == file_id(tmp_path/a.path[3])
 
 
@@ -478,9 +622,28 @@ def test_scan_is_deterministic_and_ids_are_digests(tmp_path):
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 25), st.integers(1, 30), st.sampled_from(['pad', 'shift', 'drop']))
 @settings(max_examples=80, deadline=None)
 def test_tiles_cover_as_promised(w, h, size, stride, edge):
-    table = pd.DataFrame([dict(image_id='ff', dataset='t', scene='s', split='', root='.', path='a.png', mask_path=None, x=0, y=0, w=w, h=h, gsd_m=1.0)])
+    table = pd.DataFrame(
+        [
+            dict(
+                image_id='ff',
+                dataset='t',
+                scene='s',
+                split='',
+                root='.',
+                path='a.png',
+                mask_path=None,
+                x=0,
+                y=0,
+                w=w,
+                h=h,
+                gsd_m=1.0,
+            )
+        ]
+    )
     try: tiles = tile(table, size, stride, edge, min_valid=0)
-    except DataNotFound: assert edge == 'drop' and (w < size or h < size); return
+    except DataNotFound:
+        assert edge == 'drop' and (w < size or h < size)
+        return
     covered = np.zeros((h + size, w + size), bool)
     for r in rows(tiles):
         covered[r.y:r.y + size, r.x:r.x + size] = True
@@ -494,15 +657,22 @@ def test_tiles_cover_as_promised(w, h, size, stride, edge):
 @pytest.mark.parametrize('suffix', ['png', 'tif'])
 def test_windows_equal_crops_and_padding_is_never_a_class(pair, suffix):
     root, spec, image, mask = pair
-    for kind, x in (('images', image), ('masks', mask)): (root/kind/'a.png').unlink(); Image.fromarray(x).save(root/kind/f'a.{suffix}')
+    for kind, x in (('images', image), ('masks', mask)):
+        (root/kind/'a.png').unlink()
+        Image.fromarray(x).save(root/kind/f'a.{suffix}')
     spec = make_spec('t', 'abc', masks=f'masks/{{stem}}.{suffix}')
     for r in rows(tile(scan(root, spec), 16, 12, min_valid=0, spec=spec)):
-        x, ids = read_image(r), read_mask(r, spec)
+        x = read_image(r)
+        ids = read_mask(r, spec)
         inside = mask[r.y:r.y + 16, r.x:r.x + 16]
         ih, iw = inside.shape
         assert x.shape == (3, 16, 16) and ids.shape == (16, 16) and (ids[:ih, :iw] == inside).all()
         assert np.allclose(x[:, :ih, :iw] * 255, image[r.y:r.y + 16, r.x:r.x + 16].transpose(2, 0, 1))
-        assert (ids[ih:] == IGNORE).all() and (ids[:, iw:] == IGNORE).all() and ((ids != IGNORE) == read_valid(r)).all()
+        assert (
+            (ids[ih:] == IGNORE).all()
+            and (ids[:, iw:] == IGNORE).all()
+            and ((ids != IGNORE) == read_valid(r)).all()
+        )
 
 
 def test_tiles_of_tiles_keep_file_coordinates(pair):
@@ -515,7 +685,10 @@ def test_tiles_of_tiles_keep_file_coordinates(pair):
 def test_tiny_windows_of_grey_tiffs(tmp_path):
     grey = np.arange(40, dtype=np.uint8).reshape(4, 10)
     Image.fromarray(grey).save(tmp_path/'g.tif')
-    for h in (1, 3, 4): assert np.allclose(read_image(row_of(tmp_path/'g.tif', None, 3, h)) * 255, np.repeat(grey[None, :h, :3], 3, 0))
+    for h in (1, 3, 4):
+        assert np.allclose(
+            read_image(row_of(tmp_path / 'g.tif', None, 3, h)) * 255, np.repeat(grey[None, :h, :3], 3, 0)
+        )
 
 
 def test_window_outside_the_file_is_an_error(pair):
@@ -535,7 +708,9 @@ def test_tile_arguments(pair):
 
 def table_of(sizes, dataset='t'):
     scene = [f's{i}' for i, n in enumerate(sizes) for _ in range(n)]
-    return pd.DataFrame(dict(image_id=[f'{dataset}{i}' for i in range(len(scene))], dataset=dataset, scene=scene, split=''))
+    return pd.DataFrame(
+        dict(image_id=[f'{dataset}{i}' for i in range(len(scene))], dataset=dataset, scene=scene, split='')
+    )
 
 
 @given(st.lists(st.integers(1, 60), min_size=5, max_size=40), st.integers(2, 5), st.integers(0, 5))
@@ -546,9 +721,11 @@ def test_folds_keep_scenes_whole_and_are_balanced(sizes, k, seed):
     check_leak(table.assign(fold=fold), by='fold')
     counts = fold.value_counts()
     assert set(fold) == set(range(k)) and fold.index.equals(table.index)
-    assert counts.max() <= max(max(sizes), counts.min() + max(sizes))                     # greedy: at most one scene apart
+    # greedy: at most one scene apart
+    assert counts.max() <= max(max(sizes), counts.min() + max(sizes))
     shuffled = table.sample(frac=1, random_state=1)
-    assert folds(shuffled, k, seed).sort_index().equals(fold)                              # the order of rows does not matter
+    # the order of rows does not matter
+    assert folds(shuffled, k, seed).sort_index().equals(fold)
 
 
 @given(st.lists(st.integers(1, 60), min_size=3, max_size=40), st.integers(0, 5))
@@ -564,7 +741,10 @@ def test_split_by_scene_fills_every_split_and_meets_shares_within_a_scene(sizes,
 def test_split_one_huge_region_as_in_dubai():
     table = table_of((485, 85, 72, 18))
     assert folds(table, 4).groupby(table.scene).first().nunique() == 4
-    assert set(split_by_scene(table).split) == {'train', 'val', 'test'} and (split_by_scene(table).split == 'train').sum() == 485
+    assert (
+        set(split_by_scene(table).split) == {'train', 'val', 'test'}
+        and (split_by_scene(table).split == 'train').sum() == 485
+    )
     with pytest.raises(Incompatible) as e: folds(table, 5)
     assert 'ound 4 scenes' in message(e)
 
@@ -574,15 +754,19 @@ def test_datasets_are_dealt_separately_and_seeds_matter():
     fold = folds(table, 5)
     assert fold.groupby([table.dataset, fold]).size().unstack().nunique(axis=1).eq(1).all()
     assert not folds(table, 5, 1).equals(folds(table, 5, 2)) and folds(table, 5, 1).equals(folds(table, 5, 1))
-    check_leak(split_by_scene(table))                                                      # scene names repeat across datasets: no leak
+    # scene names repeat across datasets: no leak
+    check_leak(split_by_scene(table))
 
 
 def test_leaks_are_found():
     table = split_by_scene(table_of([4] * 9))
-    torn = table.copy(); torn.loc[0, 'split'] = 'val' if table.split[0] != 'val' else 'test'
+    torn = table.copy()
+    torn.loc[0, 'split'] = 'val' if table.split[0] != 'val' else 'test'
     with pytest.raises(LeakError) as e: check_leak(torn)
     assert 't/s0' in message(e) and '1 of 9 scenes' in message(e)
-    copy = pd.DataFrame(dict(image_id=['ff:0_0_8_8', 'ff:8_0_8_8'], dataset='t', scene=['a', 'b'], split=['train', 'test']))
+    copy = pd.DataFrame(
+        dict(image_id=['ff:0_0_8_8', 'ff:8_0_8_8'], dataset='t', scene=['a', 'b'], split=['train', 'test'])
+    )
     with pytest.raises(LeakError, match='file'): check_leak(copy)
     assert check_leak(copy.assign(split='')).shape == copy.assign(split='').shape
 
@@ -600,8 +784,12 @@ def test_random_split_is_refused_unless_asked_for():
 def test_class_fractions(tmp_path):
     table = scan(fake_dataset('folder', tmp_path))
     balance = class_fractions(table)
-    counted = np.bincount(np.concatenate([read_mask(r).ravel() for r in rows(table[table.split == 'val'])]), minlength=256)
-    assert np.allclose(balance.loc['val'], counted[[0, 1, 2, 3, IGNORE]] / counted.sum()) and set(balance.index) == {'train', 'val', 'test'}
+    counted = np.bincount(
+        np.concatenate([read_mask(r).ravel() for r in rows(table[table.split == 'val'])]), minlength=256
+    )
+    assert np.allclose(balance.loc['val'], counted[[0, 1, 2, 3, IGNORE]] / counted.sum()) and set(
+        balance.index
+    ) == {'train', 'val', 'test'}
     with pytest.raises(Incompatible): class_fractions(pd.concat([table, table.assign(dataset='other')]))
 
 
@@ -612,9 +800,13 @@ REAL = ('amazon_forest', 'czech_ortho', 'dronedeploy', 'dubai_mbrsc', 'mumbai_pl
 @pytest.mark.parametrize('name', REAL)
 def test_real_folder_scans(name):
     root = Path(os.environ['RSSQA_REAL'])/'seg'/name
-    table, listed = scan(root), pd.read_csv(root/'splits.csv', dtype=str)
+    table = scan(root)
+    listed = pd.read_csv(root/'splits.csv', dtype=str)
     assert len(table) == len(listed) and table.mask_path.notna().all() and table.attrs['skipped'] == {}
-    assert table.w.astype(str).tolist() == listed.width.tolist() and table.scene.tolist() == listed.scene.tolist()
+    assert (
+        table.w.astype(str).tolist() == listed.width.tolist()
+        and table.scene.tolist() == listed.scene.tolist()
+    )
     check_leak(table)
     row = rows(table)[0]
     assert read_image(row).shape == (3, row.h, row.w) and read_mask(row).shape == (row.h, row.w)
@@ -625,6 +817,7 @@ def test_real_folder_scans(name):
 @pytest.mark.parametrize('name', ['mumbai_pleiades', 'dubai_mbrsc'])
 def test_real_class_fractions_agree_with_the_folder(name):
     root = Path(os.environ['RSSQA_REAL'])/'seg'/name
-    about, balance = json.loads((root/'classes.json').read_text()), class_fractions(scan(root))
+    about = json.loads((root/'classes.json').read_text())
+    balance = class_fractions(scan(root))
     for split, shares in about['class_fraction'].items():
         assert np.allclose(balance.loc[split, list(shares)], list(shares.values()), atol=2e-5)

@@ -8,7 +8,17 @@ import pytest
 from filelock import FileLock
 
 from rssqa.core import Incompatible, SchemaError, UnknownName
-from rssqa.viz.degradation import DEGRADATIONS, DegradationExplorer, Setup, as_png, bench_degradation, damage, interval_rows, make_setup, with_intervals
+from rssqa.viz.degradation import (
+    DEGRADATIONS,
+    DegradationExplorer,
+    Setup,
+    as_png,
+    bench_degradation,
+    damage,
+    interval_rows,
+    make_setup,
+    with_intervals,
+)
 from rssqa.segment.metrics import accuracy, confusion
 from rssqa.quality.recommend import Pack
 from rssqa.data.synthetic import CLASSES, SCENE_TYPES, scene
@@ -36,9 +46,14 @@ def test_knobs_damage_in_the_order_of_the_light():
 
 def test_true_oa_is_measured_against_the_truth(lab):
     r = lab.set('flood', 4, blur=.4)
-    for m, oa in zip(r.table.method, r.table.oa): assert oa == pytest.approx(accuracy(confusion(r.truth, r.masks[m], len(CLASSES)))['oa'])
-    assert np.array_equal(r.truth, scene('flood', 5004, 64).mask) and list(r.table.predicted) == sorted(r.table.predicted, reverse=True)
-    assert ((r.table.low <= r.table.predicted) & (r.table.predicted <= r.table.high) | r.table.low.isna()).all() and r.seconds > 0
+    for m, oa in zip(r.table.method, r.table.oa):
+        assert oa == pytest.approx(accuracy(confusion(r.truth, r.masks[m], len(CLASSES)))['oa'])
+    assert np.array_equal(r.truth, scene('flood', 5004, 64).mask) and list(r.table.predicted) == sorted(
+        r.table.predicted, reverse=True
+    )
+    assert (
+        (r.table.low <= r.table.predicted) & (r.table.predicted <= r.table.high) | r.table.low.isna()
+    ).all() and r.seconds > 0
 
 
 def test_a_wrong_turn_changes_nothing(lab):
@@ -46,7 +61,11 @@ def test_a_wrong_turn_changes_nothing(lab):
     with pytest.raises(SchemaError): lab.set(haze=-1)
     with pytest.raises(UnknownName): lab.set('city')
     after = lab.set()
-    assert after.scene_type == 'town' and after.levels == before.levels and np.array_equal(after.image, before.image)
+    assert (
+        after.scene_type == 'town'
+        and after.levels == before.levels
+        and np.array_equal(after.image, before.image)
+    )
     lab.reset()
 
 
@@ -63,7 +82,11 @@ def test_other_packs(lab):
     bare = Pack(small_pack(), 'cpu')
     bare.config = {k: v for k, v in bare.config.items() if k != 'intervals'}
     r = DegradationExplorer(bare, size=64).reading
-    assert r.table.low.isna().all() and set(r.table.reason) == {'this pack has no intervals'} and 'no interval' in r.said()
+    assert (
+        r.table.low.isna().all()
+        and set(r.table.reason) == {'this pack has no intervals'}
+        and 'no interval' in r.said()
+    )
 
 
 def test_the_view_follows_and_explains(lab):
@@ -71,7 +94,10 @@ def test_the_view_follows_and_explains(lab):
     before = view.pictures['image'].value
     view.sliders['haze'].value, view.scene_type.value = .8, 'oblique'
     assert lab.levels['haze'] == .8 and lab.scene_type == 'oblique' and view.pictures['image'].value != before
-    assert f'OA {lab.reading.table.set_index("method").oa["pspnet"]:.3f}' in view.captions['pspnet'].value and view.numbers.value.count('<circle') == 2
+    assert (
+        f'OA {lab.reading.table.set_index("method").oa["pspnet"]:.3f}' in view.captions['pspnet'].value
+        and view.numbers.value.count('<circle') == 2
+    )
     turns = []
     lab.set = lambda *a, **k: turns.append(1) or DegradationExplorer.set(lab, *a, **k)
     view.reset.click()
@@ -86,13 +112,33 @@ def test_the_view_follows_and_explains(lab):
 
 
 def test_drawings():
-    t = pd.DataFrame(dict(method=['a<b', 'c'], predicted=[.5, np.nan], low=[.4, np.nan], high=[.6, np.nan], oa=[.55, .2]))
+    t = pd.DataFrame(
+        dict(
+            method=['a<b', 'c'],
+            predicted=[0.5, np.nan],
+            low=[0.4, np.nan],
+            high=[0.6, np.nan],
+            oa=[0.55, 0.2],
+        )
+    )
     drawn = interval_rows(t)
-    assert 'a&lt;b' in drawn and drawn.count('<rect') == 1 and drawn.count('<circle') == 2 and 'no prediction' in drawn
-    assert interval_rows(t.drop(columns='oa')).count('<circle') == 0 and as_png(np.zeros((3, 5, 9), np.float32), 18)[:4] == b'\x89PNG'
+    assert (
+        'a&lt;b' in drawn
+        and drawn.count('<rect') == 1
+        and drawn.count('<circle') == 2
+        and 'no prediction' in drawn
+    )
+    assert (
+        interval_rows(t.drop(columns='oa')).count('<circle') == 0
+        and as_png(np.zeros((3, 5, 9), np.float32), 18)[:4] == b'\x89PNG'
+    )
 
 
 def test_bench(lab):
     lab.set(blur=.5)
     t = bench_degradation(lab, 3)
-    assert t.target_ms[0] == 300 and t.met[0] == ('yes' if t.p95_ms[0] < 300 else 'no') and not any(lab.levels.values())
+    assert (
+        t.target_ms[0] == 300
+        and t.met[0] == ('yes' if t.p95_ms[0] < 300 else 'no')
+        and not any(lab.levels.values())
+    )

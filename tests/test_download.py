@@ -25,15 +25,20 @@ class Site(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args): pass
 
     def do_GET(self):
-        s, want = self.server, self.headers.get('Range')
+        s = self.server
+        want = self.headers.get('Range')
         s.asked.append(want)
         if s.status and len(s.asked) <= s.status_times: return self.send_error(s.status)
         start = int(want[6:-1]) if want and s.ranges else 0
         if start >= len(s.data) > 0:
-            self.send_response(416); self.send_header('Content-Range', f'bytes */{len(s.data)}'); self.send_header('Content-Length', '0'); return self.end_headers()
+            self.send_response(416)
+            self.send_header('Content-Range', f'bytes */{len(s.data)}')
+            self.send_header('Content-Length', '0')
+            return self.end_headers()
         body = s.data[start:]
         self.send_response(206 if want and s.ranges else 200)
-        if want and s.ranges: self.send_header('Content-Range', f'bytes {start + s.shift}-{len(s.data) - 1}/{len(s.data)}')
+        if want and s.ranges:
+            self.send_header('Content-Range', f'bytes {start + s.shift}-{len(s.data) - 1}/{len(s.data)}')
         if s.length: self.send_header('Content-Length', str(len(body)))
         self.end_headers()
         cut = s.cuts.pop(0) if s.cuts else None
@@ -44,10 +49,14 @@ class Site(http.server.BaseHTTPRequestHandler):
 @contextmanager
 def site(data=DATA, **how):
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Site)
-    server.__dict__ |= dict(data=data, asked=[], cuts=[], ranges=True, length=True, status=0, status_times=99, shift=0) | how
+    server.__dict__ |= (
+        dict(data=data, asked=[], cuts=[], ranges=True, length=True, status=0, status_times=99, shift=0) | how
+    )
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try: yield server, f'http://127.0.0.1:{server.server_port}/some/file.zip'
-    finally: server.shutdown(); server.server_close()
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def message(e):
@@ -149,7 +158,8 @@ def test_full_disk_is_said_before_the_transfer(tmp_path, monkeypatch):
     with site() as (server, url):
         with pytest.raises(DownloadError) as e: fetch(url, tmp_path/'f', MD5, pause=0)
         assert 'no room' in message(e) and len(server.asked) == 1
-        (tmp_path/'f.part').write_bytes(DATA[:20_000])                    # what is there already need not fit again
+        # what is there already need not fit again
+        (tmp_path / 'f.part').write_bytes(DATA[:20_000])
         assert fetch(url, tmp_path/'f', MD5).read_bytes() == DATA
     with pytest.raises(DownloadError): require_space(tmp_path, 40_001, 'x')
 
@@ -164,7 +174,8 @@ def zipped(path, *names, **special):
 
 
 def _mode_info(name, mode):
-    info = zipfile.ZipInfo(name); info.external_attr = mode << 16
+    info = zipfile.ZipInfo(name)
+    info.external_attr = mode << 16
     return info
 
 
@@ -178,7 +189,8 @@ def tarred(path, *members, mode='w:gz'):
 
 
 def link(name, target, kind=tarfile.SYMTYPE):
-    info = tarfile.TarInfo(name); info.type, info.linkname = kind, target
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
     return info
 
 
@@ -186,7 +198,11 @@ def link(name, target, kind=tarfile.SYMTYPE):
                                   lambda d, *n: tarred(d/'a.tar.xz', *n, mode='w:xz')])
 def test_good_archives(tmp_path, pack):
     out = unpack(pack(tmp_path, 'Train/Urban/1.png', './Train/2 ö.png', 'a..b/c.txt'), tmp_path/'out')
-    assert sorted(p.relative_to(out).as_posix() for p in out.rglob('*') if p.is_file()) == ['Train/2 ö.png', 'Train/Urban/1.png', 'a..b/c.txt']
+    assert sorted(p.relative_to(out).as_posix() for p in out.rglob('*') if p.is_file()) == [
+        'Train/2 ö.png',
+        'Train/Urban/1.png',
+        'a..b/c.txt',
+    ]
     assert (out/'Train/Urban/1.png').read_text() == 'content'
 
 
@@ -194,23 +210,31 @@ def test_good_archives(tmp_path, pack):
 @pytest.mark.parametrize('pack', [zipped, tarred])
 def test_names_that_leave_the_folder_are_refused_before_anything_is_written(tmp_path, pack, name):
     with pytest.raises(DownloadError) as e: unpack(pack(tmp_path/'bad', 'fine.txt', name), tmp_path/'out')
-    assert 'bad' in message(e) and list((tmp_path/'out').iterdir()) == [] and sorted(p.name for p in tmp_path.iterdir()) == ['bad', 'out']
+    assert (
+        'bad' in message(e)
+        and list((tmp_path / 'out').iterdir()) == []
+        and sorted(p.name for p in tmp_path.iterdir()) == ['bad', 'out']
+    )
 
 
 @pytest.mark.parametrize('member', [link('l', '/etc/passwd'), link('l', '../..'), link('l', 'fine.txt'), link('l', '/etc/passwd', tarfile.LNKTYPE),
                                     link('p', '', tarfile.FIFOTYPE), link('d', '', tarfile.CHRTYPE)])
 def test_links_and_devices_are_refused(tmp_path, member):
-    with pytest.raises(DownloadError): unpack(tarred(tmp_path/'bad.tar', 'fine.txt', member, mode='w'), tmp_path/'out')
+    with pytest.raises(DownloadError):
+        unpack(tarred(tmp_path/'bad.tar', 'fine.txt', member, mode='w'), tmp_path/'out')
     assert list((tmp_path/'out').iterdir()) == []
 
 
 def test_links_in_zip_are_refused(tmp_path):
-    with pytest.raises(DownloadError): unpack(zipped(tmp_path/'bad.zip', 'fine.txt', evil=stat.S_IFLNK | 0o777), tmp_path/'out')
+    with pytest.raises(DownloadError):
+        unpack(zipped(tmp_path/'bad.zip', 'fine.txt', evil=stat.S_IFLNK | 0o777), tmp_path/'out')
     assert list((tmp_path/'out').iterdir()) == []
 
 
 def test_a_link_that_is_there_already_does_not_lead_out(tmp_path):
-    (tmp_path/'out').mkdir(); (tmp_path/'elsewhere').mkdir(); (tmp_path/'out/sub').symlink_to(tmp_path/'elsewhere')
+    (tmp_path/'out').mkdir()
+    (tmp_path/'elsewhere').mkdir()
+    (tmp_path/'out/sub').symlink_to(tmp_path/'elsewhere')
     with pytest.raises(DownloadError): unpack(zipped(tmp_path/'a.zip', 'sub/x.txt'), tmp_path/'out')
     assert list((tmp_path/'elsewhere').iterdir()) == []
 
@@ -221,13 +245,15 @@ def test_damaged_archives_are_named(tmp_path):
         (tmp_path/'a.zip').write_bytes(content)
         with pytest.raises(DownloadError) as e: unpack(tmp_path/'a.zip', tmp_path/'out')
         assert 'a.zip' in message(e)
-    whole = tarred(tmp_path/'a.tgz', *'abcdef').read_bytes(); (tmp_path/'a.tgz').write_bytes(whole[:len(whole) - 20])
+    whole = tarred(tmp_path/'a.tgz', *'abcdef').read_bytes()
+    (tmp_path/'a.tgz').write_bytes(whole[:len(whole) - 20])
     with pytest.raises(DownloadError, match='a.tgz'): unpack(tmp_path/'a.tgz', tmp_path/'out')
 
 
 def test_a_bomb_does_not_fill_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(download.shutil, 'disk_usage', lambda p: type('U', (), {'free': 10})())
-    with pytest.raises(DownloadError, match='no room'): unpack(zipped(tmp_path/'a.zip', 'a', 'b'), tmp_path/'out')
+    with pytest.raises(DownloadError, match='no room'):
+        unpack(zipped(tmp_path/'a.zip', 'a', 'b'), tmp_path/'out')
     assert list((tmp_path/'out').iterdir()) == []
 
 
@@ -245,12 +271,15 @@ def packed(tmp_path):
 def test_get_fetches_unpacks_and_is_done(tmp_path, packed, capsys):
     checksum = 'md5:' + hashlib.md5(packed).hexdigest()
     with site(data=packed, cuts=[5000]) as (server, url):
-        datasets.register('tiny', replace(datasets['loveda'], name='tiny', downloads=(Archive(url, checksum, len(packed)),)))
+        datasets.register(
+            'tiny', replace(datasets['loveda'], name='tiny', downloads=(Archive(url, checksum, len(packed)),))
+        )
         try:
             root = get('tiny', tmp_path/'got')
             assert len(scan(root, 'tiny')) == 12 and 'CC BY-NC-SA' in capsys.readouterr().out
             assert not list(root.glob('*.zip')) and read_json(root/'.rssqa.json') == {'file.zip': checksum}
-            asked = len(server.asked); get('tiny', root)
+            asked = len(server.asked)
+            get('tiny', root)
             assert len(server.asked) == asked
         finally: del datasets.entries['tiny']
 
@@ -260,11 +289,18 @@ def test_get_prints_terms_before_anything_and_never_downloads_what_must_be_asked
     for name in ('vaihingen', 'potsdam', 'uavid', 'floodnet'):
         assert not get(name, tmp_path/name).exists()
         out = capsys.readouterr().out
-        assert datasets[name].licence in out and datasets[name].homepage in out and datasets[name].manual in out
+        assert (
+            datasets[name].licence in out and datasets[name].homepage in out and datasets[name].manual in out
+        )
     with pytest.raises(UnknownName): get('vaihigen', tmp_path)
 
 
 def test_official_downloads_have_checksums():
     for name in ('vaihingen', 'potsdam', 'loveda', 'uavid', 'floodnet'):
-        for a in datasets[name].downloads: assert a.url.startswith('https://') and len(a.checksum) == len('md5:') + 32
-    assert [a.url.split('/')[-1] for a in datasets['loveda'].downloads] == ['Train.zip', 'Val.zip', 'Test.zip']
+        for a in datasets[name].downloads:
+            assert a.url.startswith('https://') and len(a.checksum) == len('md5:') + 32
+    assert [a.url.split('/')[-1] for a in datasets['loveda'].downloads] == [
+        'Train.zip',
+        'Val.zip',
+        'Test.zip',
+    ]

@@ -6,12 +6,32 @@ import pytest
 from rssqa.core import UnknownName
 from rssqa.exercises import check, difference, exercises
 
-TABLE = pd.DataFrame(dict(image_id=np.repeat([*'abcd'], 3), method=[*'xyz'] * 4, conf=[.9, .8, .5] * 4, oa=np.linspace(.3, .85, 12), predicted=np.tile([.5, .505, .7, .9, .2, .905], 2), mean=.5))
-TILES = pd.DataFrame(dict(scene=list('aaabb'), split=['train', 'train', 'train', 'train', 'test'], fold=[0, 0, 1, 1, 0]))
+TABLE = pd.DataFrame(
+    dict(
+        image_id=np.repeat([*'abcd'], 3),
+        method=[*'xyz'] * 4,
+        conf=[0.9, 0.8, 0.5] * 4,
+        oa=np.linspace(0.3, 0.85, 12),
+        predicted=np.tile([0.5, 0.505, 0.7, 0.9, 0.2, 0.905], 2),
+        mean=0.5,
+    )
+)
+TILES = pd.DataFrame(
+    dict(scene=list('aaabb'), split=['train', 'train', 'train', 'train', 'test'], fold=[0, 0, 1, 1, 0])
+)
 CUTS = pd.DataFrame(dict(cut=[.1, .2, .3], shuffled=[.5, .92, 1.], clean=[.1, .3, .95]))
-GIVEN = {'accuracy_without_labels/boastful': (TABLE,), 'two_branches/taps': ((4, 8),), 'build_an_sqed/rows': (TILES, ['unet', 'pspnet', 'logcan']), 'build_an_sqed/torn': (TILES,),
-         'train_a_quality_model/error': (TABLE,), 'read_a_umap/surviving': (dict(a=.5, b=.1), .2), 'which_method/close': (TABLE,), 'train_a_clip/chance': (48,),
-         'purify_captions/cut': (CUTS,), 'purify_captions/price': (CUTS,)}
+GIVEN = {
+    'accuracy_without_labels/boastful': (TABLE,),
+    'two_branches/taps': ((4, 8),),
+    'build_an_sqed/rows': (TILES, ['unet', 'pspnet', 'logcan']),
+    'build_an_sqed/torn': (TILES,),
+    'train_a_quality_model/error': (TABLE,),
+    'read_a_umap/surviving': (dict(a=0.5, b=0.1), 0.2),
+    'which_method/close': (TABLE,),
+    'train_a_clip/chance': (48,),
+    'purify_captions/cut': (CUTS,),
+    'purify_captions/price': (CUTS,),
+}
 NAMES = exercises.list('*/*')
 
 
@@ -29,7 +49,9 @@ def test_the_reference_is_right(name):
 def test_slips_are_told_apart(name):
     ex, heard = exercises[name], []
     for why, slip in ex.slips.items():
-        if not ex.trials and not difference(slip(*GIVEN[name]), ex.reference(*GIVEN[name]), ex.tolerance): continue       # these inputs do not show it
+        # these inputs do not show it
+        if not ex.trials and not difference(slip(*GIVEN[name]), ex.reference(*GIVEN[name]), ex.tolerance):
+            continue
         told = check(name, slip) if ex.trials else check(name, slip(*GIVEN[name]), *GIVEN[name])
         assert not told and told.said == f'not yet: {why}'
         heard.append(why)
@@ -39,7 +61,15 @@ def test_slips_are_told_apart(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_the_answer_is_kept(name):
     right = exercises[name].reference(*inputs(name)[0])
-    if isinstance(right, (float, int)): assert f'{right:.3g}' not in (check(name, lambda *a: -123.) if exercises[name].trials else check(name, -123., *GIVEN[name])).said.split('(called')[0]
+    if isinstance(right, (float, int)):
+        assert (
+            f'{right:.3g}'
+            not in (
+                check(name, lambda *a: -123.0)
+                if exercises[name].trials
+                else check(name, -123.0, *GIVEN[name])
+            ).said.split('(called')[0]
+        )
     if isinstance(right, str): assert repr(right) not in check(name, 'something', *GIVEN[name]).said
 
 

@@ -16,7 +16,13 @@ def code(path): return '\n'.join(c.source for c in nbformat.read(path, 4).cells 
 
 @pytest.mark.parametrize('path', PAGES, ids=lambda p: p.stem)
 def test_only_reads(path):
-    assert re.findall(r'\b(?:QualityModel|ConsensusModel|baselines|cross_predict|to_csv|to_parquet|savefig|save_\w+)\(|#\|\s*export', code(path)) == []
+    assert (
+        re.findall(
+            r'\b(?:QualityModel|ConsensusModel|baselines|cross_predict|to_csv|to_parquet|savefig|save_\w+)\(|#\|\s*export',
+            code(path),
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize('path', PAGES, ids=lambda p: p.stem)
@@ -28,7 +34,9 @@ def test_one_title_and_a_lead(path):
 @pytest.mark.parametrize('path', PAGES, ids=lambda p: p.stem)
 def test_prose_holds_no_result(path):
     text = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
-    assert re.findall(r'\d\.\d{3}|\d\.\d+ ?%', text) == [], 'results belong into outputs, which follow the files'
+    assert re.findall(r'\d\.\d{3}|\d\.\d+ ?%', text) == [], (
+        'results belong into outputs, which follow the files'
+    )
 
 
 def run_far_away(path, folder):

@@ -17,24 +17,49 @@ from rssqa.viz.projection import project, separation
 
 @pytest.fixture
 def tiny(): # two images x two methods in each of two datasets; every number below follows from it by hand
-    return pd.DataFrame(dict(dataset=['a']*4 + ['b']*4, image_id=['i1', 'i1', 'i2', 'i2', 'i3', 'i3', 'i4', 'i4'], scene=list('ssttuuvv'), method=['m', 'n']*4,
-                             oa=[.9, .8, .6, .7, .5, .4, .5, .6], predicted=[.9, .7, .8, .6, .5, .3, .4, .5]))
+    return pd.DataFrame(
+        dict(
+            dataset=['a'] * 4 + ['b'] * 4,
+            image_id=['i1', 'i1', 'i2', 'i2', 'i3', 'i3', 'i4', 'i4'],
+            scene=list('ssttuuvv'),
+            method=['m', 'n'] * 4,
+            oa=[0.9, 0.8, 0.6, 0.7, 0.5, 0.4, 0.5, 0.6],
+            predicted=[0.9, 0.7, 0.8, 0.6, 0.5, 0.3, 0.4, 0.5],
+        )
+    )
 
 
 def toy(n=60, seed=0, methods=4):
     rng = np.random.default_rng(seed)
     i, m = np.divmod(np.arange(n * methods), methods)
-    oa = np.clip(np.array([.8, .7, .9])[i % 3] - .05 * rng.normal(size=n)[i] + .02 * rng.normal(size=(n, methods))[i, m], 0, 1)
-    return pd.DataFrame(dict(dataset=np.array(list('abc'))[i % 3], image_id=[f'i{k}' for k in i], scene=[f's{k // 6}' for k in i], method=[f'm{k}' for k in m],
-                             oa=oa, predicted=np.clip(oa + .02 * rng.normal(size=len(oa)), 0, 1)))
+    oa = np.clip(
+        np.array([0.8, 0.7, 0.9])[i % 3]
+        - 0.05 * rng.normal(size=n)[i]
+        + 0.02 * rng.normal(size=(n, methods))[i, m],
+        0,
+        1,
+    )
+    return pd.DataFrame(
+        dict(
+            dataset=np.array(list('abc'))[i % 3],
+            image_id=[f'i{k}' for k in i],
+            scene=[f's{k // 6}' for k in i],
+            method=[f'm{k}' for k in m],
+            oa=oa,
+            predicted=np.clip(oa + 0.02 * rng.normal(size=len(oa)), 0, 1),
+        )
+    )
 
 
 # numbers behind the pictures
 
 def test_scores_by_hand(tiny):
     s = viz.scores(tiny)
-    assert np.isclose(s['mae'], (0 + .1 + .2 + .1 + 0 + .1 + .1 + .1) / 8) and np.isclose(s['bias'], (0 - .1 + .2 - .1 + 0 - .1 - .1 - .1) / 8)
-    assert (s['n_rows'], s['n_images']) == (8, 4) and np.isnan(s['srocc_image'])      # two methods make no rank correlation
+    assert np.isclose(s['mae'], (0 + 0.1 + 0.2 + 0.1 + 0 + 0.1 + 0.1 + 0.1) / 8) and np.isclose(
+        s['bias'], (0 - 0.1 + 0.2 - 0.1 + 0 - 0.1 - 0.1 - 0.1) / 8
+    )
+    # two methods make no rank correlation
+    assert (s['n_rows'], s['n_images']) == (8, 4) and np.isnan(s['srocc_image'])
     assert viz.scores(toy().assign(predicted=lambda t: t.oa))['srocc_image'] == pytest.approx(1)
 
 
@@ -42,15 +67,30 @@ def test_follow_by_hand(tiny):
     out = viz.follow(tiny)
     assert list(out.index) == ['a', 'b', 'all'] and list(out.n_images) == [2, 2, 4]
     a, b, both = (out.loc[i] for i in out.index)
-    assert a.always == 'm' and np.isclose(a.always_oa, .75) and np.isclose(a.picked_oa, .75) and np.isclose(a.oracle_oa, .8) and a.top1 == .5 and np.isclose(a.gap_closed, 0)
-    assert np.isclose(b.picked_oa, .55) and np.isclose(b.oracle_oa, .55) and b.top1 == 1 and np.isclose(b.gap_closed, 1) and np.isclose(b.random_oa, .5)
+    assert (
+        a.always == 'm'
+        and np.isclose(a.always_oa, 0.75)
+        and np.isclose(a.picked_oa, 0.75)
+        and np.isclose(a.oracle_oa, 0.8)
+        and a.top1 == 0.5
+        and np.isclose(a.gap_closed, 0)
+    )
+    assert (
+        np.isclose(b.picked_oa, 0.55)
+        and np.isclose(b.oracle_oa, 0.55)
+        and b.top1 == 1
+        and np.isclose(b.gap_closed, 1)
+        and np.isclose(b.random_oa, 0.5)
+    )
     assert np.isclose(both.picked_oa, .65) and np.isclose(both.regret, .025)
 
 
 def test_follow_agrees_with_metrics():
     t = toy(30)
-    train, test = t[t.image_id.isin([f'i{k}' for k in range(15)])], t[~t.image_id.isin([f'i{k}' for k in range(15)])]
-    ours, theirs = viz.follow(test, always=single_best(train)).loc['all'], recommendation(test, single_best(train))
+    train = t[t.image_id.isin([f'i{k}' for k in range(15)])]
+    test = t[~t.image_id.isin([f'i{k}' for k in range(15)])]
+    ours = viz.follow(test, always=single_best(train)).loc['all']
+    theirs = recommendation(test, single_best(train))
     for name in ('top1', 'regret', 'gap_closed'): assert np.isclose(ours[name], theirs[name])
     assert ours.n_images == theirs['images']
 
@@ -60,38 +100,60 @@ def test_follow_names_the_rival(tiny):
     with pytest.raises(UnknownName, match='unet'): viz.follow(tiny.replace({'m': 'unet'}), always='unte')
     holes = tiny.drop(index=[0])
     assert viz.follow(holes).loc['a', 'n_images'] == 1                # i1 lacks a method
-    with pytest.raises(SchemaError, match='No image has a row for every method'): viz.follow(tiny.iloc[[0, 3]])
+    with pytest.raises(SchemaError, match='No image has a row for every method'):
+        viz.follow(tiny.iloc[[0, 3]])
 
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 1000), n=st.integers(3, 9), methods=st.integers(2, 5))
 def test_nobody_beats_the_oracle(seed, n, methods):
     out = viz.follow(toy(n, seed, methods))
-    assert (out.picked_oa <= out.oracle_oa + 1e-12).all() and (out.always_oa <= out.oracle_oa + 1e-12).all() and (out.random_oa <= out.always_oa + 1e-12).all()
-    assert (out.gap_closed.dropna() <= 1 + 1e-9).all() and np.allclose(out.regret, out.oracle_oa - out.picked_oa)
+    assert (
+        (out.picked_oa <= out.oracle_oa + 1e-12).all()
+        and (out.always_oa <= out.oracle_oa + 1e-12).all()
+        and (out.random_oa <= out.always_oa + 1e-12).all()
+    )
+    assert (out.gap_closed.dropna() <= 1 + 1e-9).all() and np.allclose(
+        out.regret, out.oracle_oa - out.picked_oa
+    )
 
 
 def test_method_shares_split_ties(tiny):
     tied = tiny.assign(oa=[.9, .9, .6, .7, .5, .4, .5, .6])
     shares = viz.method_shares(tied)
-    assert np.isclose(shares.best['m'], 1.5 / 4) and np.isclose(shares.best['n'], 2.5 / 4) and np.isclose(shares.recommended['m'], 3 / 4)
+    assert (
+        np.isclose(shares.best['m'], 1.5 / 4)
+        and np.isclose(shares.best['n'], 2.5 / 4)
+        and np.isclose(shares.recommended['m'], 3 / 4)
+    )
     assert 'recommended' not in viz.method_shares(tied.drop(columns='predicted'))
 
 
 def test_best_rows_know_directions():
     t = pd.DataFrame({'mae': [.1, .05, .05], 'top1': [.3, np.nan, .2]}, index=list('xyz'))
-    assert viz.best_rows(t, 'mae').tolist() == [False, True, True] and viz.best_rows(t, 'top1').tolist() == [True, False, False]
+    assert viz.best_rows(t, 'mae').tolist() == [False, True, True] and viz.best_rows(t, 'top1').tolist() == [
+        True,
+        False,
+        False,
+    ]
 
 
 # displays
 
 def test_displays_hold_what_they_draw(tiny):
     shown = viz.plot_predicted_true(tiny)
-    assert sorted(shown.data_.oa) == sorted(tiny.oa) and 'n = 8 maps of 4 images' in shown.ax_.texts[0].get_text()
+    assert (
+        sorted(shown.data_.oa) == sorted(tiny.oa)
+        and 'n = 8 maps of 4 images' in shown.ax_.texts[0].get_text()
+    )
     drawn = np.concatenate([np.asarray(c.get_offsets()) for c in shown.ax_.collections])
     assert {tuple(np.round(p, 6)) for p in drawn} == {(p, t) for p, t in zip(tiny.predicted, tiny.oa)}
     cal = viz.plot_calibration(tiny, bins=2).data_
-    assert list(cal.n) == [4, 4] and np.allclose(cal.predicted, [.425, .75]) and np.allclose(cal.true, [.5, .75])
+    assert (
+        list(cal.n) == [4, 4]
+        and np.allclose(cal.predicted, [0.425, 0.75])
+        and np.allclose(cal.true, [0.5, 0.75])
+    )
     grid = viz.plot_methods(tiny).data_
     assert np.isclose(grid.loc['m', 'a'], .75) and np.isclose(grid.loc['n', 'b'], .5)
     rec = viz.plot_recommendation(tiny, baseline='oa').data_
@@ -108,7 +170,8 @@ def test_displays_use_the_axes_they_get(tiny):
 
 
 def test_pyplot_figures_are_not_shown_twice(tiny):
-    import matplotlib; matplotlib.use('agg')
+    import matplotlib
+    matplotlib.use('agg')
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots()
     assert viz.plot_calibration(tiny, ax=ax)._repr_png_() is None
@@ -129,7 +192,8 @@ def test_missing_predictions_are_counted(tiny):
 
 def test_one_point_one_dataset(tiny):
     one = tiny.head(1)
-    for plot in (viz.plot_predicted_true, viz.plot_calibration, viz.plot_recommendation, viz.plot_methods): assert plot(one)._repr_png_()
+    for plot in (viz.plot_predicted_true, viz.plot_calibration, viz.plot_recommendation, viz.plot_methods):
+        assert plot(one)._repr_png_()
     assert np.isnan(viz.follow(one).gap_closed).all()             # one method leaves no gap
     emb = project(np.ones((1, 3)), table=one)
     assert 'too few' in viz.plot_embedding(emb).ax_.texts[0].get_text().replace('\n', ' ')
@@ -139,52 +203,92 @@ def test_embedding_claims_nothing_without_numbers():
     t = toy(30).drop_duplicates('image_id').reset_index(drop=True)
     x = np.random.default_rng(0).normal(size=(30, 4))
     emb = project(x, 'pca', table=t)
-    plain, measured = viz.plot_embedding(emb), viz.plot_embedding(emb, numbers=separation(x, t.oa, t.dataset, t.scene))
+    plain = viz.plot_embedding(emb)
+    measured = viz.plot_embedding(emb, numbers=separation(x, t.oa, t.dataset, t.scene))
     assert 'not measured' in plain.ax_.texts[0].get_text() and 'skill' in measured.ax_.texts[0].get_text()
-    assert plain.ax_.collections[0].get_clim() == (0, 1) and len(viz.plot_embedding(emb, 'dataset').ax_.collections) == 3
+    assert (
+        plain.ax_.collections[0].get_clim() == (0, 1)
+        and len(viz.plot_embedding(emb, 'dataset').ax_.collections) == 3
+    )
     wide = viz.plot_embedding(emb.assign(error=emb.oa * 40 - 20), 'error').ax_.collections[0].get_clim()
     assert wide[0] < 0 or wide[1] > 1
     with pytest.raises(SchemaError, match='no column quality'): viz.plot_embedding(emb, 'quality')
-    assert viz.plot_embedding(emb.assign(oa=np.nan)).ax_.get_legend().get_texts()[0].get_text() == 'unknown (30)'
+    assert (
+        viz.plot_embedding(emb.assign(oa=np.nan)).ax_.get_legend().get_texts()[0].get_text() == 'unknown (30)'
+    )
     assert '1 without OA' in viz.plot_embedding(emb.assign(oa=[np.nan, *emb.oa[1:]])).ax_.texts[0].get_text()
 
 
 def test_many_points_become_density():
     n = 120_000
     rng = np.random.default_rng(0)
-    emb = pd.DataFrame(dict(u=rng.normal(size=n), v=rng.normal(size=n), oa=rng.random(n), dataset=rng.choice(['a', 'b'], n, p=[.9, .1])))
+    emb = pd.DataFrame(
+        dict(
+            u=rng.normal(size=n),
+            v=rng.normal(size=n),
+            oa=rng.random(n),
+            dataset=rng.choice(['a', 'b'], n, p=[0.9, 0.1]),
+        )
+    )
     emb.attrs['of'] = 200_000
     shown = viz.plot_embedding(emb)
-    assert shown.data_.n.sum() == n and len(shown.data_) < 110**2 and '120,000 of 200,000' in shown.ax_.texts[0].get_text() and 'density' in shown.ax_.texts[0].get_text()
-    assert len(viz.plot_embedding(emb, max_points=n).data_) == n                                       # points, if they are wanted
-    assert np.isclose((shown.data_.n * shown.data_.oa).sum() / n, emb.oa.mean())                       # means of cells add up
+    assert (
+        shown.data_.n.sum() == n
+        and len(shown.data_) < 110**2
+        and '120,000 of 200,000' in shown.ax_.texts[0].get_text()
+        and 'density' in shown.ax_.texts[0].get_text()
+    )
+    # points, if they are wanted
+    assert len(viz.plot_embedding(emb, max_points=n).data_) == n
+    # means of cells add up
+    assert np.isclose((shown.data_.n * shown.data_.oa).sum() / n, emb.oa.mean())
     named = viz.plot_embedding(emb, 'dataset')
-    assert (named.data_[named.data_.n > 30].dataset == 'a').all() and [t.get_text() for t in named.ax_.get_legend().get_texts()][0].startswith('a (10')
+    assert (named.data_[named.data_.n > 30].dataset == 'a').all() and [
+        t.get_text() for t in named.ax_.get_legend().get_texts()
+    ][0].startswith('a (10')
     assert len(shown._repr_png_()) < 60_000
 
 
 def test_density_by_hand():
-    emb = pd.DataFrame(dict(u=[0, .1, 1, 1.], v=[0, 0, 1, 1.], oa=[.2, .4, .9, np.nan], kind=['x', 'y', 'y', None]))
+    emb = pd.DataFrame(
+        dict(u=[0, 0.1, 1, 1.0], v=[0, 0, 1, 1.0], oa=[0.2, 0.4, 0.9, np.nan], kind=['x', 'y', 'y', None])
+    )
     cells = viz.plot_embedding(emb, max_points=2, cells=2).data_
     assert list(cells.n) == [2, 2] and np.allclose(cells.oa, [.3, .9]) and np.allclose(cells.u, [.25, 1.25])
-    assert list(viz.plot_embedding(emb, 'kind', max_points=2, cells=2).data_.kind) == ['x', 'unknown']   # ties: the first name
-    assert viz.plot_embedding(emb.assign(oa=np.nan), max_points=2)._repr_png_() and viz.plot_embedding(emb.assign(u=1., v=1.), max_points=2).data_.n.tolist() == [4]
+    # ties: the first name
+    assert list(viz.plot_embedding(emb, 'kind', max_points=2, cells=2).data_.kind) == ['x', 'unknown']
+    assert viz.plot_embedding(emb.assign(oa=np.nan), max_points=2)._repr_png_() and viz.plot_embedding(
+        emb.assign(u=1.0, v=1.0), max_points=2
+    ).data_.n.tolist() == [4]
 
 
 def test_branches_carry_their_numbers():
     t = toy(40).drop_duplicates('image_id').reset_index(drop=True)
     rng = np.random.default_rng(0)
-    views = {'semantic': rng.normal(size=(40, 5)), 'fused': np.c_[t.groupby('dataset').oa.rank(), rng.normal(size=40)]}
+    views = {
+        'semantic': rng.normal(size=(40, 5)),
+        'fused': np.c_[t.groupby('dataset').oa.rank(), rng.normal(size=40)],
+    }
     shown = viz.compare_branches(views, t, method='pca', k=5)
     assert list(shown.data_.index) == list(views) and len(shown.ax_) == 2 and shown._repr_png_()
-    for ax, m in zip(shown.ax_, shown.data_.itertuples()): assert f'skill {m.skill:.2f}' in ax.get_xlabel() and f'probe {m.probe_accuracy:.0%}' in ax.get_xlabel()
+    for ax, m in zip(shown.ax_, shown.data_.itertuples()):
+        assert (
+            f'skill {m.skill:.2f}' in ax.get_xlabel() and f'probe {m.probe_accuracy:.0%}' in ax.get_xlabel()
+        )
     ranks = np.concatenate([c.get_array() for c in shown.ax_[0].collections])
     assert np.isclose(ranks.max(), 1) and len(ranks) == 40
     assert shown.data_.skill['fused'] > .5 > shown.data_.skill['semantic'] + .2
     fig = Figure()
     mine = viz.compare_branches(views, t, 'dataset', 'pca', axes=fig.subplots(1, 2))
-    assert mine.figure_ is fig and [x.get_text() for x in mine.ax_[-1].get_legend().get_texts()] == ['a', 'b', 'c']
-    assert 'cannot be measured' in viz.compare_branches({'few': views['semantic'][:4]}, t.head(4), method='pca').ax_[0].get_xlabel()
+    assert mine.figure_ is fig and [x.get_text() for x in mine.ax_[-1].get_legend().get_texts()] == [
+        'a',
+        'b',
+        'c',
+    ]
+    assert (
+        'cannot be measured'
+        in viz.compare_branches({'few': views['semantic'][:4]}, t.head(4), method='pca').ax_[0].get_xlabel()
+    )
     with pytest.raises(SchemaError, match='no column look'): viz.compare_branches(views, t, 'look')
     with pytest.raises(Incompatible, match='40 feature rows and 39'): viz.compare_branches(views, t.head(39))
 
@@ -194,7 +298,8 @@ def test_names_are_never_formulas(tiny, name):
     t = tiny.replace({'dataset': {'a': name}, 'method': {'m': name}})
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='.*[Gg]lyph.*')
-        for plot in (viz.plot_predicted_true, viz.plot_recommendation, viz.plot_methods): assert plot(t)._repr_png_()
+        for plot in (viz.plot_predicted_true, viz.plot_recommendation, viz.plot_methods):
+            assert plot(t)._repr_png_()
 
 
 def test_palette_survives_colour_blindness():
@@ -218,7 +323,10 @@ def test_style_is_changed_only_on_request(tiny):
 # comparisons and cases
 
 def test_comparison_orders_by_the_first_metric():
-    t = pd.DataFrame({'mae': [.1, .2], 'srocc_image': [.3, .6], 'gap_closed': [-.2, np.nan]}, index=['RS-SQA', 'rival'])
+    t = pd.DataFrame(
+        {'mae': [0.1, 0.2], 'srocc_image': [0.3, 0.6], 'gap_closed': [-0.2, np.nan]},
+        index=['RS-SQA', 'rival'],
+    )
     shown = viz.plot_comparison(t)
     assert list(shown.data_.index) == ['rival', 'RS-SQA'] and len(shown.ax_) == 3
     with pytest.raises(SchemaError, match='columns among'): viz.plot_comparison(t[[]])
@@ -228,17 +336,30 @@ def test_comparison_orders_by_the_first_metric():
 @pytest.fixture
 def case():
     truth = np.array([[0, 0, 0, 1, 1], [0, 0, 255, 1, 1]], np.uint8)
-    return dict(image=np.full((3, 2, 5), .5, np.float32), truth=truth, mask=np.array([[0, 0, 1, 1, 1], [0, 0, 1, 1, 0]], np.uint8), palette=[(255, 0, 0), (0, 0, 255)])
+    return dict(
+        image=np.full((3, 2, 5), 0.5, np.float32),
+        truth=truth,
+        mask=np.array([[0, 0, 1, 1, 1], [0, 0, 1, 1, 0]], np.uint8),
+        palette=[(255, 0, 0), (0, 0, 255)],
+    )
 
 
 def test_case_by_hand(case):
     panels = viz.case_panels(case['image'], case['mask'], case['palette'], case['truth'])
-    assert list(panels) == ['image', 'truth', 'map', 'error'] and all(p.shape == (2, 5, 3) and p.dtype == np.uint8 for p in panels.values())
+    assert list(panels) == ['image', 'truth', 'map', 'error'] and all(
+        p.shape == (2, 5, 3) and p.dtype == np.uint8 for p in panels.values()
+    )
     wrong = (panels['error'] == viz.WRONG).all(-1)
-    assert np.argwhere(wrong).tolist() == [[0, 2], [1, 4]] and tuple(panels['error'][1, 2]) == viz.IGNORED == tuple(panels['truth'][1, 2])
+    assert np.argwhere(wrong).tolist() == [[0, 2], [1, 4]] and tuple(
+        panels['error'][1, 2]
+    ) == viz.IGNORED == tuple(panels['truth'][1, 2])
     assert tuple(panels['map'][0, 0]) == (255, 0, 0) and viz.case_oa(case['truth'], case['mask']) == 7 / 9
     data = viz.plot_case(case['image'], case['truth'], case['mask'], case['palette'], 'a $ case').data_
-    assert np.allclose(data.map_share, [5/10, 5/10]) and np.allclose(data.truth_share, [5/9, 4/9]) and np.allclose(data.found, [4/5, 3/4])
+    assert (
+        np.allclose(data.map_share, [5 / 10, 5 / 10])
+        and np.allclose(data.truth_share, [5 / 9, 4 / 9])
+        and np.allclose(data.found, [4 / 5, 3 / 4])
+    )
 
 
 def test_case_without_truth_claims_nothing(case):
@@ -248,13 +369,19 @@ def test_case_without_truth_claims_nothing(case):
 
 
 def test_case_refuses(case):
-    with pytest.raises(BadImage, match='map.*shape'): viz.case_panels(case['image'], case['mask'][:1], case['palette'])
-    with pytest.raises(Incompatible, match='class id 1'): viz.case_panels(case['image'], case['mask'], case['palette'][:1])
+    with pytest.raises(BadImage, match='map.*shape'):
+        viz.case_panels(case['image'], case['mask'][:1], case['palette'])
+    with pytest.raises(Incompatible, match='class id 1'):
+        viz.case_panels(case['image'], case['mask'], case['palette'][:1])
 
 
 def test_worst_is_one_map_an_image(tiny, case):
     rows = viz.worst(tiny, 3)
-    assert rows.image_id.is_unique and rows.image_id.iloc[0] == 'i2' and np.allclose(rows.error, [.2, -.1, -.1])
+    assert (
+        rows.image_id.is_unique
+        and rows.image_id.iloc[0] == 'i2'
+        and np.allclose(rows.error, [0.2, -0.1, -0.1])
+    )
     low = viz.worst(tiny, 2, by='oa')
     assert list(low.oa) == [.4, .5] and list(low.image_id) == ['i3', 'i4']
     shown = viz.plot_worst(tiny, lambda row: case, n=2)
@@ -264,7 +391,8 @@ def test_worst_is_one_map_an_image(tiny, case):
 
 
 def test_saved_figures(tiny, tmp_path):
-    for suffix in ('png', 'svg', 'pdf'): assert viz.plot_calibration(tiny).save(tmp_path/f'c.{suffix}').stat().st_size > 1000
+    for suffix in ('png', 'svg', 'pdf'):
+        assert viz.plot_calibration(tiny).save(tmp_path/f'c.{suffix}').stat().st_size > 1000
 
 
 def test_import_is_light():

@@ -7,18 +7,26 @@ import pytest
 from forked import run_forked
 from test_notebooks import ROOT
 
-RECIPES = dict(own_dataset='check_dataset', own_method='check_segmenter', own_encoder='check_encoder', own_fusion='check_fusion')
+RECIPES = dict(
+    own_dataset='check_dataset',
+    own_method='check_segmenter',
+    own_encoder='check_encoder',
+    own_fusion='check_fusion',
+)
 
 
 def recipe(name: str) -> str:
     "The first code cell."
-    return next(c.source for c in nbformat.read(ROOT/f'nbs/how-to/{name}.ipynb', 4).cells if c.cell_type == 'code')
+    return next(
+        c.source for c in nbformat.read(ROOT / f'nbs/how-to/{name}.ipynb', 4).cells if c.cell_type == 'code'
+    )
 
 
 def check_dataset():
     from rssqa.core import datasets
     from rssqa.data.datasets import check_leak, read_image, read_mask, scan
-    tiles, spec = scan('mycity', 'mycity'), datasets['mycity']
+    tiles = scan('mycity', 'mycity')
+    spec = datasets['mycity']
     assert len(tiles) == 8 and tiles.scene.nunique() == 4
     for row in tiles.itertuples():
         mask = read_mask(row, spec)
@@ -32,7 +40,12 @@ def run(name, folder):
     from rssqa.clip.encoders import check_encoder
     from rssqa.quality.fusion import check_fusion
     from rssqa.segment.protocol import check_segmenter
-    dict(check_dataset=check_dataset, check_segmenter=lambda: check_segmenter('mine.city'), check_encoder=lambda: check_encoder('mine'), check_fusion=lambda: check_fusion('bilinear'))[RECIPES[name]]()
+    dict(
+        check_dataset=check_dataset,
+        check_segmenter=lambda: check_segmenter('mine.city'),
+        check_encoder=lambda: check_encoder('mine'),
+        check_fusion=lambda: check_fusion('bilinear'),
+    )[RECIPES[name]]()
 
 
 @pytest.mark.parametrize('name', RECIPES)

@@ -20,7 +20,16 @@ real = pytest.mark.skipif(not os.environ.get('RSSQA_REAL'), reason='RSSQA_REAL i
 SIZES = ((64, 64), (96, 96), (128, 160))
 ON_MOBILENET = ('unet', 'deeplabv3plus', 'pspnet', 'unetformer', 'logcan')
 BUDGETS = dict(nano=(0.1, 0.7), tiny=(1.5, 6.5)) # millions of parameters, least and most
-STANDARD = {'unet': 24.4, 'deeplabv3plus': 26.7, 'pspnet': 29.8, 'upernet-swin': 36.7, 'segformer': 27.4, 'unetformer': 11.7, 'ft-unetformer': 94.1, 'logcan': 28.1}
+STANDARD = {
+    'unet': 24.4,
+    'deeplabv3plus': 26.7,
+    'pspnet': 29.8,
+    'upernet-swin': 36.7,
+    'segformer': 27.4,
+    'unetformer': 11.7,
+    'ft-unetformer': 94.1,
+    'logcan': 28.1,
+}
 fixed = settings(max_examples=25, deadline=None)
 
 
@@ -75,8 +84,10 @@ def test_keeps_the_segmenter_protocol(nanos, name):
 
 @pytest.mark.parametrize('name', METHOD_NAMES)
 def test_copies_and_pickles_answer_alike(nanos, name):
-    net, x = copy.deepcopy(nanos[name]).eval(), torch.randn(1, 3, 64, 64)
-    again, fresh = pickle.loads(pickle.dumps(net)), methods[name].build(5, 'nano').eval()
+    net = copy.deepcopy(nanos[name]).eval()
+    x = torch.randn(1, 3, 64, 64)
+    again = pickle.loads(pickle.dumps(net))
+    fresh = methods[name].build(5, 'nano').eval()
     fresh.load_state_dict(net.state_dict())
     assert torch.equal(net(x), again(x)) and torch.equal(net(x), fresh(x))
 
@@ -88,7 +99,8 @@ def test_learns_a_few_scenes(name):
     x = torch.as_tensor(np.stack([s.image for s in scenes])) * 4 - 2
     y = torch.as_tensor(np.stack([s.mask for s in scenes]).astype(np.int64))
     net = methods[name].build(int(y[y < 255].max()) + 1, 'nano').train()
-    best, losses = torch.optim.AdamW(net.parameters(), 4e-3), []
+    best = torch.optim.AdamW(net.parameters(), 4e-3)
+    losses = []
     for _ in range(16):
         loss = F.cross_entropy(net(x), y, ignore_index=255)
         best.zero_grad(), loss.backward(), best.step()
@@ -100,14 +112,17 @@ def test_learns_a_few_scenes(name):
 
 @pytest.mark.parametrize('name', METHOD_NAMES)
 def test_parameter_budgets(name):
-    for preset, (least, most) in BUDGETS.items(): assert least < millions(methods[name].build(6, preset)) < most, preset
+    for preset, (least, most) in BUDGETS.items():
+        assert least < millions(methods[name].build(6, preset)) < most, preset
     with torch.device('meta'): whole = millions(methods[name].build(6, 'standard'))
     assert whole == pytest.approx(STANDARD[name], abs=0.1)
 
 
 def test_presets_of_all_families_are_named_alike():
     assert {tuple(methods[n].presets) for n in METHOD_NAMES} == {('nano', 'tiny', 'standard')}
-    assert {methods[n].family for n in METHOD_NAMES} == {'CNN', 'transformer', 'hybrid'} and all(methods[n].name == n for n in METHOD_NAMES)
+    assert {methods[n].family for n in METHOD_NAMES} == {'CNN', 'transformer', 'hybrid'} and all(
+        methods[n].name == n for n in METHOD_NAMES
+    )
     with pytest.raises(UnknownName, match='[Dd]id you mean nano'): methods['unet'].build(3, 'nan')
 
 
@@ -119,7 +134,9 @@ def test_encoder_weights_arrive_in_library_and_own_nets(tmp_path):
     for name in ON_MOBILENET:
         net = methods[name].build(5, 'nano', path)
         inner = net.encoder.net if hasattr(net.encoder, 'net') else net.encoder.model
-        assert all(torch.equal(v, donor[k]) for k, v in inner.state_dict().items() if 'num_batches' not in k), name
+        assert all(
+            torch.equal(v, donor[k]) for k, v in inner.state_dict().items() if 'num_batches' not in k
+        ), name
 
 
 def test_swin_classifier_names_are_understood(tmp_path):
@@ -127,15 +144,20 @@ def test_swin_classifier_names_are_understood(tmp_path):
     small = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
     whole = timm.create_model('swin_tiny_patch4_window7_224', num_classes=3, **small)
     save_file(whole.state_dict(), tmp_path/'swin.safetensors')
-    encoder = blocks.timm_encoder('swin_tiny_patch4_window7_224', tmp_path/'swin.safetensors', strict_img_size=False, **small)
-    assert torch.equal(encoder.net.layers_2.blocks[0].mlp.fc1.weight, whole.layers[2].blocks[0].mlp.fc1.weight)
+    encoder = blocks.timm_encoder(
+        'swin_tiny_patch4_window7_224', tmp_path / 'swin.safetensors', strict_img_size=False, **small
+    )
+    assert torch.equal(
+        encoder.net.layers_2.blocks[0].mlp.fc1.weight, whole.layers[2].blocks[0].mlp.fc1.weight
+    )
 
 
 def test_segformer_encoder_weights(tmp_path, nanos):
     save_file(nanos['segformer'].encoder.mit.state_dict(), path := str(tmp_path/'mit.safetensors'))
     twin = methods['segformer'].build(3, 'nano', path)
     assert state_digest(twin.encoder.state_dict()) == state_digest(nanos['segformer'].encoder.state_dict())
-    with pytest.raises(Incompatible, match='(?i)timm has no Mix Transformer'): methods['segformer'].build(3, 'nano', 'timm')
+    with pytest.raises(Incompatible, match='(?i)timm has no Mix Transformer'):
+        methods['segformer'].build(3, 'nano', 'timm')
 
 
 def test_foreign_encoder_weights_are_refused_untouched(tmp_path):
@@ -145,10 +167,13 @@ def test_foreign_encoder_weights_are_refused_untouched(tmp_path):
     half = {k: v for i, (k, v) in enumerate(net.state_dict().items()) if i % 2}
     for state in (wide, half, {'x': torch.zeros(1)}):
         save_file(state, tmp_path/'w.safetensors')
-        with pytest.raises(Incompatible, match=r'w\.safetensors.*Found \d+ of \d+ .*expected at least 90%.*Choose'): blocks.load_encoder_weights(net, tmp_path/'w.safetensors')
+        with pytest.raises(Incompatible, match=r'w\.safetensors.*Found \d+ of \d+ .*expected at least 90%.*Choose'):
+            blocks.load_encoder_weights(net, tmp_path/'w.safetensors')
     (tmp_path/'junk.safetensors').write_bytes(b'<html>not found</html>')
-    with pytest.raises(Incompatible, match='(?i)not a safetensors file'): blocks.load_encoder_weights(net, tmp_path/'junk.safetensors')
-    with pytest.raises(DataNotFound, match='no encoder weights nowhere'): blocks.load_encoder_weights(net, 'nowhere')
+    with pytest.raises(Incompatible, match='(?i)not a safetensors file'):
+        blocks.load_encoder_weights(net, tmp_path/'junk.safetensors')
+    with pytest.raises(DataNotFound, match='no encoder weights nowhere'):
+        blocks.load_encoder_weights(net, 'nowhere')
     assert state_digest(net.state_dict()) == before
 
 
@@ -159,7 +184,10 @@ def test_imagenet_weights_load_into_every_tiny_hybrid():
     for name in ON_MOBILENET:
         net = methods[name].build(6, 'tiny', str(path)).eval()
         inner = net.encoder.net if hasattr(net.encoder, 'net') else net.encoder.model
-        assert torch.equal(inner.conv_stem.weight, first) and torch.isfinite(net(torch.randn(1, 3, 64, 64))).all()
+        assert (
+            torch.equal(inner.conv_stem.weight, first)
+            and torch.isfinite(net(torch.randn(1, 3, 64, 64))).all()
+        )
     with pytest.raises(Incompatible): blocks.timm_encoder('mobilenetv2_050', path)
 
 
@@ -176,17 +204,29 @@ def test_windows_come_back(n, c, height, width, h, w):
 
 def test_windows_hold_neighbours():
     x = torch.arange(24.).view(1, 1, 4, 6)
-    assert blocks.to_windows(x, (2, 3))[0, :, :, 0].tolist() == [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11], [12, 13, 14, 18, 19, 20], [15, 16, 17, 21, 22, 23]]
+    assert blocks.to_windows(x, (2, 3))[0, :, :, 0].tolist() == [
+        [0, 1, 2, 6, 7, 8],
+        [3, 4, 5, 9, 10, 11],
+        [12, 13, 14, 18, 19, 20],
+        [15, 16, 17, 21, 22, 23],
+    ]
 
 
 def test_window_attention_against_loops():
     torch.manual_seed(0)
-    net, x, side = blocks.WindowAttention(8, 2, 3), torch.randn(1, 8, 3, 3), 3
+    net = blocks.WindowAttention(8, 2, 3)
+    x = torch.randn(1, 8, 3, 3)
+    side = 3
     q, k, v = net.qkv(x)[0].flatten(1).T.view(9, 3, 2, 4).unbind(1)                      # each (T,heads,4)
     expected = torch.zeros(9, 8)
     for head in range(2):
         for i in range(9):
-            bias = [net.bias[head, (i//side - j//side + side-1) * (2*side-1) + i % side - j % side + side-1] for j in range(9)]
+            bias = [
+                net.bias[
+                    head, (i // side - j // side + side - 1) * (2 * side - 1) + i % side - j % side + side - 1
+                ]
+                for j in range(9)
+            ]
             share = torch.stack([q[i, head] @ k[j, head] / 2 + bias[j] for j in range(9)]).softmax(0)
             expected[i, 4*head:4*head+4] = sum(share[j] * v[j, head] for j in range(9))
     assert torch.allclose(net(x)[0].flatten(1).T, expected, atol=1e-5)
@@ -195,17 +235,25 @@ def test_window_attention_against_loops():
 @fixed
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6))
 def test_cross_mean_against_loops(height, width, length):
-    x, before = torch.randn(1, 1, height, width), length // 2
+    x = torch.randn(1, 1, height, width)
+    before = length // 2
     edge = lambda i, n: min(max(i, 0), n - 1)
     strip = lambda i, n: [edge(i - before + d, n) for d in range(length)]
-    expected = [[(x[0, 0, strip(i, height), j].mean() + x[0, 0, i, strip(j, width)].mean()).item() for j in range(width)] for i in range(height)]
+    expected = [
+        [
+            (x[0, 0, strip(i, height), j].mean() + x[0, 0, i, strip(j, width)].mean()).item()
+            for j in range(width)
+        ]
+        for i in range(height)
+    ]
     assert torch.allclose(blocks.cross_mean(x, length)[0, 0], torch.tensor(expected), atol=1e-5)
 
 
 @fixed
 @given(st.integers(1, 40), st.integers(1, 6), st.floats(0.1, 30))
 def test_class_centres_stay_inside_the_features(pixels, classes, sharpness):
-    x, d = torch.randn(pixels, 5), torch.randn(pixels, classes) * sharpness
+    x = torch.randn(pixels, 5)
+    d = torch.randn(pixels, classes) * sharpness
     centres = class_centres(x, d)
     assert centres.shape == (classes, 5)
     assert (centres <= x.max(0).values + 1e-5).all() and (centres >= x.min(0).values - 1e-5).all()
@@ -217,9 +265,12 @@ def test_class_attention_tells_global_centres_only():
     torch.manual_seed(0)
     net = ClassAttention(8, 3, patches=2).eval()
     net.out = nn.Identity()
-    x, same = torch.randn(1, 8, 7, 5), torch.randn(8)
+    x = torch.randn(1, 8, 7, 5)
+    same = torch.randn(8)
     _, y = net(x, same.expand(1, 3, 8))
-    assert torch.allclose(y[:, 8:], net.value(same).view(1, 8, 1, 1).expand(1, 8, 7, 5), atol=1e-5) and torch.equal(y[:, :8], x)
+    assert torch.allclose(
+        y[:, 8:], net.value(same).view(1, 8, 1, 1).expand(1, 8, 7, 5), atol=1e-5
+    ) and torch.equal(y[:, :8], x)
 
 
 def test_auxiliary_logits_teach_the_rough_classification(nanos):
@@ -235,7 +286,11 @@ def test_a_single_value_leaves_running_statistics_alone():
         with pytest.raises(ValueError): norm.train()(torch.randn(1, 4, 1, 1))
         blocks.safe_norms(norm).running_mean.fill_(2.)
         norm.num_batches_tracked.zero_()
-        assert norm(torch.full((1, 4, 1, 1), 2.)).abs().max() < 1e-6 and norm.training and norm.num_batches_tracked == 0
+        assert (
+            norm(torch.full((1, 4, 1, 1), 2.0)).abs().max() < 1e-6
+            and norm.training
+            and norm.num_batches_tracked == 0
+        )
         norm(torch.randn(1, 4, 3, 3))
         assert norm.num_batches_tracked == 1 and not norm.running_mean.eq(2).any()
 

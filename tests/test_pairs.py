@@ -15,9 +15,36 @@ from rssqa.core import BadImage, DataNotFound, Incompatible, SchemaError, Unknow
 from rssqa.data.corpora import _many, caption_from_mask, inside, text_encoding, unit_box
 from rssqa.testing.fake_corpora import PAGE, fake_corpus, fake_samples
 from rssqa.testing.fake_datasets import fake_dataset
-from rssqa.data.pairs import Bad, PairRecord, audit, corpora, open_image, overlong, read_pairs, to_frame, token_count, write_shards
+from rssqa.data.pairs import (
+    Bad,
+    PairRecord,
+    audit,
+    corpora,
+    open_image,
+    overlong,
+    read_pairs,
+    to_frame,
+    token_count,
+    write_shards,
+)
 
-KINDS = ['rs5m-tar', 'rs5m-tar-old', 'rs5m-csv', 'gaia', 'mgrs', 'skyscript', 'karpathy', 'nwpu', 'title-csv', 'openclip-csv', 'rssqa-pairs', 'folder', 'translations', 'webdataset', 'masks']
+KINDS = [
+    'rs5m-tar',
+    'rs5m-tar-old',
+    'rs5m-csv',
+    'gaia',
+    'mgrs',
+    'skyscript',
+    'karpathy',
+    'nwpu',
+    'title-csv',
+    'openclip-csv',
+    'rssqa-pairs',
+    'folder',
+    'translations',
+    'webdataset',
+    'masks',
+]
 WITH_IMAGES = [k for k in KINDS if k != 'rs5m-csv']
 TARS = ['rs5m-tar', 'rs5m-tar-old', 'gaia', 'webdataset']
 N = {'masks': 16}
@@ -42,7 +69,11 @@ def tar_of(path, members):
     return path
 
 
-def plain(n=5, **about): return [PairRecord(f'k{i}', encoded((10 * i, 9, 9)), (f'sentence {i}', 'a field'), 'own', **about) for i in range(n)]
+def plain(n=5, **about):
+    return [
+        PairRecord(f'k{i}', encoded((10 * i, 9, 9)), (f'sentence {i}', 'a field'), 'own', **about)
+        for i in range(n)
+    ]
 
 
 @pytest.fixture(scope='module')
@@ -50,24 +81,41 @@ def corpus_of(tmp_path_factory):
     "Fake corpora, each made once."
     made = {}
     def get(kind, *faults):
-        if (kind, faults) not in made: made[kind, faults] = fake_corpus(kind, tmp_path_factory.mktemp('fake')/kind, 6, faults=faults)
+        if (kind, faults) not in made:
+            made[kind, faults] = fake_corpus(kind, tmp_path_factory.mktemp('fake')/kind, 6, faults=faults)
         return made[kind, faults]
     return get
 
 
 # ---- every layout ---------------------------------------------------------------------------------------------------------------
 
-def test_every_reader_has_a_fake(): assert {k.removesuffix('-old') for k in KINDS} == set(corpora.list()) - {'lesson'}
+def test_every_reader_has_a_fake():
+    assert {k.removesuffix('-old') for k in KINDS} == set(corpora.list()) - {'lesson'}
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_reader_returns_every_sample_of_its_fake(corpus_of, kind):
     corpus = opened(kind, corpus_of(kind))
     records = list(corpus)
-    assert len(records) == N.get(kind, 6) and len(set(keys(records))) == len(records) and keys(corpus) == keys(records)
-    assert corpus.counts['records'] == len(records) and corpus.counts['captions'] == sum(len(r.captions) for r in records)
-    assert corpus.counts['bad'] == corpus.counts['blanks'] == corpus.counts['overlong'] == 0 and not corpus.problems
-    assert all(r.source and r.tier in ('fine', 'coarse', '') and r.split in ('train', 'val', 'test', '') and r.captions for r in records)
+    assert (
+        len(records) == N.get(kind, 6)
+        and len(set(keys(records))) == len(records)
+        and keys(corpus) == keys(records)
+    )
+    assert corpus.counts['records'] == len(records) and corpus.counts['captions'] == sum(
+        len(r.captions) for r in records
+    )
+    assert (
+        corpus.counts['bad'] == corpus.counts['blanks'] == corpus.counts['overlong'] == 0
+        and not corpus.problems
+    )
+    assert all(
+        r.source
+        and r.tier in ('fine', 'coarse', '')
+        and r.split in ('train', 'val', 'test', '')
+        and r.captions
+        for r in records
+    )
     assert corpus.counts['no_image'] == (6 if kind == 'rs5m-csv' else 0)
 
 
@@ -75,7 +123,11 @@ def test_reader_returns_every_sample_of_its_fake(corpus_of, kind):
 def test_order_text_and_pixels_are_those_of_the_samples(corpus_of, kind):
     for record, s in zip(opened(kind, corpus_of(kind)), fake_samples(6), strict=True):
         assert s['name'] in record.key and record.captions[0].strip() == s['captions'][0]
-        assert (open_image(record) == open_image(s['image'])).all() and open_image(record).shape == (3, 48, 48)
+        assert (open_image(record) == open_image(s['image'])).all() and open_image(record).shape == (
+            3,
+            48,
+            48,
+        )
 
 
 @pytest.mark.parametrize('kind', ['gaia', 'folder', 'nwpu', 'rs5m-csv', 'webdataset'])
@@ -85,7 +137,11 @@ def test_text_belongs_to_its_image_where_the_order_is_another(corpus_of, kind):
     for record in opened(kind, corpus_of(kind)):
         s = named.pop(record.key.split('/')[-1].removesuffix('.jpg'))
         assert record.captions == s['captions'][:len(record.captions)]
-        assert record.image is None if kind == 'rs5m-csv' else (open_image(record) == open_image(s['image'])).all()
+        assert (
+            record.image is None
+            if kind == 'rs5m-csv'
+            else (open_image(record) == open_image(s['image'])).all()
+        )
     assert not named
 
 
@@ -103,7 +159,8 @@ def test_resuming_anywhere_gives_the_tail(corpus_of, kind):
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('n', [2, 3, 7])
 def test_shards_partition_the_records(corpus_of, kind, n):
-    path, whole = corpus_of(kind), keys(opened(kind, corpus_of(kind)))
+    path = corpus_of(kind)
+    whole = keys(opened(kind, corpus_of(kind)))
     parts = [opened(kind, path, shard=(i, n)) for i in range(n)]
     read = [keys(p) for p in parts]
     assert sorted(sum(read, [])) == sorted(whole) and max(map(len, read)) - min(map(len, read)) <= 3
@@ -118,36 +175,90 @@ def test_tars_resume_by_shard_and_offset_within_a_part(corpus_of, kind):
         part = opened(kind, corpus_of(kind), shard=(i, 2))
         next(iter(part))
         assert set(part.resume) == {'start'} and keys(part.again(part.resume)) == whole[1:]
-    second = opened(kind, corpus_of(kind), start=(sorted(p.name for p in Path(corpus_of(kind)).glob('*.tar'))[1], 1))
+    second = opened(
+        kind, corpus_of(kind), start=(sorted(p.name for p in Path(corpus_of(kind)).glob('*.tar'))[1], 1)
+    )
     assert len(keys(second)) == 3
-    with pytest.raises(DataNotFound, match='no shard'): list(opened(kind, corpus_of(kind), start=('none.tar', 0)))
+    with pytest.raises(DataNotFound, match='no shard'):
+        list(opened(kind, corpus_of(kind), start=('none.tar', 0)))
 
 
 def test_what_each_corpus_knows_arrives(corpus_of):
     first = {k: next(iter(opened(k, corpus_of(k)))) for k in KINDS}
-    assert [first[k].tier for k in ('karpathy', 'nwpu', 'rs5m-tar', 'gaia', 'masks')] == ['fine', 'fine', 'coarse', 'coarse', 'coarse']
-    assert (first['rs5m-tar'].source, first['rs5m-tar'].split, first['rs5m-tar'].meta['name']) == ('rs5m/pub11', 'train', 'town_1.jpg')
-    assert first['karpathy'].scene == first['nwpu'].scene == 'town' and (first['folder'].split, first['folder'].scene) == ('test', 'flood')
-    assert first['gaia'].meta['lat'] == 10.5 and 'location' not in first['gaia'].meta and first['gaia'].split == 'train' and not first['gaia'].captions[0].startswith('The image')
-    assert first['translations'].translations == {'pt': ('cena 0',)} and first['title-csv'].captions[2] == '俯瞰的城镇和道路'
+    assert [first[k].tier for k in ('karpathy', 'nwpu', 'rs5m-tar', 'gaia', 'masks')] == [
+        'fine',
+        'fine',
+        'coarse',
+        'coarse',
+        'coarse',
+    ]
+    assert (first['rs5m-tar'].source, first['rs5m-tar'].split, first['rs5m-tar'].meta['name']) == (
+        'rs5m/pub11',
+        'train',
+        'town_1.jpg',
+    )
+    assert first['karpathy'].scene == first['nwpu'].scene == 'town' and (
+        first['folder'].split,
+        first['folder'].scene,
+    ) == ('test', 'flood')
+    assert (
+        first['gaia'].meta['lat'] == 10.5
+        and 'location' not in first['gaia'].meta
+        and first['gaia'].split == 'train'
+        and not first['gaia'].captions[0].startswith('The image')
+    )
+    assert (
+        first['translations'].translations == {'pt': ('cena 0',)}
+        and first['title-csv'].captions[2] == '俯瞰的城镇和道路'
+    )
     (left, top, right, bottom, category, number, text), = first['mgrs'].regions
-    assert (left, top, right, bottom) == (4 / 48, 8 / 48, 24 / 48, 44 / 48) and (category, number, text) == ('house', 0, 'a house in the town')
+    assert (left, top, right, bottom) == (4 / 48, 8 / 48, 24 / 48, 44 / 48) and (category, number, text) == (
+        'house',
+        0,
+        'a house in the town',
+    )
     splits = Counter(r.split for r in opened('rssqa-pairs', corpus_of('rssqa-pairs')))
-    assert splits == {'train': 4, 'val': 1, 'test': 1} and {r.tier for r in opened('rssqa-pairs', corpus_of('rssqa-pairs'))} == {'fine', 'coarse'}
+    assert splits == {'train': 4, 'val': 1, 'test': 1} and {
+        r.tier for r in opened('rssqa-pairs', corpus_of('rssqa-pairs'))
+    } == {'fine', 'coarse'}
 
 
 def test_rs3_names_tell_their_set(tmp_path):
     names = ['fmow_barn_1_rgb.jpg', 'ben_12.jpg', 'millionaid_P1.jpg', 'other.jpg']
-    tar_of(tmp_path/'rs3-val-0000.tar', [m for i, n in enumerate(names) for m in ((f'{i}.a.img_content', encoded()), (f'{i}.a.img_name', n.encode()), (f'{i}.a.caption', b'x'))])
+    tar_of(
+        tmp_path / 'rs3-val-0000.tar',
+        [
+            m
+            for i, n in enumerate(names)
+            for m in (
+                (f'{i}.a.img_content', encoded()),
+                (f'{i}.a.img_name', n.encode()),
+                (f'{i}.a.caption', b'x'),
+            )
+        ],
+    )
     records = list(read_pairs('rs5m-tar', tmp_path))
-    assert [r.source for r in records] == ['rs5m/rs3/fmow', 'rs5m/rs3/ben', 'rs5m/rs3/millionaid', 'rs5m/rs3'] and records[0].key == 'rs3-val-0000/0.a' and records[0].split == 'val'
+    assert (
+        [r.source for r in records] == ['rs5m/rs3/fmow', 'rs5m/rs3/ben', 'rs5m/rs3/millionaid', 'rs5m/rs3']
+        and records[0].key == 'rs3-val-0000/0.a'
+        and records[0].split == 'val'
+    )
 
 
 def test_captions_without_images_come_when_asked_for(corpus_of):
     path = corpus_of('rssqa-pairs')
     everything = list(read_pairs('rssqa-pairs', path, keep='captions'))
-    assert everything[-1] == PairRecord('rsitmd/pier_1.tif', None, ('a pier of grey stone', 'grey stone, blue water'), 'rsitmd', tier='fine', scene='pier')
-    assert everything[-1:] == list(read_pairs('rssqa-pairs', path/'captions_only.csv.gz')) and everything[:-1] == list(read_pairs('rssqa-pairs', path))
+    assert everything[-1] == PairRecord(
+        'rsitmd/pier_1.tif',
+        None,
+        ('a pier of grey stone', 'grey stone, blue water'),
+        'rsitmd',
+        tier='fine',
+        scene='pier',
+    )
+    assert everything[-1:] == list(read_pairs('rssqa-pairs', path / 'captions_only.csv.gz')) and everything[
+        :-1
+    ] == list(read_pairs('rssqa-pairs', path))
 
 
 # ---- faults ---------------------------------------------------------------------------------------------------------------------
@@ -155,15 +266,25 @@ def test_captions_without_images_come_when_asked_for(corpus_of):
 @pytest.mark.parametrize('kind', [k for k in KINDS if k != 'masks'])
 def test_blank_captions_are_counted_and_named(corpus_of, kind):
     corpus = opened(kind, corpus_of(kind, 'blank'))
-    assert len(list(corpus)) == 5 and corpus.counts['bad'] == 1 and corpus.counts['blanks'] == (1 if 'rs5m' in kind else 2)
-    assert set(corpus.problems.values()) == {'no caption'} and all(c.strip() for r in corpus for c in r.captions)
+    assert (
+        len(list(corpus)) == 5
+        and corpus.counts['bad'] == 1
+        and corpus.counts['blanks'] == (1 if 'rs5m' in kind else 2)
+    )
+    assert set(corpus.problems.values()) == {'no caption'} and all(
+        c.strip() for r in corpus for c in r.captions
+    )
 
 
 @pytest.mark.parametrize('kind', [k for k in KINDS if k != 'masks'])
 def test_captions_of_4000_letters_are_kept_and_counted(corpus_of, kind):
     corpus = opened(kind, corpus_of(kind, 'long'))
     long = [len(c) for r in corpus for c in r.captions if overlong(c)]
-    assert corpus.counts['overlong'] == len(long) in (1, 2) and set(long) == {4000} and corpus.counts['records'] == 6
+    assert (
+        corpus.counts['overlong'] == len(long) in (1, 2)
+        and set(long) == {4000}
+        and corpus.counts['records'] == 6
+    )
 
 
 @pytest.mark.parametrize('kind', WITH_IMAGES)
@@ -171,17 +292,26 @@ def test_a_web_page_is_no_image(corpus_of, kind):
     corpus = opened(kind, corpus_of(kind, 'html'))
     assert len(list(corpus)) == N.get(kind, 6) - 1 and corpus.counts['bad'] == 1
     (name, reason), = corpus.problems.items()
-    assert 'no image' in reason and '<!DOCTYPE' in reason and (kind in ('gaia', 'masks') or 'oblique_3' in name)
+    assert (
+        'no image' in reason and '<!DOCTYPE' in reason and (kind in ('gaia', 'masks') or 'oblique_3' in name)
+    )
 
 
 @pytest.mark.parametrize('kind', WITH_IMAGES)
 def test_a_missing_image_is_counted_and_skipped_or_kept_as_text(corpus_of, kind):
-    path, n = corpus_of(kind, 'missing'), N.get(kind, 6)
+    path = corpus_of(kind, 'missing')
+    n = N.get(kind, 6)
     corpus = opened(kind, path)
     assert len(list(corpus)) == n - 1 and corpus.counts['no_image'] == 1 and corpus.counts['bad'] == 0
     (name, reason), = corpus.problems.items()
-    assert 'image' in reason and (kind != 'gaia' or reason == 'image missing: images1.example.org' and name == '3')
-    kept = [r for r in opened(kind, path, keep='captions') if r.image is None and not (kind == 'rssqa-pairs' and r.source == 'rsitmd')]
+    assert 'image' in reason and (
+        kind != 'gaia' or reason == 'image missing: images1.example.org' and name == '3'
+    )
+    kept = [
+        r
+        for r in opened(kind, path, keep='captions')
+        if r.image is None and not (kind == 'rssqa-pairs' and r.source == 'rsitmd')
+    ]
     assert len(kept) == 1 and kept[0].captions
 
 
@@ -189,7 +319,9 @@ def test_a_missing_image_is_counted_and_skipped_or_kept_as_text(corpus_of, kind)
 def test_a_missing_shard_is_named(corpus_of, kind):
     corpus = opened(kind, corpus_of(kind, 'shard'))
     assert len(list(corpus)) == 4 and corpus.counts['bad'] == 1
-    assert [(k[-8:], v) for k, v in corpus.problems.items() if v == 'missing shard'] == [('0001.tar', 'missing shard')]
+    assert [(k[-8:], v) for k, v in corpus.problems.items() if v == 'missing shard'] == [
+        ('0001.tar', 'missing shard')
+    ]
     assert corpus.counts['no_image'] == (2 if kind == 'gaia' else 0)
     parts = [opened(kind, corpus_of(kind, 'shard'), shard=(i, 2)) for i in range(2)]
     assert sum(len(list(p)) for p in parts) == 4 and sum(p.counts['bad'] for p in parts) == 1
@@ -198,35 +330,57 @@ def test_a_missing_shard_is_named(corpus_of, kind):
 @pytest.mark.parametrize('kind', TARS)
 def test_a_truncated_tar_gives_all_before_the_cut(corpus_of, kind):
     corpus = opened(kind, corpus_of(kind, 'truncated'))
-    assert len(list(corpus)) == 5 and corpus.counts['bad'] >= 1 and any('cut off' in why for why in corpus.problems.values())
+    assert (
+        len(list(corpus)) == 5
+        and corpus.counts['bad'] >= 1
+        and any('cut off' in why for why in corpus.problems.values())
+    )
 
 
 @pytest.mark.parametrize('cut', range(0, 14 * 512, 700))
 def test_a_tar_cut_anywhere_never_raises_and_never_invents(tmp_path, cut):
-    members = [m for i in range(3) for m in ((f'k{i}.img_content', encoded((i, 0, 0))), (f'k{i}.caption', b'a field'))]
+    members = [
+        m
+        for i in range(3)
+        for m in ((f'k{i}.img_content', encoded((i, 0, 0))), (f'k{i}.caption', b'a field'))
+    ]
     path = tar_of(tmp_path/'a.tar', members)
     path.write_bytes(path.read_bytes()[:cut])
     corpus = read_pairs('rs5m-tar', path)
     records = list(corpus)
-    whole = min(cut // 2048, 3)                                                          # header and data of two members
+    # header and data of two members
+    whole = min(cut // 2048, 3)
     assert len(records) == whole and [r.image for r in records] == [encoded((i, 0, 0)) for i in range(whole)]
-    assert bool(corpus.problems) == (cut < 13 * 512)                                     # 12 blocks and the mark of the end
+    # 12 blocks and the mark of the end
+    assert bool(corpus.problems) == (cut < 13 * 512)
 
 
 def test_a_damaged_header_ends_its_shard_but_not_the_stream(tmp_path):
-    for n in range(2): tar_of(tmp_path/f'a-{n}.tar', [m for i in range(3) for m in ((f'{i}.img_content', encoded()), (f'{i}.caption', b'a field'))])
+    for n in range(2):
+        tar_of(
+            tmp_path / f'a-{n}.tar',
+            [m for i in range(3) for m in ((f'{i}.img_content', encoded()), (f'{i}.caption', b'a field'))],
+        )
     data = bytearray((tmp_path/'a-0.tar').read_bytes())
     data[2048:2148] = b'\xff' * 100
     (tmp_path/'a-0.tar').write_bytes(data)
     (tmp_path/'a-2.tar').write_bytes(PAGE * 20)
     corpus = read_pairs('rs5m-tar', tmp_path)
-    assert keys(corpus) == ['a-0/0', 'a-1/0', 'a-1/1', 'a-1/2'] and corpus.counts['bad'] == 2 and 'a-2.tar' in corpus.problems
+    assert (
+        keys(corpus) == ['a-0/0', 'a-1/0', 'a-1/1', 'a-1/2']
+        and corpus.counts['bad'] == 2
+        and 'a-2.tar' in corpus.problems
+    )
 
 
 @pytest.mark.parametrize('kind', ['karpathy', 'folder', 'webdataset'])
 def test_all_faults_at_once_leave_the_rest(corpus_of, kind):
     corpus = opened(kind, corpus_of(kind, 'blank', 'long', 'html', 'missing'))
-    assert len(list(corpus)) == 3 and (corpus.counts['bad'], corpus.counts['no_image'], corpus.counts['overlong']) == (2, 1, 2) and len(corpus.problems) == 3
+    assert (
+        len(list(corpus)) == 3
+        and (corpus.counts['bad'], corpus.counts['no_image'], corpus.counts['overlong']) == (2, 1, 2)
+        and len(corpus.problems) == 3
+    )
 
 
 def test_bad_members_are_passed_over(tmp_path):
@@ -238,46 +392,80 @@ def test_bad_members_are_passed_over(tmp_path):
             info.size = len(data)
             for k, v in about.items(): setattr(info, k, v)
             tar.addfile(info, io.BytesIO(data))
-        put('k0.img_content', encoded()); put('k0.caption', b'a field')
-        put('../../evil.img_content', encoded()); put('../../evil.caption', b'out')
+        put('k0.img_content', encoded())
+        put('k0.caption', b'a field')
+        put('../../evil.img_content', encoded())
+        put('../../evil.caption', b'out')
         put('/etc/evil.caption', b'out')
         put('k1.caption', type=tarfile.SYMTYPE, linkname=str(secret))
-        put('k2.img_content', encoded()); put('k2.caption', b'\xff\xfe broken')
-        put('k0.img_content', encoded()); put('k0.caption', b'again')
+        put('k2.img_content', encoded())
+        put('k2.caption', b'\xff\xfe broken')
+        put('k0.img_content', encoded())
+        put('k0.caption', b'again')
         put('readme.md', b'nothing')
         put('k3.img_content', encoded())
-        put('k4.img_content', encoded()); put('k4.caption', b'a wood')
+        put('k4.img_content', encoded())
+        put('k4.caption', b'a wood')
     corpus = read_pairs('rs5m-tar', tmp_path/'a.tar')
-    assert [r.captions[0] for r in corpus] == ['a field', 'a wood'] and sorted(p.name for p in tmp_path.iterdir()) == ['a.tar', 'secret.txt'] and not (tmp_path.parent/'evil.caption').exists()
-    assert set(corpus.problems) == {'../../evil.img_content', '../../evil.caption', '/etc/evil.caption', 'k1.caption', 'a/k2', 'a.tar/k0', 'a/k3'} and corpus.counts['bad'] == 7
+    assert (
+        [r.captions[0] for r in corpus] == ['a field', 'a wood']
+        and sorted(p.name for p in tmp_path.iterdir()) == ['a.tar', 'secret.txt']
+        and not (tmp_path.parent / 'evil.caption').exists()
+    )
+    assert (
+        set(corpus.problems)
+        == {
+            '../../evil.img_content',
+            '../../evil.caption',
+            '/etc/evil.caption',
+            'k1.caption',
+            'a/k2',
+            'a.tar/k0',
+            'a/k3',
+        }
+        and corpus.counts['bad'] == 7
+    )
 
 
 @pytest.mark.parametrize('name', ['../x.png', 'a/../../x.png', '/etc/x.png', '..\\x.png', 'C:/x.png', '', ' ', 'a\0b'])
 def test_names_that_lead_out_are_refused(tmp_path, name):
     assert inside(tmp_path, name) == ''
-    (tmp_path/'dataset_x.json').write_text(json.dumps(dict(images=[dict(filename=name, split='train', sentences=[dict(raw='a')])])))
+    (tmp_path / 'dataset_x.json').write_text(
+        json.dumps(dict(images=[dict(filename=name, split='train', sentences=[dict(raw='a')])]))
+    )
     corpus = read_pairs('karpathy', tmp_path/'dataset_x.json', images=tmp_path)
     assert list(corpus) == [] and corpus.counts['bad'] == 1
 
 
 def test_absolute_names_serve_only_tables_of_ones_own(tmp_path):
     (tmp_path/'a.png').write_bytes(encoded())
-    for kind, sep in (('openclip-csv', '\t'), ('skyscript', ',')): (tmp_path/kind).write_text(f'filepath{sep}title\n{tmp_path}/a.png{sep}a field\n')
-    assert len(list(read_pairs('openclip-csv', tmp_path/'openclip-csv'))) == 1 and len(list(read_pairs('skyscript', tmp_path/'skyscript'))) == 0
+    for kind, sep in (('openclip-csv', '\t'), ('skyscript', ',')):
+        (tmp_path/kind).write_text(f'filepath{sep}title\n{tmp_path}/a.png{sep}a field\n')
+    assert (
+        len(list(read_pairs('openclip-csv', tmp_path / 'openclip-csv'))) == 1
+        and len(list(read_pairs('skyscript', tmp_path / 'skyscript'))) == 0
+    )
 
 
 @pytest.mark.parametrize('share', [0.3, 0.7])
 def test_gaia_survives_link_rot_with_exactly_the_intersection(tmp_path, share):
-    path, gone = fake_corpus('gaia', tmp_path, 12), np.random.default_rng(3).random(12) < share
+    path = fake_corpus('gaia', tmp_path, 12)
+    gone = np.random.default_rng(3).random(12) < share
     for tar in path.glob('*.tar'):
         with tarfile.open(tar) as t: members = [(m.name, t.extractfile(m).read()) for m in t]
         tar_of(tar, [(n, d) for n, d in members if not gone[int(n.partition('.')[0])]])
     corpus = read_pairs('gaia', path)
-    assert sorted(map(int, keys(corpus))) == list(np.flatnonzero(~gone)) and corpus.counts['no_image'] == gone.sum()
-    assert {k: v for k, v in corpus.problems.items()} == {str(i): f'image missing: images{i % 2}.example.org' for i in np.flatnonzero(gone)}
+    assert (
+        sorted(map(int, keys(corpus))) == list(np.flatnonzero(~gone))
+        and corpus.counts['no_image'] == gone.sum()
+    )
+    assert {k: v for k, v in corpus.problems.items()} == {
+        str(i): f'image missing: images{i % 2}.example.org' for i in np.flatnonzero(gone)
+    }
     for f in path.glob('*.tar'): f.unlink()
     texts = read_pairs('gaia', path)
-    assert len(list(texts)) == 12 and texts.counts['no_image'] == 12 and not texts.problems                 # sentences alone are no fault
+    # sentences alone are no fault
+    assert len(list(texts)) == 12 and texts.counts['no_image'] == 12 and not texts.problems
 
 
 def test_gaia_shards_alone_carry_their_captions(tmp_path):
@@ -290,7 +478,11 @@ def test_gaia_shards_alone_carry_their_captions(tmp_path):
 def test_repeated_keys_become_distinct(tmp_path):
     (tmp_path/'a.csv').write_text('filename,title\na.png,one\na.png,One \nb.png,two\na.png,three\n')
     corpus = read_pairs('title-csv', tmp_path/'a.csv')
-    assert keys(corpus) == ['a.png', 'b.png', 'a.png~2'] and corpus.counts['duplicates'] == 1 and keys(read_pairs('title-csv', tmp_path/'a.csv', skip=2)) == ['a.png~2']
+    assert (
+        keys(corpus) == ['a.png', 'b.png', 'a.png~2']
+        and corpus.counts['duplicates'] == 1
+        and keys(read_pairs('title-csv', tmp_path / 'a.csv', skip=2)) == ['a.png~2']
+    )
 
 
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'gb18030'])
@@ -306,15 +498,22 @@ def test_text_in_no_known_encoding_is_an_error_that_says_so(tmp_path):
 
 
 def test_rows_that_cannot_be_read_are_named(tmp_path):
-    (tmp_path/'t.csv').write_text('filepath,title\na.png,one\nb.png\n' + 'c.png,"' + 'x' * 140000 + '"\nd.png,two\n')
+    (tmp_path / 't.csv').write_text(
+        'filepath,title\na.png,one\nb.png\n' + 'c.png,"' + 'x' * 140000 + '"\nd.png,two\n'
+    )
     corpus = read_pairs('skyscript', tmp_path/'t.csv', keep='captions')
-    assert [r.captions[0] for r in corpus][0] == 'one' and [r.captions[0] for r in corpus][-1] == 'two' and corpus.counts['bad'] == 2
+    assert (
+        [r.captions[0] for r in corpus][0] == 'one'
+        and [r.captions[0] for r in corpus][-1] == 'two'
+        and corpus.counts['bad'] == 2
+    )
 
 
 def test_missing_columns_and_wrong_json_are_errors(tmp_path):
     (tmp_path/'t.csv').write_text('image,text\na,b\n')
     (tmp_path/'t.json').write_text('"text"')
-    with pytest.raises(SchemaError, match='Missing columns filename, title'): list(read_pairs('title-csv', tmp_path/'t.csv'))
+    with pytest.raises(SchemaError, match='Missing columns filename, title'):
+        list(read_pairs('title-csv', tmp_path/'t.csv'))
     with pytest.raises(SchemaError, match='Expected a list'): list(read_pairs('karpathy', tmp_path/'t.json'))
 
 
@@ -333,18 +532,28 @@ def test_the_counts_are_said_even_if_the_reading_stops(corpus_of, monkeypatch):
     next(stream)
     stream.close()
     list(opened('rs5m-tar', corpus_of('rs5m-tar')))
-    assert [s.split(': ')[1].split(',')[0] for s in said] == ['1 records', '6 records'] and 'missing shard' in said[0] and not any('\n' in s for s in said)
+    assert (
+        [s.split(': ')[1].split(',')[0] for s in said] == ['1 records', '6 records']
+        and 'missing shard' in said[0]
+        and not any('\n' in s for s in said)
+    )
 
 
 def test_problems_stop_at_a_thousand(monkeypatch):
-    monkeypatch.setitem(corpora.entries, 'broken', lambda path: (Bad(f'row {i}', 'empty') for i in range(1500)))
+    monkeypatch.setitem(
+        corpora.entries, 'broken', lambda path: (Bad(f'row {i}', 'empty') for i in range(1500))
+    )
     corpus = read_pairs('broken', '.')
     assert list(corpus) == [] and corpus.counts['bad'] == 1500 and len(corpus.problems) == 1000
 
 
 def test_readers_stream(monkeypatch):
     taken = []
-    monkeypatch.setitem(corpora.entries, 'endless', lambda path: (taken.append(i) or PairRecord(str(i), None, ('a',)) for i in range(10**9)))
+    monkeypatch.setitem(
+        corpora.entries,
+        'endless',
+        lambda path: (taken.append(i) or PairRecord(str(i), None, ('a',)) for i in range(10**9)),
+    )
     for record, _ in zip(read_pairs('endless', '.', shard=(1, 3)), range(4)): pass
     assert record.key == '10' and len(taken) < 20
 
@@ -354,7 +563,12 @@ def test_readers_stream(monkeypatch):
 @given(st.lists(st.floats(-20, 120), min_size=4, max_size=4), st.integers(1, 100), st.integers(1, 100))
 def test_boxes_lie_inside_in_the_order_left_top_right_bottom(corners, w, h):
     box = unit_box((*corners, w, h))
-    if box is None: assert not (np.clip(corners[0] / w, 0, 1) < np.clip(corners[2] / w, 0, 1) and np.clip(corners[1] / h, 0, 1) < np.clip(corners[3] / h, 0, 1)); return
+    if box is None:
+        assert not (
+            np.clip(corners[0] / w, 0, 1) < np.clip(corners[2] / w, 0, 1)
+            and np.clip(corners[1] / h, 0, 1) < np.clip(corners[3] / h, 0, 1)
+        )
+        return
     left, top, right, bottom = box
     assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
     assert box == unit_box(dict(H=h, W=w, y2=corners[3], x2=corners[2], y1=corners[1], x1=corners[0]))
@@ -367,22 +581,34 @@ def test_boxes_that_are_none_are_left_out(box): assert unit_box(box) is None
 @settings(deadline=None, max_examples=60)
 @given(st.text(max_size=120))
 def test_tokens_are_those_of_open_clip(text):
-    assert token_count(text) == 2 + len(pairs._tokenizer().encode(text)) and overlong(text) == (token_count(text) > 77)
+    assert token_count(text) == 2 + len(pairs._tokenizer().encode(text)) and overlong(text) == (
+        token_count(text) > 77
+    )
 
 
 @pytest.mark.parametrize('text', ["it's the town's DON'T", 'x' * 300, 'a  b\n c', '&lt;b&gt; &amp;', '<start_of_text> x', '12,345.67 km2', 'a' * 75, 'a ' * 75, 'a ' * 76, "''s 'S'"])
-def test_tokens_of_odd_text(text): assert token_count(text) == 2 + len(pairs._tokenizer().encode(text)) and overlong(text) == (token_count(text) > 77)
+def test_tokens_of_odd_text(text):
+    assert token_count(text) == 2 + len(pairs._tokenizer().encode(text)) and overlong(text) == (
+        token_count(text) > 77
+    )
 
 
 def test_the_context_is_that_of_open_clip():
-    assert pairs._tokenizer()(['a field'])[0].tolist()[:4] == [49406, 320, 1570, 49407] and pairs._tokenizer()(['a field']).shape[1] == pairs.CONTEXT and token_count('a field') == 4
+    assert (
+        pairs._tokenizer()(['a field'])[0].tolist()[:4] == [49406, 320, 1570, 49407]
+        and pairs._tokenizer()(['a field']).shape[1] == pairs.CONTEXT
+        and token_count('a field') == 4
+    )
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10**6), st.lists(st.floats(0, 1), min_size=4, max_size=4))
 def test_a_sentence_names_what_is_there_and_nothing_else(seed, weights):
-    classes, rng = ('road', 'forest', 'water', 'building'), np.random.default_rng(seed)
-    mask = rng.choice([0, 1, 2, 3, 255], (20, 20), p=np.array([*weights, 0.1]) / (sum(weights) + 0.1)).astype(np.uint8)
+    classes = ('road', 'forest', 'water', 'building')
+    rng = np.random.default_rng(seed)
+    mask = rng.choice([0, 1, 2, 3, 255], (20, 20), p=np.array([*weights, 0.1]) / (sum(weights) + 0.1)).astype(
+        np.uint8
+    )
     said = caption_from_mask(mask, classes, np.random.default_rng(seed))
     shares = np.bincount(mask[mask != 255], minlength=4) / max((mask != 255).sum(), 1)
     assert said == caption_from_mask(mask, classes, np.random.default_rng(seed))
@@ -393,8 +619,20 @@ def test_a_sentence_names_what_is_there_and_nothing_else(seed, weights):
 
 def test_classes_that_say_nothing_are_silent_and_names_become_words():
     mask = np.repeat(np.arange(4, dtype=np.uint8), 16).reshape(8, 8)
-    said = {caption_from_mask(mask, ('background', 'impervious_surfaces', 'low vegetation', 'Tree'), np.random.default_rng(s)) for s in range(30)}
-    assert len(said) > 8 and all('paved ground' in s and 'low vegetation' in s and 'tree' in s and 'background' not in s and '{' not in s for s in said)
+    said = {
+        caption_from_mask(
+            mask, ('background', 'impervious_surfaces', 'low vegetation', 'Tree'), np.random.default_rng(s)
+        )
+        for s in range(30)
+    }
+    assert len(said) > 8 and all(
+        'paved ground' in s
+        and 'low vegetation' in s
+        and 'tree' in s
+        and 'background' not in s
+        and '{' not in s
+        for s in said
+    )
     assert caption_from_mask(np.zeros((2, 2), np.uint8), ('clutter',), np.random.default_rng(0)) == ''
 
 
@@ -403,7 +641,11 @@ def test_masks_of_registered_datasets_speak(tmp_path, name):
     records = list(read_pairs('masks', fake_dataset(name, tmp_path), dataset=name))
     assert records and all(r.source == name and len(open_image(r)) == 3 for r in records)
     assert keys(records) == keys(read_pairs('masks', tmp_path, dataset=name, seed=5))
-    assert [r.captions for r in records] == [r.captions for r in read_pairs('masks', tmp_path, dataset=name)] != [r.captions for r in read_pairs('masks', tmp_path, dataset=name, seed=5)]
+    assert (
+        [r.captions for r in records]
+        == [r.captions for r in read_pairs('masks', tmp_path, dataset=name)]
+        != [r.captions for r in read_pairs('masks', tmp_path, dataset=name, seed=5)]
+    )
 
 
 def test_masks_of_a_plain_folder_speak_and_bad_ones_are_named(tmp_path):
@@ -426,38 +668,74 @@ def test_shards_give_back_what_was_written(corpus_of, tmp_path, kind):
     assert len(after) == len(before) == 6
     for r in before:
         assert replace(after[r.key], image=None, meta={}) == replace(r, image=None, meta={})
-        assert after[r.key].image == pairs.image_bytes(r.image) and {k: v for k, v in r.meta.items() if k not in ('shard', 'offset', 'path')}.items() <= after[r.key].meta.items()
+        assert (
+            after[r.key].image == pairs.image_bytes(r.image)
+            and {k: v for k, v in r.meta.items() if k not in ('shard', 'offset', 'path')}.items()
+            <= after[r.key].meta.items()
+        )
 
 
 def test_members_are_sorted_dateless_and_fit_webdataset(tmp_path):
     odd = ['a.b/c.jpg', '../up', 'ünï 港', 'k', 'k!', 'k%2E']
-    records = [PairRecord(k, encoded(kind='JPEG' if i % 2 else 'PNG'), ('a field',)) for i, k in enumerate(odd)]
+    records = [
+        PairRecord(k, encoded(kind='JPEG' if i % 2 else 'PNG'), ('a field',)) for i, k in enumerate(odd)
+    ]
     folder = write_shards(records, tmp_path)
     with tarfile.open(folder/'00000.tar') as tar: members = tar.getmembers()
     names = [m.name for m in members]
-    assert names == sorted(names) and all(m.mtime == 0 and m.uid == 0 and '/' not in m.name and m.name.count('.') == 1 for m in members)
+    assert names == sorted(names) and all(
+        m.mtime == 0 and m.uid == 0 and '/' not in m.name and m.name.count('.') == 1 for m in members
+    )
     stems = [n.partition('.')[0] for n in names]
-    assert stems[::2] == stems[1::2] and len(set(stems)) == 6                              # as WebDataset groups: neighbours up to the first dot
+    # as WebDataset groups: neighbours up to the first dot
+    assert stems[::2] == stems[1::2] and len(set(stems)) == 6
     assert sorted(keys(read_pairs('webdataset', folder))) == sorted(odd)
     try: import webdataset
     except ImportError: return
-    assert sorted(s['json']['key'] for s in webdataset.WebDataset(str(folder/'00000.tar'), shardshuffle=False).decode()) == sorted(odd)
+    assert sorted(
+        s['json']['key']
+        for s in webdataset.WebDataset(str(folder / '00000.tar'), shardshuffle=False).decode()
+    ) == sorted(odd)
 
 
 def test_bad_images_are_named_and_never_written(tmp_path):
-    bad = [('page', PAGE), ('half', encoded()[:60]), ('halfjpg', encoded(kind='JPEG', size=(300, 300))[:900]), ('empty', b''), ('gone', str(tmp_path/'gone.png'))]
-    records = [*plain(2), *(PairRecord(k, data, ('x',)) for k, data in bad), plain(3)[2], plain(1)[0], PairRecord('text', None, ('only text',))]
+    bad = [
+        ('page', PAGE),
+        ('half', encoded()[:60]),
+        ('halfjpg', encoded(kind='JPEG', size=(300, 300))[:900]),
+        ('empty', b''),
+        ('gone', str(tmp_path / 'gone.png')),
+    ]
+    records = [
+        *plain(2),
+        *(PairRecord(k, data, ('x',)) for k, data in bad),
+        plain(3)[2],
+        plain(1)[0],
+        PairRecord('text', None, ('only text',)),
+    ]
     folder = write_shards(records, tmp_path/'out', 2)
     state = read_json(folder/'shards.json')
-    assert set(state['bad']) == {*(k for k, _ in bad), 'k0 again'} and all(state['bad'].values()) and 'DOCTYPE' in state['bad']['page']
-    assert sorted(keys(read_pairs('webdataset', folder))) == ['k0', 'k1', 'k2', 'text'] and not any(b'DOCTYPE' in p.read_bytes() for p in folder.glob('*.tar'))
+    assert (
+        set(state['bad']) == {*(k for k, _ in bad), 'k0 again'}
+        and all(state['bad'].values())
+        and 'DOCTYPE' in state['bad']['page']
+    )
+    assert sorted(keys(read_pairs('webdataset', folder))) == ['k0', 'k1', 'k2', 'text'] and not any(
+        b'DOCTYPE' in p.read_bytes() for p in folder.glob('*.tar')
+    )
 
 
 def test_other_formats_become_png(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (8, 9, 3), np.uint8)
-    def saved(kind): Image.fromarray(pixels).save(b := io.BytesIO(), kind); return b.getvalue()
+    def saved(kind):
+        Image.fromarray(pixels).save(b := io.BytesIO(), kind)
+        return b.getvalue()
     folder = write_shards([PairRecord(k, saved(k), ('a field',)) for k in ('TIFF', 'BMP')], tmp_path)
-    for record in read_pairs('webdataset', folder): assert pairs.sniff(record.image) == 'png' and (np.asarray(Image.open(io.BytesIO(record.image))) == pixels).all()
+    for record in read_pairs('webdataset', folder):
+        assert (
+            pairs.sniff(record.image) == 'png'
+            and (np.asarray(Image.open(io.BytesIO(record.image))) == pixels).all()
+        )
     assert pd.read_parquet(folder/'pairs.parquet').width.tolist() == [9, 9]
 
 
@@ -476,7 +754,8 @@ def test_a_stopped_run_ends_with_the_same_bytes(tmp_path, at):
     assert len(kept) == (at - (at > 4)) // 2 and not (tmp_path/'parts/pairs.parquet').exists()
     assert bytes_of(write_shards(iter(records), tmp_path/'parts', 2)) == whole
     assert all((tmp_path/'parts'/n).stat().st_mtime_ns == t for n, t in kept.items())
-    assert bytes_of(write_shards([], tmp_path/'parts', 2)) == whole                        # finished: nothing is read again
+    # finished: nothing is read again
+    assert bytes_of(write_shards([], tmp_path / 'parts', 2)) == whole
 
 
 @pytest.mark.parametrize('kind', ['rs5m-tar', 'karpathy', 'gaia'])
@@ -515,17 +794,43 @@ def test_going_on_with_something_else_is_refused(tmp_path):
 def test_the_table_of_shards_opens_its_images(corpus_of, tmp_path):
     folder = write_shards(opened('karpathy', corpus_of('karpathy')), tmp_path, 4)
     table = pd.read_parquet(folder/'pairs.parquet')
-    assert len(table) == 12 and table.pair.is_unique and list(table) == ['pair', 'key', 'caption', 'source', 'split', 'tier', 'scene', 'shard', 'path', 'width', 'height', 'n_tokens']
+    assert (
+        len(table) == 12
+        and table.pair.is_unique
+        and list(table)
+        == [
+            'pair',
+            'key',
+            'caption',
+            'source',
+            'split',
+            'tier',
+            'scene',
+            'shard',
+            'path',
+            'width',
+            'height',
+            'n_tokens',
+        ]
+    )
     pixels = {r.key: open_image(r) for r in opened('karpathy', corpus_of('karpathy'))}
-    for row in table.itertuples(): assert (open_image(row, folder) == pixels[row.key]).all() and (row.width, row.height) == (48, 48) and row.n_tokens == token_count(row.caption)
+    for row in table.itertuples():
+        assert (
+            (open_image(row, folder) == pixels[row.key]).all()
+            and (row.width, row.height) == (48, 48)
+            and row.n_tokens == token_count(row.caption)
+        )
     again = to_frame(read_pairs('webdataset', folder))
-    assert set(again.pair) == set(table.pair) and all((open_image(row) == pixels[row['key']]).all() for _, row in again.iterrows())
+    assert set(again.pair) == set(table.pair) and all(
+        (open_image(row) == pixels[row['key']]).all() for _, row in again.iterrows()
+    )
     with pytest.raises(DataNotFound, match='other members'): open_image('00000.tar!none.jpg', folder)
 
 
 def test_rows_of_a_tar_find_their_pixels_again(corpus_of):
     records = list(opened('rs5m-tar', corpus_of('rs5m-tar')))
-    for record, row in zip(records, to_frame(records).itertuples(), strict=True): assert (open_image(row) == open_image(record)).all()
+    for record, row in zip(records, to_frame(records).itertuples(), strict=True):
+        assert (open_image(row) == open_image(record)).all()
 
 
 def test_images_that_cannot_be_opened_say_why():
@@ -536,16 +841,36 @@ def test_images_that_cannot_be_opened_say_why():
 # ---- table and audit ------------------------------------------------------------------------------------------------------------
 
 def test_audit_counts_what_is_shared_blank_and_long():
-    rows = [('a', 'A field'), ('b', 'a  field'), ('a', 'a wood'), ('a', 'a wood'), ('c', ' '), ('c', 'pier ' * 90)]
+    rows = [
+        ('a', 'A field'),
+        ('b', 'a  field'),
+        ('a', 'a wood'),
+        ('a', 'a wood'),
+        ('c', ' '),
+        ('c', 'pier ' * 90),
+    ]
     frame = pd.DataFrame([dict(key=k, caption=c, source='own') for k, c in rows])
     got = audit(frame).loc['own']
-    assert got[['images', 'captions', 'distinct', 'shared', 'blanks', 'overlong']].tolist() == [3, 6, 3, 1, 1, 1] and got.mean_tokens == round(np.mean([4, 4, 4, 4, 92]), 1)
+    assert got[['images', 'captions', 'distinct', 'shared', 'blanks', 'overlong']].tolist() == [
+        3,
+        6,
+        3,
+        1,
+        1,
+        1,
+    ] and got.mean_tokens == round(np.mean([4, 4, 4, 4, 92]), 1)
 
 
 def test_audit_of_records_and_of_nothing(corpus_of):
     table = audit(opened('rssqa-pairs', corpus_of('rssqa-pairs')))
-    assert table.index.tolist() == ['eurosat', 'ucm'] and table.images.sum() == 6 and table.captions.sum() == 12
-    assert len(audit([])) == 0 and len(to_frame([])) == 0 and list(to_frame([]))[:3] == ['pair', 'key', 'caption']
+    assert (
+        table.index.tolist() == ['eurosat', 'ucm'] and table.images.sum() == 6 and table.captions.sum() == 12
+    )
+    assert (
+        len(audit([])) == 0
+        and len(to_frame([])) == 0
+        and list(to_frame([]))[:3] == ['pair', 'key', 'caption']
+    )
 
 
 # ---- the real pairs ---------------------------------------------------------------------------------------------------------------
@@ -553,17 +878,35 @@ def test_audit_of_records_and_of_nothing(corpus_of):
 @pytest.mark.real
 def test_real_pairs_are_those_of_their_description(real):
     corpus = read_pairs('rssqa-pairs', real/'pairs')
-    images, captions, scenes = Counter(), Counter(), {}
-    for r in corpus: images[r.source, r.split] += 1; captions[r.source] += len(r.captions); scenes.setdefault(r.source, set()).add(r.scene); last = r
-    assert corpus.counts['records'] == 5520 and corpus.counts['captions'] == 14269 and not corpus.problems and corpus.counts['duplicates'] < 100
+    images = Counter()
+    captions = Counter()
+    scenes = {}
+    for r in corpus:
+        images[r.source, r.split] += 1
+        captions[r.source] += len(r.captions)
+        scenes.setdefault(r.source, set()).add(r.scene)
+        last = r
+    assert (
+        corpus.counts['records'] == 5520
+        and corpus.counts['captions'] == 14269
+        and not corpus.problems
+        and corpus.counts['duplicates'] < 100
+    )
     total = Counter()
     for (source, _), n in images.items(): total[source] += n
-    assert total == dict(rsicd=2060, ucm=1680, eurosat=1000, rsscn7=420, nwpu12=360) and {s: len(v) for s, v in scenes.items()} == dict(rsicd=30, ucm=21, eurosat=10, rsscn7=7, nwpu12=12)
-    for source in ('eurosat', 'rsscn7', 'nwpu12'): assert [images[source, s] for s in ('train', 'val', 'test')] == [round(total[source] * q) for q in (0.7, 0.1, 0.2)]
+    assert total == dict(rsicd=2060, ucm=1680, eurosat=1000, rsscn7=420, nwpu12=360) and {
+        s: len(v) for s, v in scenes.items()
+    } == dict(rsicd=30, ucm=21, eurosat=10, rsscn7=7, nwpu12=12)
+    for source in ('eurosat', 'rsscn7', 'nwpu12'):
+        assert [images[source, s] for s in ('train', 'val', 'test')] == [
+            round(total[source] * q) for q in (0.7, 0.1, 0.2)
+        ]
     assert open_image(last).shape[0] == 3
     only = read_pairs('rssqa-pairs', real/'pairs'/'captions_only.csv.gz')
     by_source = Counter()
-    for r in only: by_source[r.source] += len(r.captions); assert r.image is None
+    for r in only:
+        by_source[r.source] += len(r.captions)
+        assert r.image is None
     assert only.counts['captions'] == 42419 and by_source == dict(rsicd=17459, rsitmd=22123, sydney=2837)
 
 
@@ -572,12 +915,16 @@ def test_half_characters_do_not_stop_a_run(tmp_path):
     corpus = read_pairs('translations', tmp_path/'t.jsonl')
     assert [r.captions for r in corpus] == [('a ? field',)] and corpus.counts['captions'] == 1
     folder = write_shards([*corpus, PairRecord('half \ud83d', None, ('x',)), *plain(1)], tmp_path/'out')
-    assert sorted(keys(read_pairs('webdataset', folder))) == ['a.png', 'k0'] and list(read_json(folder/'shards.json')['bad']) == ['half ?']
+    assert sorted(keys(read_pairs('webdataset', folder))) == ['a.png', 'k0'] and list(
+        read_json(folder / 'shards.json')['bad']
+    ) == ['half ?']
 
 
 @pytest.mark.parametrize('kind', [k for k in KINDS if k != 'masks'])
 def test_a_folder_without_the_corpus_is_an_error_or_empty(tmp_path, kind):
-    if kind == 'folder': assert list(opened(kind, tmp_path)) == []; return
+    if kind == 'folder':
+        assert list(opened(kind, tmp_path)) == []
+        return
     with pytest.raises(DataNotFound): list(opened(kind, tmp_path))
 
 
@@ -588,7 +935,9 @@ def test_the_folder_of_one_table_will_do(corpus_of, kind):
 
 @pytest.mark.parametrize('faults', [('blank',), ('long',), ('html', 'missing')])
 def test_fakes_are_the_same_each_time_and_differ_by_seed(tmp_path, faults):
-    a, b, c = (fake_corpus('rs5m-tar', tmp_path/n, 4, seed, faults) for n, seed in (('a', 1), ('b', 1), ('c', 2)))
+    a, b, c = (
+        fake_corpus('rs5m-tar', tmp_path / n, 4, seed, faults) for n, seed in (('a', 1), ('b', 1), ('c', 2))
+    )
     assert bytes_of(a) == bytes_of(b) != bytes_of(c)
     with pytest.raises(UnknownName): fake_corpus('rs5m-tar', tmp_path, faults=('blnk',))
     with pytest.raises(UnknownName): fake_corpus('rs6m', tmp_path)

@@ -8,10 +8,26 @@ import pytest
 from rssqa.bench.protocol import KEYS, RS_SQA, load_predictions
 from rssqa.quality.baselines import MeanBaseline
 from rssqa.core import DataNotFound, MissingFeatures
-from rssqa.bench.paper import CONSENSUS, MEASURED, MEMBERS, MODELS, ENSEMBLE, PROTOCOL, FewScenes, compute, all_predictors, measured, open_evidence, prediction_file, verify, add_pooled_ensemble
+from rssqa.bench.paper import (
+    CONSENSUS,
+    MEASURED,
+    MEMBERS,
+    MODELS,
+    ENSEMBLE,
+    PROTOCOL,
+    FewScenes,
+    compute,
+    all_predictors,
+    measured,
+    open_evidence,
+    prediction_file,
+    verify,
+    add_pooled_ensemble,
+)
 
 HERE = Path(__file__).resolve().parents[1]
-TABLES, RESULTS = HERE/'data'/'tables', HERE/'data'/'results'
+TABLES = HERE/'data'/'tables'
+RESULTS = HERE/'data'/'results'
 COMMITTED = [x for x in PROTOCOL if prediction_file(x, TABLES).exists()]
 
 
@@ -28,26 +44,46 @@ def test_every_committed_row_follows_from_the_predictions(experiment):
 
 def test_the_main_board_follows_from_the_predictions():
     from rssqa.bench.protocol import leaderboard
-    told, table = load_predictions(prediction_file('main', TABLES)), pd.read_parquet(TABLES/'open.parquet')
+    told = load_predictions(prediction_file('main', TABLES))
+    table = pd.read_parquet(TABLES/'open.parquet')
     some = [ENSEMBLE, CONSENSUS, RS_SQA, 'trees: everything', 'mean of dataset and method']
     board = leaderboard(table, told[told.seed < 9][[*KEYS, *some]])
     old = pd.read_csv(RESULTS/'paper_main.csv', index_col='predictor')
-    assert np.allclose(board.astype(float), old.loc[some, list(board)].astype(float), atol=5e-4, equal_nan=True)
+    assert np.allclose(
+        board.astype(float), old.loc[some, list(board)].astype(float), atol=5e-4, equal_nan=True
+    )
 
 
 def test_predictions_cover_the_table_and_the_panel_follows_from_its_members():
-    told, table = load_predictions(prediction_file('main', TABLES)), pd.read_parquet(TABLES/'open.parquet')
-    assert (told.groupby('seed').size() == len(table)).all() and told.drop(columns=KEYS).notna().all(axis=None) and {*MODELS, *MEMBERS} <= set(told)
+    told = load_predictions(prediction_file('main', TABLES))
+    table = pd.read_parquet(TABLES/'open.parquet')
+    assert (
+        (told.groupby('seed').size() == len(table)).all()
+        and told.drop(columns=KEYS).notna().all(axis=None)
+        and {*MODELS, *MEMBERS} <= set(told)
+    )
     again = add_pooled_ensemble(told.drop(columns=ENSEMBLE))
     assert np.abs(again[ENSEMBLE] - told[ENSEMBLE]).max() < 2e-4
-    assert told.merge(table[['image_id', 'dataset', 'scene']].drop_duplicates(), on='image_id').groupby(['seed', 'dataset', 'scene']).fold.nunique().max() == 1   # no scene on both sides
+    # no scene on both sides
+    assert (
+        told.merge(table[['image_id', 'dataset', 'scene']].drop_duplicates(), on='image_id')
+        .groupby(['seed', 'dataset', 'scene'])
+        .fold.nunique()
+        .max()
+        == 1
+    )
 
 
 def test_claims_name_the_strongest_baseline_of_each_measure():
-    told, board = pd.read_csv(RESULTS/'paper_best_baseline_comparison.csv'), pd.read_csv(RESULTS/'paper_main.csv', index_col='predictor')
+    told = pd.read_csv(RESULTS/'paper_best_baseline_comparison.csv')
+    board = pd.read_csv(RESULTS/'paper_main.csv', index_col='predictor')
     rest = board[~board.index.isin(MODELS)]
     for r in told.itertuples():
-        if r.measure in rest: assert rest[r.measure].min() - 1e-4 <= r.theirs <= rest[r.measure].max() + 1e-4 and abs(board[r.measure][r.predictor] - r.value) < 2e-3
+        if r.measure in rest:
+            assert (
+                rest[r.measure].min() - 1e-4 <= r.theirs <= rest[r.measure].max() + 1e-4
+                and abs(board[r.measure][r.predictor] - r.value) < 2e-3
+            )
     assert (told.delta_low <= told.delta + 1e-6).all() and (told.delta <= told.delta_high + 1e-6).all()
 
 
@@ -55,7 +91,8 @@ def test_claims_name_the_strongest_baseline_of_each_measure():
 
 def test_fitting_again_gives_the_committed_predictions(tmp_path):
     names = ('mean of dataset and method', 'max-softmax, temperature-scaled', 'DoC')
-    new, old = compute('main', TABLES, None, (0,), 1, tmp_path, names), load_predictions(prediction_file('main', TABLES))
+    new = compute('main', TABLES, None, (0,), 1, tmp_path, names)
+    old = load_predictions(prediction_file('main', TABLES))
     both = new.merge(old[old.seed == 0], on=KEYS[:2], suffixes=('', ' then'))
     assert len(both) == len(new) and all(np.abs(both[n] - both[f'{n} then']).mean() < 1e-3 for n in names)
 
@@ -88,18 +125,29 @@ def test_lost_numbers_and_names_are_noticed(spoil, tmp_path):
     assert (verify('dataset', TABLES, tmp_path).largest_difference <= MEASURED).all()
     spoil(pd.read_csv(tmp_path/'paper_dataset.csv')).to_csv(tmp_path/'paper_dataset.csv', index=False)
     assert not (verify('dataset', TABLES, tmp_path).largest_difference <= MEASURED).all()
-    pd.read_csv(tmp_path/'paper_dataset.csv').drop(columns='mae').to_csv(tmp_path/'paper_dataset.csv', index=False)
+    pd.read_csv(tmp_path / 'paper_dataset.csv').drop(columns='mae').to_csv(
+        tmp_path / 'paper_dataset.csv', index=False
+    )
     with pytest.raises(MissingFeatures, match='no column mae'): verify('dataset', TABLES, tmp_path)
 
 
 @pytest.mark.parametrize('share, scenes', [(0.01, 1), (0.25, 2), (0.5, 4), (1.0, 8)])
 def test_few_scenes_learn_from_that_share(share, scenes):
-    table = pd.DataFrame([dict(image_id=f'{d}{s}{i}', dataset=d, scene=f's{s}', method='m', oa=0.5) for d in 'ab' for s in range(8) for i in range(3)])
+    table = pd.DataFrame(
+        [
+            dict(image_id=f'{d}{s}{i}', dataset=d, scene=f's{s}', method='m', oa=0.5)
+            for d in 'ab'
+            for s in range(8)
+            for i in range(3)
+        ]
+    )
     seen = []
     model = FewScenes(MeanBaseline(), share)
     model.model.fit = lambda X: seen.append(X)
     model.fit(table)
-    assert seen[0].groupby('dataset').scene.nunique().tolist() == [scenes, scenes] and len(seen[0]) == 6 * scenes
+    assert (
+        seen[0].groupby('dataset').scene.nunique().tolist() == [scenes, scenes] and len(seen[0]) == 6 * scenes
+    )
     assert model.get_params() != FewScenes(MeanBaseline(), 0.77).get_params()
 
 
@@ -107,5 +155,6 @@ def test_a_comparison_without_masks_overwrites_nothing(tmp_path, capsys):
     from rssqa.cli import main
     with pytest.raises(SystemExit) as e: main(['bench', 'paper', '--only', 'main', '--tables', str(tmp_path)])
     assert e.value.code == 2 and '--fast' in capsys.readouterr().err and not list(tmp_path.iterdir())
-    with pytest.raises(SystemExit) as e: main(['bench', 'paper', '--fast', '--only', 'method', '--tables', str(tmp_path)])
+    with pytest.raises(SystemExit) as e:
+        main(['bench', 'paper', '--fast', '--only', 'method', '--tables', str(tmp_path)])
     assert e.value.code == 2 and 'nothing to check' in capsys.readouterr().err

@@ -58,29 +58,45 @@ def test_same_seed_same_model(table, model, new):
 
 def test_two_processes_train_the_same_networks(table, model, new):
     with joblib.parallel_config(n_jobs=2): again = clone(model).fit(table)
-    assert np.abs(again.predict(new) - model.predict(new)).max() < 1e-6 and again.history_.member.tolist() == model.history_.member.tolist()
+    assert (
+        np.abs(again.predict(new) - model.predict(new)).max() < 1e-6
+        and again.history_.member.tolist() == model.history_.member.tolist()
+    )
 
 
 def test_another_target_is_measured_as_such(table, new):
     both = [t.assign(miou=t.oa / 2) for t in (table, new)]
     told = QualityModel(**FAST, target='miou').fit(both[0]).evaluate(both[1], both[0])
-    assert told['mae'] == pytest.approx(QualityModel(**FAST).fit(both[0].assign(oa=both[0].miou)).evaluate(both[1].assign(oa=both[1].miou), both[0].assign(oa=both[0].miou))['mae'])
+    assert told['mae'] == pytest.approx(
+        QualityModel(**FAST)
+        .fit(both[0].assign(oa=both[0].miou))
+        .evaluate(both[1].assign(oa=both[1].miou), both[0].assign(oa=both[0].miou))['mae']
+    )
 
 
 def test_scenes_may_be_numbers(table):
     numbered = table.assign(scene=pd.factorize(table.scene)[0])
-    assert np.array_equal(_hold_scenes(numbered, 3), _hold_scenes(numbered.assign(scene=numbered.scene.astype(str)), 3))
+    assert np.array_equal(
+        _hold_scenes(numbered, 3), _hold_scenes(numbered.assign(scene=numbered.scene.astype(str)), 3)
+    )
 
 
 def test_cross_validation_by_scene(table):
-    scores = cross_val_score(QualityModel(**FAST), table, table.oa, groups=table.dataset + table.scene, cv=GroupKFold(3))
+    scores = cross_val_score(
+        QualityModel(**FAST), table, table.oa, groups=table.dataset + table.scene, cv=GroupKFold(3)
+    )
     assert len(scores) == 3 and np.isfinite(scores).all() and scores.mean() > 0.5
 
 
 def test_it_learns(plain, model, new):
     for m in (plain, model):
         p = m.predict(new)
-        assert p.shape == (len(new),) and ((p > 0) & (p < 1)).all() and srocc(new.oa, p) > 0.6 and m.score(new) > 0.5
+        assert (
+            p.shape == (len(new),)
+            and ((p > 0) & (p < 1)).all()
+            and srocc(new.oa, p) > 0.6
+            and m.score(new) > 0.5
+        )
     assert plain.evaluate(new, new)['mae'] < 0.1
 
 
@@ -106,7 +122,8 @@ def test_unfitted_model_says_so(table, tmp_path):
 
 @pytest.mark.parametrize('which', ['plain', 'model'])
 def test_order_of_rows_does_not_matter(which, request, new):
-    m, mixed = request.getfixturevalue(which), new.sample(frac=1, random_state=0)
+    m = request.getfixturevalue(which)
+    mixed = new.sample(frac=1, random_state=0)
     assert np.allclose(m.predict(mixed), pd.Series(m.predict(new), new.index)[mixed.index], atol=1e-6)
     assert np.allclose(m.embed(mixed), m.embed(new)[new.index.get_indexer(mixed.index)], atol=1e-5)
 
@@ -114,10 +131,12 @@ def test_order_of_rows_does_not_matter(which, request, new):
 @pytest.mark.parametrize('which', ['plain', 'model'])
 def test_other_images_do_not_matter(which, request, new):
     "Also where a column that is no share happens to stay within 0..1 in a small table."
-    m, whole = request.getfixturevalue(which), request.getfixturevalue('new')
+    m = request.getfixturevalue(which)
+    whole = request.getfixturevalue('new')
     whole = whole.assign(parts=np.where(whole.image_id == whole.image_id[0], 0.5, whole.parts))
     all_of_them = pd.Series(m.predict(whole), whole.index)
-    for _, part in list(whole.groupby('image_id'))[:6]: assert np.allclose(m.predict(part), all_of_them[part.index], atol=1e-5)
+    for _, part in list(whole.groupby('image_id'))[:6]:
+        assert np.allclose(m.predict(part), all_of_them[part.index], atol=1e-5)
 
 
 def test_labels_of_new_rows_do_not_matter(model, new):
@@ -140,14 +159,19 @@ def test_index_may_repeat(model, new):
 def test_a_method_that_was_never_seen_is_scored(plain, model, new, store):
     strange = new.assign(method=new.method.replace('m2', 'm9'))
     for m in (plain, model): assert np.isfinite(m.predict(strange)).all()
-    assert not np.allclose(plain.predict(strange), plain.predict(new)) and srocc(new.oa, plain.predict(strange)) > 0.6
+    assert (
+        not np.allclose(plain.predict(strange), plain.predict(new))
+        and srocc(new.oa, plain.predict(strange)) > 0.6
+    )
 
 
-def test_a_dataset_that_was_never_seen_is_scored(plain, new): assert np.isfinite(plain.predict(new.assign(dataset='elsewhere'))).all()
+def test_a_dataset_that_was_never_seen_is_scored(plain, new):
+    assert np.isfinite(plain.predict(new.assign(dataset='elsewhere'))).all()
 
 
 def test_a_table_without_agreement(table, new, plain):
-    few, fewer = table.drop(columns=list(AGREEMENT)), new.drop(columns=list(AGREEMENT))
+    few = table.drop(columns=list(AGREEMENT))
+    fewer = new.drop(columns=list(AGREEMENT))
     assert srocc(new.oa, QualityModel(**FAST).fit(few).predict(fewer)) > 0.7
     assert np.isfinite(plain.predict(fewer)).all()                    # known in training, absent now
     assert srocc(new.oa, QualityModel(cross_method=False, **FAST).fit(table).predict(new)) > 0.7
@@ -157,26 +181,35 @@ def test_a_table_without_agreement(table, new, plain):
 def test_missing_values_are_survived(share, table, new):
     holes = table.assign(conf=table.conf.where(np.random.default_rng(0).random(len(table)) > share))
     m = QualityModel(**FAST).fit(holes)
-    assert np.isfinite(m.predict(new)).all() and np.isfinite(m.predict(new.assign(conf=np.nan, entropy=np.inf))).all()
+    assert (
+        np.isfinite(m.predict(new)).all()
+        and np.isfinite(m.predict(new.assign(conf=np.nan, entropy=np.inf))).all()
+    )
 
 
 # ---------------------------------------------------------------- refusals
 
 def test_missing_columns_are_named(plain, new):
     with pytest.raises(MissingFeatures, match='conf_t'): plain.predict(new.drop(columns='conf_t'))
-    with pytest.raises(MissingFeatures, match='label-free'): QualityModel(**FAST).fit(new[['image_id', 'dataset', 'scene', 'method', 'oa']])
+    with pytest.raises(MissingFeatures, match='label-free'):
+        QualityModel(**FAST).fit(new[['image_id', 'dataset', 'scene', 'method', 'oa']])
     with pytest.raises(SchemaError, match='nope'): QualityModel(target='nope').fit(new)
 
 
 def test_features_that_were_never_extracted_are_named(table, store, model, new):
-    with pytest.raises(MissingFeatures, match='sem/toy@2'): QualityModel(semantic='sem/toy@2', store=store, **FAST).fit(table)
-    with pytest.raises(MissingFeatures, match='no rows for 1 of'): model.predict(new.assign(image_id=new.image_id.replace(new.image_id[0], 'unknown')))
+    with pytest.raises(MissingFeatures, match='sem/toy@2'):
+        QualityModel(semantic='sem/toy@2', store=store, **FAST).fit(table)
+    with pytest.raises(MissingFeatures, match='no rows for 1 of'):
+        model.predict(new.assign(image_id=new.image_id.replace(new.image_id[0], 'unknown')))
 
 
 def test_another_encoder_cannot_stand_in(model, new, tmp_path):
     save_model(model, tmp_path/'m')
-    put_vectors(Store(tmp_path/'s'), 'sem/toy@2', new.image_id.unique(), np.ones((new.image_id.nunique(), 12)))
-    with pytest.raises(MissingFeatures, match='sem/toy@1|intermediate/'): load_model(tmp_path/'m', str(tmp_path/'s')).predict(new)
+    put_vectors(
+        Store(tmp_path / 's'), 'sem/toy@2', new.image_id.unique(), np.ones((new.image_id.nunique(), 12))
+    )
+    with pytest.raises(MissingFeatures, match='sem/toy@1|intermediate/'):
+        load_model(tmp_path/'m', str(tmp_path/'s')).predict(new)
 
 
 def test_fusion_with_a_typo_is_suggested(table):
@@ -212,14 +245,31 @@ def test_incomplete_grid(table, new):
 
 @pytest.mark.parametrize('kind', ['everything', 'plain', 'semantics only', 'no cross_method'])
 def test_saved_model_predicts_the_same(kind, table, new, store, tmp_path):
-    options = {'everything': dict(semantic='sem/toy@1', store=store), 'plain': {}, 'semantics only': dict(semantic='sem/toy@1', store=store, intermediate=False, fusion='scgb-symmetric'), 'no cross_method': dict(cross_method=False)}[kind]
+    options = {
+        'everything': dict(semantic='sem/toy@1', store=store),
+        'plain': {},
+        'semantics only': dict(
+            semantic='sem/toy@1', store=store, intermediate=False, fusion='scgb-symmetric'
+        ),
+        'no cross_method': dict(cross_method=False),
+    }[kind]
     m = QualityModel(**options, **FAST).fit(table)
     folder = save_model(m, tmp_path/'m', data='numbers', srocc=0.9)
     assert store not in (folder/'config.json').read_text()
     back = load_model(folder, options.get('store', ''))
-    assert np.abs(back.predict(new) - m.predict(new)).max() < 1e-6 and back.facts_ == dict(data='numbers', srocc=0.9)
-    assert np.abs(back.embed(new) - m.embed(new)).max() < 1e-4 and explain(back, new).columns.equals(explain(m, new).columns)
-    assert save_model(back, tmp_path/'again') and np.abs(load_model(tmp_path/'again', options.get('store', '')).predict(new) - m.predict(new)).max() < 1e-6
+    assert np.abs(back.predict(new) - m.predict(new)).max() < 1e-6 and back.facts_ == dict(
+        data='numbers', srocc=0.9
+    )
+    assert np.abs(back.embed(new) - m.embed(new)).max() < 1e-4 and explain(back, new).columns.equals(
+        explain(m, new).columns
+    )
+    assert (
+        save_model(back, tmp_path / 'again')
+        and np.abs(
+            load_model(tmp_path / 'again', options.get('store', '')).predict(new) - m.predict(new)
+        ).max()
+        < 1e-6
+    )
 
 
 def test_missing_and_torn_files_are_named(plain, tmp_path):
@@ -230,15 +280,26 @@ def test_missing_and_torn_files_are_named(plain, tmp_path):
 
 def test_explain_names_the_blocks(model, plain, new):
     told = explain(model, new)
-    assert list(told) == ['predicted', 'single_map', 'cross_method', 'prior', 'intermediate', 'semantic'] and told.index.equals(new.index)
-    assert np.array_equal(told.predicted, model.predict(new)) and (told.drop(columns='predicted').abs().mean() > 0).all()
+    assert list(told) == [
+        'predicted',
+        'single_map',
+        'cross_method',
+        'prior',
+        'intermediate',
+        'semantic',
+    ] and told.index.equals(new.index)
+    assert (
+        np.array_equal(told.predicted, model.predict(new))
+        and (told.drop(columns='predicted').abs().mean() > 0).all()
+    )
     assert list(explain(plain, new)) == ['predicted', 'single_map', 'cross_method', 'prior']
 
 
 def test_vectors_may_be_given_instead_of_a_store(model, new, store, tmp_path):
     from rssqa.tables.sqed import stored_features
     from rssqa.tables.store import get_vectors
-    semantic, intermediate = get_vectors(Store(store), 'sem/toy@1', new.image_id), stored_features(Store(store), new)
+    semantic = get_vectors(Store(store), 'sem/toy@1', new.image_id)
+    intermediate = stored_features(Store(store), new)
     alone = load_model(save_model(model, tmp_path/'m'))
     assert np.allclose(alone.predict(new, semantic, intermediate), model.predict(new), atol=1e-6)
 

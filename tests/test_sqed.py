@@ -13,14 +13,32 @@ from rssqa.core import DataNotFound, LeakError, MissingFeatures, Problem, Schema
 from rssqa.data.datasets import read_image, read_mask
 from rssqa.segment.methods.training import load_segmenter
 from rssqa.segment.metrics import confusion
-from rssqa.tables.sqed import (NON_FEATURE_COLUMNS, build_sqed, check_sqed, from_png, describe_prediction, label_free_columns, load_sqed, save_sqed, stored_mask, stored_features, features_table)
+from rssqa.tables.sqed import (
+    NON_FEATURE_COLUMNS,
+    build_sqed,
+    check_sqed,
+    from_png,
+    describe_prediction,
+    label_free_columns,
+    load_sqed,
+    save_sqed,
+    stored_mask,
+    stored_features,
+    features_table,
+)
 from rssqa.tables.store import Store
 from trained import numbers, trained_setup
 
 
 def build(tiles, store, networks=None, **options):
     w = trained_setup()
-    return build_sqed(tiles, w.networks if networks is None else networks, w.specs, store, **dict(batch=4, every=6, workers=1) | options)
+    return build_sqed(
+        tiles,
+        w.networks if networks is None else networks,
+        w.specs,
+        store,
+        **dict(batch=4, every=6, workers=1) | options,
+    )
 
 
 @pytest.fixture
@@ -28,16 +46,20 @@ def store(tmp_path): return Store(tmp_path/'store')
 
 
 @pytest.fixture(scope='module')
-def some(): return (t := trained_setup().tiles)[t.scene.isin(sorted(t.scene.unique())[:4])].reset_index(drop=True)
+def some():
+    return (t := trained_setup().tiles)[t.scene.isin(sorted(t.scene.unique())[:4])].reset_index(drop=True)
 
 
 @pytest.fixture(scope='module')
 def whole(some, tmp_path_factory):
     home = tmp_path_factory.mktemp('whole')
-    return SimpleNamespace(table=(t := build(some, Store(home/'s'))), bytes=save_sqed(t, home/'t.parquet').read_bytes())
+    return SimpleNamespace(
+        table=(t := build(some, Store(home / 's'))), bytes=save_sqed(t, home / 't.parquet').read_bytes()
+    )
 
 
-def same(table, whole, tmp_path): return save_sqed(table, tmp_path/'again.parquet').read_bytes() == whole.bytes
+def same(table, whole, tmp_path):
+    return save_sqed(table, tmp_path/'again.parquet').read_bytes() == whole.bytes
 
 
 # ---------------------------------------------------------------- kill it
@@ -67,7 +89,11 @@ def test_killed_in_the_middle_of_a_commit(table, nth, some, whole, store, tmp_pa
             if len(seen) == nth + 1: raise KeyboardInterrupt
         return put(self, name, frame)
     monkeypatch.setattr(Store, 'put', mortal)
-    monkeypatch.setattr(module, '_agree_missing', lambda rows, store, chunk=4, agree=module._agree_missing: agree(rows, store, chunk))
+    monkeypatch.setattr(
+        module,
+        '_agree_missing',
+        lambda rows, store, chunk=4, agree=module._agree_missing: agree(rows, store, chunk),
+    )
     with pytest.raises(KeyboardInterrupt): build(some, store)
     monkeypatch.setattr(Store, 'put', put)
     assert same(build(some, store), whole, tmp_path)
@@ -89,11 +115,17 @@ build_sqed(tiles, networks, {spec.name: spec}, Store(store), batch=4, every=4, w
 @pytest.mark.parametrize('rows', [pytest.param(1, marks=pytest.mark.slow), 12])
 def test_killed_by_the_system(rows, some, whole, store, tmp_path):
     with open(tmp_path/'job', 'wb') as f: pickle.dump((some, store.root), f)
-    process = subprocess.Popen([sys.executable, '-c', KILLED, str(trained_setup().home), str(tmp_path/'job')], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, '-c', KILLED, str(trained_setup().home), str(tmp_path / 'job')],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     until = time.monotonic() + 60
-    while len(store.keys('rows')) < rows and process.poll() is None and time.monotonic() < until: time.sleep(0.005)
+    while len(store.keys('rows')) < rows and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
     assert process.poll() is None, process.stderr.read()
-    os.kill(process.pid, signal.SIGKILL); process.communicate()
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
     assert rows <= len(store.keys('rows')) < 32
     assert same(build(some, store), whole, tmp_path)
 
@@ -103,7 +135,8 @@ def test_batches_do_not_depend_on_the_order_of_tiles(some, whole, store, tmp_pat
 
 
 @pytest.mark.slow
-def test_worker_processes_give_the_same_table(some, whole, store, tmp_path): assert same(build(some, store, workers=2), whole, tmp_path)
+def test_worker_processes_give_the_same_table(some, whole, store, tmp_path):
+    assert same(build(some, store, workers=2), whole, tmp_path)
 
 
 # ---------------------------------------------------------------- what a row says
@@ -113,28 +146,51 @@ def test_labels_are_those_of_the_segmenter(some, whole):
     nets = {n.fingerprint: load_segmenter(n.folder) for n in w.networks.itertuples()}
     for row in whole.table.sample(6, random_state=0).itertuples():
         tile = some[some.image_id == row.image_id].iloc[0]
-        mask, truth = nets[row.method_fp](__import__('torch').as_tensor(read_image(tile))[None]).mask[0].numpy(), read_mask(tile, w.spec)
+        mask = nets[row.method_fp](__import__('torch').as_tensor(read_image(tile))[None]).mask[0].numpy()
+        truth = read_mask(tile, w.spec)
         valid = truth != 255
         assert abs(row.oa - (mask == truth)[valid].mean()) < 2e-3 and row.n_valid == valid.sum()
-        assert abs(np.asarray(row.confusion).reshape(len(w.spec.classes), -1) - confusion(truth, mask, len(w.spec.classes))).sum() <= 16
+        assert (
+            abs(
+                np.asarray(row.confusion).reshape(len(w.spec.classes), -1)
+                - confusion(truth, mask, len(w.spec.classes))
+            ).sum()
+            <= 16
+        )
         net = w.networks[w.networks.fingerprint == row.method_fp].iloc[0]
         assert row.scene not in net.scenes and row.method == net.method and row.fold == tile.fold
 
 
 def test_table_has_one_row_a_pair_and_no_label_among_the_label_free_columns(some, whole):
-    t, free = whole.table, label_free_columns(whole.table)
-    assert len(t) == 2 * len(some) and not t.duplicated(['image_id', 'method']).any() and t.equals(t.sort_values(['image_id', 'method'], ignore_index=True))
-    assert {'conf', 'conf_t', 'entropy', 'margin', 'tta', 'dec_shift', *AGREEMENT} <= set(free) and not set(free) & set(NON_FEATURE_COLUMNS)
+    t = whole.table
+    free = label_free_columns(whole.table)
+    assert (
+        len(t) == 2 * len(some)
+        and not t.duplicated(['image_id', 'method']).any()
+        and t.equals(t.sort_values(['image_id', 'method'], ignore_index=True))
+    )
+    assert {'conf', 'conf_t', 'entropy', 'margin', 'tta', 'dec_shift', *AGREEMENT} <= set(free) and not set(
+        free
+    ) & set(NON_FEATURE_COLUMNS)
     assert np.isfinite(t[free]).all().all() and 'root' not in t
 
 
 def test_without_labels_the_label_free_columns_stay_the_same(some, whole, store):
-    w, net = trained_setup(), load_segmenter(trained_setup().networks.folder[0])
+    w = trained_setup()
+    net = load_segmenter(trained_setup().networks.folder[0])
     part = some[some.fold == trained_setup().networks.fold[0]][:2]
-    images, truths = np.stack([read_image(r) for r in part.itertuples()]), [read_mask(r, w.spec) for r in part.itertuples()]
-    (a, masks, intermediate, _), (b, same_masks, same_taps, _) = describe_prediction(net, images, truths), describe_prediction(net, images)
+    images = np.stack([read_image(r) for r in part.itertuples()])
+    truths = [read_mask(r, w.spec) for r in part.itertuples()]
+    (a, masks, intermediate, _), (b, same_masks, same_taps, _) = (
+        describe_prediction(net, images, truths),
+        describe_prediction(net, images),
+    )
     free = label_free_columns(a)
-    assert a[free].equals(b[free]) and np.array_equal(masks, same_masks) and np.array_equal(intermediate, same_taps)
+    assert (
+        a[free].equals(b[free])
+        and np.array_equal(masks, same_masks)
+        and np.array_equal(intermediate, same_taps)
+    )
     assert b.n_valid.eq(0).all() and b.oa.isna().all() and a.oa.notna().all()
     mixed = describe_prediction(net, images, [truths[0], None])[0]
     assert mixed.n_valid.tolist() == [truths[0].size, 0] and mixed.oa[0] == a.oa[0]
@@ -153,7 +209,10 @@ def test_rows_of_another_network_are_not_mixed_in(some, whole, store):
     build(some, store)
     one = build(some, store, trained_setup().networks[trained_setup().networks.method == 'pspnet'])
     assert set(one.method) == {'pspnet'} and len(one) == len(some)
-    assert one[[c for c in AGREEMENT]].isna().all().all() and (one.oa.to_numpy() == whole.table[whole.table.method == 'pspnet'].oa.to_numpy()).all()
+    assert (
+        one[[c for c in AGREEMENT]].isna().all().all()
+        and (one.oa.to_numpy() == whole.table[whole.table.method == 'pspnet'].oa.to_numpy()).all()
+    )
 
 
 def test_agreement_is_computed_again_when_a_method_joins(some, whole, store, tmp_path):
@@ -173,7 +232,8 @@ def test_taps_come_in_the_order_of_the_table(some, store):
     assert {m: len(v) for m, v in intermediate.items()} == {'pspnet': len(some), 'segformer': len(some)}
     mixed = table.sample(frac=1, random_state=3)
     for method, found in stored_features(store, mixed).items():
-        ids, order = table[table.method == method].image_id.tolist(), mixed[mixed.method == method].image_id
+        ids = table[table.method == method].image_id.tolist()
+        order = mixed[mixed.method == method].image_id
         assert np.array_equal(found, intermediate[method][[ids.index(i) for i in order]])
     twice = stored_features(store, pd.concat([table, table]))                     # the index repeats
     assert all(np.array_equal(twice[m], np.concatenate([v, v])) for m, v in intermediate.items())
@@ -188,7 +248,8 @@ def test_what_was_never_drawn_is_named(some, store):
 
 @pytest.mark.parametrize('absent', [None, np.nan])
 def test_unlabelled_images_are_left_out_and_counted(absent, some, store, monkeypatch):
-    said, tiles = [], some.copy()
+    said = []
+    tiles = some.copy()
     tiles['mask_path'] = tiles.mask_path.astype(object)
     tiles.loc[tiles.index[:3], 'mask_path'] = absent
     monkeypatch.setattr(module, 'say', said.append)
@@ -206,7 +267,8 @@ def test_tile_with_all_pixels_ignored_is_left_out(some, store, tmp_path):
     empty = Image.fromarray(np.full((64, 64), 255, np.uint8))
     empty.putpalette(list(range(256)) * 3)
     empty.save(tmp_path/'empty.png')
-    tiles.loc[tiles.index[0], 'mask_path'] = str(tmp_path/'empty.png')           # an absolute path wins over root
+    # an absolute path wins over root
+    tiles.loc[tiles.index[0], 'mask_path'] = str(tmp_path / 'empty.png')
     assert set(build(tiles, store).image_id) == set(some.image_id[1:])
 
 
@@ -244,7 +306,8 @@ def damaged(): # -> (name of the rule, table)
     yield 'empty image_id', put('method', '')
     yield 'more than one split', put('split', 'test')
     yield 'not n_valid pixels', put('confusion', [90, 10, 1, 0])
-    for c in ('oa', 'scene', 'method_fp', 'n_valid', 'split', 'fold'): yield f'no column {c}', t.drop(columns=c)
+    for c in ('oa', 'scene', 'method_fp', 'n_valid', 'split', 'fold'):
+        yield f'no column {c}', t.drop(columns=c)
 
 
 @pytest.mark.parametrize('rule, table', damaged(), ids=[f'{i}-{r}' for i, (r, _) in enumerate(damaged())])
@@ -255,12 +318,16 @@ def test_broken_rules_are_named_with_the_first_row(rule, table):
 
 def test_all_faults_come_in_one_message():
     t = numbers(1, 4, 2, 2).assign(confusion=[[90, 10, 0, 0]] * 16)
-    t.loc[0, 'oa'], t.loc[2, 'n_valid'], t.loc[4, 'scene'], t.loc[7, 'split'] = 87.0, 0, None, 'test'
+    t.loc[0, 'oa'] = 87.0
+    t.loc[2, 'n_valid'] = 0
+    t.loc[4, 'scene'] = None
+    t.loc[7, 'split'] = 'test'
     t.at[9, 'confusion'] = [1, 1, 1, 1]
     with pytest.raises(SchemaError) as e: check_sqed(pd.concat([t, t[12:13]]))
     for rule in ('1 rows with OA outside 0..1 (percent?)', '2 rows with a confusion', '1 rows with no labelled pixel', '1 rows with an empty', 'rows with a scene in more than one split',
                  '1 rows with a second row', 'first i0-0-0 / m0', 'i0-1-0 / m0'): assert rule in str(e.value)
-    with pytest.raises(SchemaError, match='(?i)no column oa; no column n_valid'): check_sqed(t.drop(columns=['oa', 'n_valid']))
+    with pytest.raises(SchemaError, match='(?i)no column oa; no column n_valid'):
+        check_sqed(t.drop(columns=['oa', 'n_valid']))
 
 
 def test_a_valid_table_is_returned_as_it_is():
@@ -291,7 +358,8 @@ def test_unreadable_files_are_named(data, tmp_path):
 
 
 def test_unknown_column_is_named(whole, tmp_path):
-    with pytest.raises(SchemaError, match='nope'): load_sqed(save_sqed(whole.table, tmp_path/'t.parquet'), ['nope'])
+    with pytest.raises(SchemaError, match='nope'):
+        load_sqed(save_sqed(whole.table, tmp_path/'t.parquet'), ['nope'])
 
 
 def test_maps_survive_as_png():

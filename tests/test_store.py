@@ -24,26 +24,34 @@ def content(store, name='t'): return store.get(name).set_index('key').sort_index
 
 def test_absent_table_is_empty(store):
     assert store.get('t').empty and list(store.get('t')) == ['key'] and len(store.keys('t')) == 0
-    assert store.missing('t', ['a', 'b']) == ['a', 'b'] and store.names() == [] and store.tidy('t') is None and 'empty' in repr(store)
+    assert (
+        store.missing('t', ['a', 'b']) == ['a', 'b']
+        and store.names() == []
+        and store.tidy('t') is None
+        and 'empty' in repr(store)
+    )
 
 
 def test_putting_twice_changes_nothing(store):
     rows = frame('abc', v=[1, 2, 3])
     store.put('t', rows)
     first = content(store)
-    store.put('t', rows); store.put('t', rows[1:2])
+    store.put('t', rows)
+    store.put('t', rows[1:2])
     assert content(store).equals(first) and len(store.get('t')) == 3
 
 
 def test_equal_keys_are_replaced_and_others_kept(store):
-    store.put('t', frame('abc', v=[1, 2, 3])); store.put('t', frame('cd', v=[30, 40]))
+    store.put('t', frame('abc', v=[1, 2, 3]))
+    store.put('t', frame('cd', v=[30, 40]))
     assert content(store).v.to_dict() == dict(a=1, b=2, c=30, d=40)
 
 
 @settings(max_examples=8, deadline=None)
 @given(st.lists(st.dictionaries(st.sampled_from('abcdef'), st.integers(0, 99), min_size=1), min_size=1, max_size=4), st.randoms(use_true_random=False))
 def test_store_behaves_like_a_dictionary(tmp_path_factory, puts, random):
-    store, model = Store(tmp_path_factory.mktemp('s')), {}
+    store = Store(tmp_path_factory.mktemp('s'))
+    model = {}
     for rows in puts:
         store.put('t', frame(rows, v=list(rows.values())))
         model |= rows
@@ -73,7 +81,10 @@ def test_interrupted_put_leaves_the_old_version(tables, store, monkeypatch):
     schema = pa.schema(dict(key=pa.string(), v=pa.int64()))
     with pytest.raises(BaseException):
         reader = pa.RecordBatchReader.from_batches(schema, rows())
-        if tables: lance.dataset(store._uri('t')).merge_insert('key').when_matched_update_all().when_not_matched_insert_all().execute(reader)
+        if tables:
+            lance.dataset(store._uri('t')).merge_insert(
+                'key'
+            ).when_matched_update_all().when_not_matched_insert_all().execute(reader)
         else: lance.write_dataset(reader, store._uri('t'))
     assert content(store).get('v', pd.Series(dtype=int)).to_dict() == (dict(a=1, b=2) if tables else {})
     store.put('t', frame('bc', v=[20, 30]))
@@ -89,19 +100,22 @@ def test_keys_follow_another_writer(store):
 
 def test_take_keeps_the_order_asked_for(store):
     store.put('t', frame('abcdef', v=range(6)))
-    for keys in ('fa', 'cab', 'aa', 'fedcba'): assert store.take('t', list(keys), ['v'])['v'].to_pylist() == ['abcdef'.index(k) for k in keys]
+    for keys in ('fa', 'cab', 'aa', 'fedcba'):
+        assert store.take('t', list(keys), ['v'])['v'].to_pylist() == ['abcdef'.index(k) for k in keys]
 
 
 def test_unknown_keys_are_counted_and_named(store):
     store.put('t', frame('ab', v=[1, 2]))
-    with pytest.raises(MissingFeatures, match='t has no rows for 2 of 3 keys.*nope.*xtract') as e: store.take('t', ['a', 'nope', 'nor'])
+    with pytest.raises(MissingFeatures, match='t has no rows for 2 of 3 keys.*nope.*xtract') as e:
+        store.take('t', ['a', 'nope', 'nor'])
     assert isinstance(e.value, KeyError)
     with pytest.raises(MissingFeatures, match='absent'): store.take('absent', ['a'])
 
 
 def test_tidy_keeps_rows_and_lowers_the_number_of_files(store, tmp_path):
     for i in range(6): store.put('t', frame([f'k{i}'], v=[i]))
-    before, files = content(store), len(list((tmp_path/'store'/'t.lance'/'data').iterdir()))
+    before = content(store)
+    files = len(list((tmp_path/'store'/'t.lance'/'data').iterdir()))
     store.tidy('t')
     assert content(store).equals(before) and len(list((tmp_path/'store'/'t.lance'/'data').iterdir())) < files
     assert store.take('t', ['k3'], ['v'])['v'].to_pylist() == [3]
@@ -120,9 +134,16 @@ for i in range(6): Store(sys.argv[1]).put('t', pd.DataFrame(dict(key=[f'{sys.arg
 
 
 def test_two_processes_lose_no_row(tmp_path):
-    writers = [subprocess.Popen([sys.executable, '-c', WRITER, str(tmp_path/'s'), who], stderr=subprocess.PIPE, text=True) for who in 'xy']
+    writers = [
+        subprocess.Popen(
+            [sys.executable, '-c', WRITER, str(tmp_path / 's'), who], stderr=subprocess.PIPE, text=True
+        )
+        for who in 'xy'
+    ]
     assert [w.communicate(timeout=60)[1] for w in writers if w.wait()] == []
-    assert sorted(Store(tmp_path/'s').get('t').key) == sorted([f'{w}{i}' for w in 'xy' for i in range(6)] + ['both'])
+    assert sorted(Store(tmp_path / 's').get('t').key) == sorted(
+        [f'{w}{i}' for w in 'xy' for i in range(6)] + ['both']
+    )
 
 
 # ---------------------------------------------------------------- vectors
@@ -132,7 +153,11 @@ def test_vectors_come_back_in_order_as_float16_allows(store):
     put_vectors(store, 'v', range(50), x)
     at = np.random.default_rng(1).permutation(50)[:20]
     found = get_vectors(store, 'v', [str(i) for i in at])
-    assert found.dtype == np.float32 and found.shape == (20, 7) and np.array_equal(found, x[at].astype(np.float16).astype(np.float32))
+    assert (
+        found.dtype == np.float32
+        and found.shape == (20, 7)
+        and np.array_equal(found, x[at].astype(np.float16).astype(np.float32))
+    )
 
 
 def test_huge_vectors_stay_finite(store):
@@ -143,15 +168,22 @@ def test_huge_vectors_stay_finite(store):
 
 class Toy:
     "An encoder that counts what it sees."
-    name, dim, fingerprint = 'toy / 1', 3, 'f' * 16
+    name = 'toy / 1'
+    dim = 3
+    fingerprint = 'f' * 16
     def __init__(self): self.seen = 0
     def encode_image(self, x):
         self.seen += len(x)
-        return SimpleNamespace(pooled=torch.stack([x.mean((1, 2, 3)), x.amax((1, 2, 3)), torch.full((len(x),), float(x.shape[-1]))], 1))
+        return SimpleNamespace(
+            pooled=torch.stack(
+                [x.mean((1, 2, 3)), x.amax((1, 2, 3)), torch.full((len(x),), float(x.shape[-1]))], 1
+            )
+        )
 
 
 def test_extract_encodes_each_image_once(store):
-    tiles, toy = trained_setup().tiles, Toy()
+    tiles = trained_setup().tiles
+    toy = Toy()
     name = extract(pd.concat([tiles[:5], tiles[:3]]), toy, store, batch=2, chunk=3)
     assert toy.seen == 5 and name == feature_table(toy) == 'sem/toy___1@ffffffff'
     extract(tiles[:8], toy, store)
@@ -161,7 +193,8 @@ def test_extract_encodes_each_image_once(store):
 
 
 def test_killed_extraction_goes_on(store):
-    tiles, toy = trained_setup().tiles[:10], Toy()
+    tiles = trained_setup().tiles[:10]
+    toy = Toy()
     class Mortal(Toy):
         def encode_image(self, x):
             if self.seen >= 6: raise KeyboardInterrupt
@@ -171,18 +204,24 @@ def test_killed_extraction_goes_on(store):
     extract(tiles, toy, store, batch=2, chunk=4)
     assert kept == 4 and toy.seen == 6
     extract(tiles, whole := Toy(), other := Store(store.root + '2'), batch=3)
-    assert np.array_equal(*(get_vectors(s, feature_table(toy), tiles.image_id) for s in (store, other))) and whole.seen == 10
+    assert (
+        np.array_equal(*(get_vectors(s, feature_table(toy), tiles.image_id) for s in (store, other)))
+        and whole.seen == 10
+    )
 
 
 def test_another_fingerprint_is_another_table(store):
-    toy, other, tiles = Toy(), Toy(), trained_setup().tiles[:2]
+    toy = Toy()
+    other = Toy()
+    tiles = trained_setup().tiles[:2]
     other.fingerprint = 'e' * 16
     assert extract(tiles, toy, store) != extract(tiles, other, store) and other.seen == 2
     with pytest.raises(MissingFeatures): get_vectors(store, 'sem/toy___1@00000000', tiles.image_id)
 
 
 def test_images_of_different_size_share_a_table(store):
-    tiles, toy = trained_setup().tiles[:4].copy(), Toy()
+    tiles = trained_setup().tiles[:4].copy()
+    toy = Toy()
     tiles.loc[tiles.index[:2], ['w', 'h']] = 32
     tiles['image_id'] = [f'i{n}' for n in range(4)]
     assert get_vectors(store, extract(tiles, toy, store), tiles.image_id)[:, 2].tolist() == [32, 32, 64, 64]
@@ -198,10 +237,17 @@ def test_nothing_to_extract(store):
 
 def clusters(n=1200, d=8, seed=0):
     rng = np.random.default_rng(seed)
-    return (rng.normal(size=(12, d))[np.arange(n) % 12] * 3 + rng.normal(size=(n, d))).astype(np.float16).astype(np.float32)
+    return (
+        (rng.normal(size=(12, d))[np.arange(n) % 12] * 3 + rng.normal(size=(n, d)))
+        .astype(np.float16)
+        .astype(np.float32)
+    )
 
 
-def by_hand(x, q, metric): return ((x - q)**2).sum(1) if metric == 'l2' else 1 - x @ q / np.linalg.norm(x, axis=1) / np.linalg.norm(q)
+def by_hand(x, q, metric):
+    return (
+        ((x - q) ** 2).sum(1) if metric == 'l2' else 1 - x @ q / np.linalg.norm(x, axis=1) / np.linalg.norm(q)
+    )
 
 
 @pytest.mark.parametrize('metric', ['cosine', 'l2'])
@@ -209,7 +255,8 @@ def test_nearest_is_what_numpy_finds(metric, store):
     x = clusters(400)
     put_vectors(store, 'v', range(400), x)
     for i in (0, 17, 399):
-        found, d = nearest(store, 'v', x[i], 9, metric), by_hand(x, x[i], metric)
+        found = nearest(store, 'v', x[i], 9, metric)
+        d = by_hand(x, x[i], metric)
         assert list(found.key) == [str(j) for j in np.argsort(d, kind='stable')[:9]]
         assert np.allclose(found.distance, np.sort(d)[:9], atol=2e-2 if metric == 'l2' else 1e-3)
     assert len(nearest(store, 'v', x[0], 10_000)) == 400

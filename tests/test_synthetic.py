@@ -8,7 +8,23 @@ from PIL import Image
 
 from rssqa.core import UnknownName, digest
 from rssqa.data.datasets import check_leak, folder_spec, read_image, read_mask, scan
-from rssqa.data.synthetic import (BUILDING, CLASSES, GROUND, KINDS, SCENE_TYPES, PALETTE, ROAD, VEGETATION, VEHICLE, WATER, caption, colours, degrade, scene, write_scenes)
+from rssqa.data.synthetic import (
+    BUILDING,
+    CLASSES,
+    GROUND,
+    KINDS,
+    SCENE_TYPES,
+    PALETTE,
+    ROAD,
+    VEGETATION,
+    VEHICLE,
+    WATER,
+    caption,
+    colours,
+    degrade,
+    scene,
+    write_scenes,
+)
 
 PRINT = 'from rssqa.core import digest; from rssqa.data.synthetic import *; print(*(digest(np.round(scene(l, s, 48).image, 4), scene(l, s, 48).mask) for l in SCENE_TYPES for s in (0, 5)))'
 
@@ -20,29 +36,61 @@ PRINT = 'from rssqa.core import digest; from rssqa.data.synthetic import *; prin
 def test_scene_keeps_the_convention(scene_type, size):
     for seed in range(3):
         s = scene(scene_type, seed, size)
-        assert s.image.shape == (3, size, size) and s.image.dtype == np.float32 and s.image.flags.c_contiguous and 0 <= s.image.min() and s.image.max() <= 1
-        assert s.mask.shape == (size, size) and s.mask.dtype == np.uint8 and s.mask.max() < len(CLASSES) and s.scene_type == scene_type
-        assert s.image.std() > 0.02 and len(np.unique(s.mask)) > 1                    # something is there to be segmented
+        assert (
+            s.image.shape == (3, size, size)
+            and s.image.dtype == np.float32
+            and s.image.flags.c_contiguous
+            and 0 <= s.image.min()
+            and s.image.max() <= 1
+        )
+        assert (
+            s.mask.shape == (size, size)
+            and s.mask.dtype == np.uint8
+            and s.mask.max() < len(CLASSES)
+            and s.scene_type == scene_type
+        )
+        # something is there to be segmented
+        assert s.image.std() > 0.02 and len(np.unique(s.mask)) > 1
 
 
 def test_scene_is_the_same_in_every_process():
-    want = [digest(np.round(scene(l, s, 48).image, 4), scene(l, s, 48).mask) for l in SCENE_TYPES for s in (0, 5)]
-    assert len(set(want)) == 8                                                        # every scene_type and seed is another scene
+    want = [
+        digest(np.round(scene(l, s, 48).image, 4), scene(l, s, 48).mask) for l in SCENE_TYPES for s in (0, 5)
+    ]
+    # every scene_type and seed is another scene
+    assert len(set(want)) == 8
     for hashseed in '12':
-        done = subprocess.run([sys.executable, '-c', 'import numpy as np; ' + PRINT], capture_output=True, text=True, env=os.environ | {'PYTHONHASHSEED': hashseed})
+        done = subprocess.run(
+            [sys.executable, '-c', 'import numpy as np; ' + PRINT],
+            capture_output=True,
+            text=True,
+            env=os.environ | {'PYTHONHASHSEED': hashseed},
+        )
         assert done.stdout.split() == want, done.stderr
 
 
 def test_scene_neither_reads_nor_moves_global_randomness():
-    np.random.seed(0); a = scene('town', 1, 32); first = np.random.rand()
+    np.random.seed(0)
+    a = scene('town', 1, 32)
+    first = np.random.rand()
     np.random.seed(0)
     assert first == np.random.rand() and (scene('town', 1, 32).image == a.image).all()
 
 
 def test_looks_differ_as_their_names_say():
-    share = {scene_type: np.mean([np.bincount(scene(scene_type, s, 64).mask.ravel(), minlength=6) / 64**2 for s in range(12)], 0) for scene_type in SCENE_TYPES}
-    assert share['flood'][WATER] > 3 * share['town'][WATER] and share['town'][BUILDING] > 4 * share['rural'][BUILDING]
-    assert share['rural'][VEGETATION] > share['town'][VEGETATION] and all((v[[GROUND, ROAD, VEGETATION]] > 0.01).all() for v in share.values())
+    share = {
+        scene_type: np.mean(
+            [np.bincount(scene(scene_type, s, 64).mask.ravel(), minlength=6) / 64**2 for s in range(12)], 0
+        )
+        for scene_type in SCENE_TYPES
+    }
+    assert (
+        share['flood'][WATER] > 3 * share['town'][WATER]
+        and share['town'][BUILDING] > 4 * share['rural'][BUILDING]
+    )
+    assert share['rural'][VEGETATION] > share['town'][VEGETATION] and all(
+        (v[[GROUND, ROAD, VEGETATION]] > 0.01).all() for v in share.values()
+    )
 
 
 def test_picture_shows_its_mask():
@@ -50,9 +98,15 @@ def test_picture_shows_its_mask():
         right = []
         for seed in range(4):
             s = scene(scene_type, seed, 96)
-            means = np.stack([s.image[:, s.mask == c].mean(1) if (s.mask == c).any() else np.full(3, 9.) for c in range(6)])
+            means = np.stack(
+                [
+                    s.image[:, s.mask == c].mean(1) if (s.mask == c).any() else np.full(3, 9.0)
+                    for c in range(6)
+                ]
+            )
             right.append((((s.image[None] - means[:, :, None, None])**2).sum(1).argmin(0) == s.mask).mean())
-        assert np.mean(right) > 0.5 and min(right) < 0.995                            # colour tells much, and not all
+        # colour tells much, and not all
+        assert np.mean(right) > 0.5 and min(right) < 0.995
 
 
 def test_unknown_names_get_suggestions():
@@ -76,7 +130,12 @@ def test_caption_of_a_scene_is_that_of_its_mask():
 def test_colours_are_the_palette_and_255_is_black():
     mask = np.array([[0, 1, 2], [3, 4, 5], [255, 255, 0]], np.uint8)
     rgb = colours(mask)
-    assert rgb.dtype == np.uint8 and (rgb[:2].reshape(6, 3) == PALETTE).all() and (rgb[2, :2] == 0).all() and len(set(PALETTE)) == len(CLASSES) == 6
+    assert (
+        rgb.dtype == np.uint8
+        and (rgb[:2].reshape(6, 3) == PALETTE).all()
+        and (rgb[2, :2] == 0).all()
+        and len(set(PALETTE)) == len(CLASSES) == 6
+    )
 
 
 # ---- damage
@@ -97,20 +156,35 @@ def test_damage_grows_with_its_level_and_repeats(kind, seed):
 def test_damage_takes_any_shape_and_clips_its_level(kind):
     x = np.random.default_rng(0).random((3, 20, 33), np.float32)
     assert degrade(x, kind, .6).shape == x.shape
-    assert np.array_equal(degrade(x, kind, 1), degrade(x, kind, 7)) and np.array_equal(degrade(x, kind, -1), x) and degrade(x, kind, 0) is not x
+    assert (
+        np.array_equal(degrade(x, kind, 1), degrade(x, kind, 7))
+        and np.array_equal(degrade(x, kind, -1), x)
+        and degrade(x, kind, 0) is not x
+    )
 
 
 def test_only_noise_and_shadow_use_the_seed():
     x = scene('town', 0, 48).image
-    assert {k for k in KINDS if not np.array_equal(degrade(x, k, .5, 1), degrade(x, k, .5, 2))} == {'noise', 'shadow'}
+    assert {k for k in KINDS if not np.array_equal(degrade(x, k, 0.5, 1), degrade(x, k, 0.5, 2))} == {
+        'noise',
+        'shadow',
+    }
 
 
 def test_each_damage_does_what_it_is_called():
     x = scene('rural', 1, 96).image
     rough = lambda y: np.abs(np.diff(y, axis=-1)).mean()
     hurt = {k: degrade(x, k, .8) for k in KINDS}
-    assert rough(hurt['blur']) < rough(x) / 2 and rough(hurt['resolution']) < rough(x) and rough(hurt['noise']) > 2 * rough(x)
-    assert hurt['haze'].std() < x.std() / 2 and hurt['haze'].mean() > x.mean() and hurt['shadow'].mean() < x.mean()
+    assert (
+        rough(hurt['blur']) < rough(x) / 2
+        and rough(hurt['resolution']) < rough(x)
+        and rough(hurt['noise']) > 2 * rough(x)
+    )
+    assert (
+        hurt['haze'].std() < x.std() / 2
+        and hurt['haze'].mean() > x.mean()
+        and hurt['shadow'].mean() < x.mean()
+    )
     green = lambda y: (y[1] - (y[0] + y[2]) / 2).mean()
     assert green(hurt['season']) < green(x)
 
@@ -118,21 +192,36 @@ def test_each_damage_does_what_it_is_called():
 # ---- a folder like real data
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory): return write_scenes(tmp_path_factory.mktemp('synth'), ('town', 'flood'), scenes=5, size=32, damaged=.5)
+def folder(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp('synth'), ('town', 'flood'), scenes=5, size=32, damaged=.5)
 
 
 def test_written_scenes_are_read_back(folder):
-    table, spec, rows = scan(folder), folder_spec(folder), pd.read_csv(folder/'splits.csv').set_index('image')
-    assert spec.classes == CLASSES and spec.palette == PALETTE and spec.gsd_m == 0.3 and spec.name == 'synthetic'
-    assert len(table) == 2 * 5 * 4 and table.scene.nunique() == 10 and set(table.split) == {'train', 'val', 'test'} and table.image_id.is_unique
+    table = scan(folder)
+    spec = folder_spec(folder)
+    rows = pd.read_csv(folder/'splits.csv').set_index('image')
+    assert (
+        spec.classes == CLASSES and spec.palette == PALETTE and spec.gsd_m == 0.3 and spec.name == 'synthetic'
+    )
+    assert (
+        len(table) == 2 * 5 * 4
+        and table.scene.nunique() == 10
+        and set(table.split) == {'train', 'val', 'test'}
+        and table.image_id.is_unique
+    )
     check_leak(table)
     for row in table.itertuples(index=False):
         about = rows.loc[row.path]
         seed = int(about.scene[-4:])
-        s, box = scene(about.scene_type, seed, 64), np.s_[about.y0:about.y0 + 32, about.x0:about.x0 + 32]
+        s = scene(about.scene_type, seed, 64)
+        box = np.s_[about.y0:about.y0 + 32, about.x0:about.x0 + 32]
         assert (read_mask(row, spec) == s.mask[box]).all()
         clean = np.abs(read_image(row) - s.image[:, *box]).max() <= 0.51 / 255
-        if not clean: assert np.abs(read_image(row) - degrade(s.image[:, *box], about.kind, about.level, seed)).mean() < 0.004      # the table tells how
+        if not clean:  # the table tells how
+            assert (
+                np.abs(read_image(row) - degrade(s.image[:, *box], about.kind, about.level, seed)).mean()
+                < 0.004
+            )
         assert clean == (about.kind == 'none') == (about.level == 0) and about.kind in (*KINDS, 'none')
 
 

@@ -10,7 +10,22 @@ from safetensors.torch import load_file, save_file
 from rssqa.core import DataNotFound, Incompatible, LeakError, Problem, read_json, write_json
 from rssqa.data.datasets import folder_spec, folds, scan
 from rssqa.segment.methods import training
-from rssqa.segment.methods.training import Recipe, _batch, _hold_out, _loss, _Pixels, cross_fit, encoder_file, full_weights, load_segmenter, model_folder, small_copies, small_weights, train, train_joint
+from rssqa.segment.methods.training import (
+    Recipe,
+    _batch,
+    _hold_out,
+    _loss,
+    _Pixels,
+    cross_fit,
+    encoder_file,
+    full_weights,
+    load_segmenter,
+    model_folder,
+    small_copies,
+    small_weights,
+    train,
+    train_joint,
+)
 from rssqa.data.synthetic import write_scenes
 from trained import METHODS, RECIPE, trained_setup
 
@@ -26,7 +41,8 @@ def tiles(): return (t := trained_setup().tiles)[t.fold == 0]
 
 
 @pytest.fixture(scope='module')
-def whole(tiles, tmp_path_factory): return train('pspnet', tiles, trained_setup().spec, tmp_path_factory.mktemp('whole'), SHORT)
+def whole(tiles, tmp_path_factory):
+    return train('pspnet', tiles, trained_setup().spec, tmp_path_factory.mktemp('whole'), SHORT)
 
 
 @pytest.mark.parametrize('kills', [(1,), (4,), (2, 3), (1, 2, 3, 4)])
@@ -37,24 +53,31 @@ def test_killed_and_resumed_gives_the_same_weights(kills, whole, tiles, tmp_path
         def tick(done):
             seen.append(done)
             if sum(seen) >= n: raise KeyboardInterrupt
-        with pytest.raises(KeyboardInterrupt): train('pspnet', tiles, trained_setup().spec, tmp_path, SHORT, tick=tick)
+        with pytest.raises(KeyboardInterrupt):
+            train('pspnet', tiles, trained_setup().spec, tmp_path, SHORT, tick=tick)
         assert not list(tmp_path.rglob('config.json'))
     seen = []
     folder = train('pspnet', tiles, trained_setup().spec, tmp_path, SHORT, tick=seen.append)
-    assert seen[0] == max(kills) - 1 and sum(seen) == SHORT.steps           # it went on, and counted what was done before
+    # it went on, and counted what was done before
+    assert seen[0] == max(kills) - 1 and sum(seen) == SHORT.steps
     assert folder.name == whole.name and equal(weights(folder), weights(whole))
-    assert read_json(folder/'config.json') == read_json(whole/'config.json') and not (folder/'checkpoint.pt').exists()
+    assert (
+        read_json(folder / 'config.json') == read_json(whole / 'config.json')
+        and not (folder / 'checkpoint.pt').exists()
+    )
 
 
 def test_killed_without_a_checkpoint_starts_again(whole, tiles, tmp_path):
     def stop(n):
         if n: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): train('pspnet', tiles, trained_setup().spec, tmp_path, SHORT, tick=stop)
+    with pytest.raises(KeyboardInterrupt):
+        train('pspnet', tiles, trained_setup().spec, tmp_path, SHORT, tick=stop)
     assert equal(weights(train('pspnet', tiles, trained_setup().spec, tmp_path, SHORT)), weights(whole))
 
 
 def test_finished_network_is_not_trained_again(whole, tiles):
-    before, seen = (whole/'model.safetensors').stat().st_mtime_ns, []
+    before = (whole/'model.safetensors').stat().st_mtime_ns
+    seen = []
     assert train('pspnet', tiles, trained_setup().spec, whole.parents[1], SHORT, tick=seen.append) == whole
     assert seen == [SHORT.steps] and (whole/'model.safetensors').stat().st_mtime_ns == before
 
@@ -62,35 +85,51 @@ def test_finished_network_is_not_trained_again(whole, tiles):
 @pytest.mark.parametrize('change', [dict(steps=6), dict(lr=1e-3), dict(seed=1), dict(crop=32), dict(holdout=0.3), dict(preset='tiny'), dict(weight_decay=0.0), dict(batch=3), dict(encoder_lr=0.1)])
 def test_another_recipe_gets_another_folder(change, tiles):
     from dataclasses import replace
-    assert model_folder('out', 'pspnet', 'd', 0, replace(SHORT, **change), tiles) != model_folder('out', 'pspnet', 'd', 0, SHORT, tiles)
+    assert model_folder('out', 'pspnet', 'd', 0, replace(SHORT, **change), tiles) != model_folder(
+        'out', 'pspnet', 'd', 0, SHORT, tiles
+    )
 
 
 def test_folder_depends_on_tiles_and_not_on_their_order(tiles):
     name = model_folder('out', 'pspnet', 'd', 0, SHORT, tiles)
-    assert name == model_folder('out', 'pspnet', 'd', 0, SHORT, tiles[::-1]) != model_folder('out', 'pspnet', 'd', 0, SHORT, tiles[1:])
+    assert (
+        name
+        == model_folder('out', 'pspnet', 'd', 0, SHORT, tiles[::-1])
+        != model_folder('out', 'pspnet', 'd', 0, SHORT, tiles[1:])
+    )
     assert name != model_folder('out', 'pspnet', 'd', 1, SHORT, tiles)
 
 
 def test_weights_of_the_encoder_are_part_of_the_name(tiles, tmp_path):
     from rssqa.segment.protocol import methods
     name = methods['pspnet'].presets['nano'].get('encoder')
-    recipe, names = Recipe('nano', encoder_weights=str(tmp_path)), []
+    recipe = Recipe('nano', encoder_weights=str(tmp_path))
+    names = []
     for i in range(2):
         save_file(dict(a=torch.full((1,), float(i))), tmp_path/f'{name}.safetensors')
         names.append(model_folder('out', 'pspnet', 'd', 0, recipe, tiles))
     assert names[0] != names[1] and encoder_file('pspnet', recipe) == str(tmp_path/f'{name}.safetensors')
     (tmp_path/f'{name}.safetensors').unlink()
-    assert encoder_file('pspnet', recipe) is None                              # another method's file is not taken
+    # another method's file is not taken
+    assert encoder_file('pspnet', recipe) is None
 
 
 def test_missing_folder_of_encoder_weights_is_a_clear_error(tiles, tmp_path):
-    with pytest.raises(DataNotFound) as e: train('pspnet', tiles, trained_setup().spec, tmp_path, Recipe('nano', encoder_weights=str(tmp_path/'nowhere')))
+    with pytest.raises(DataNotFound) as e:
+        train(
+            'pspnet',
+            tiles,
+            trained_setup().spec,
+            tmp_path,
+            Recipe('nano', encoder_weights=str(tmp_path / 'nowhere')),
+        )
     assert 'nowhere' in e.value.what and e.value.found and 'safetensors' in e.value.todo
 
 
 @pytest.mark.parametrize('method, recipe, near', [('pspnett', SHORT, 'pspnet'), ('pspnet', Recipe('nanno'), 'nano')])
 def test_typos_get_suggestions(method, recipe, near, tiles, tmp_path):
-    with pytest.raises(KeyError, match=f'mean {near}'): train(method, tiles, trained_setup().spec, tmp_path, recipe)
+    with pytest.raises(KeyError, match=f'mean {near}'):
+        train(method, tiles, trained_setup().spec, tmp_path, recipe)
     assert not list(tmp_path.iterdir())
 
 
@@ -103,9 +142,12 @@ def copy(folder, to):
 
 
 def test_round_trip_keeps_numbers(whole):
-    segmenter, x = load_segmenter(whole), torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    segmenter = load_segmenter(whole)
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert segmenter.fingerprint == segmenter.config['fingerprint'] and segmenter.temperature > 0
-    assert segmenter.reference.shape == (2, 2 * sum(segmenter.channels)) and torch.equal(segmenter(x).logits, load_segmenter(whole)(x).logits)
+    assert segmenter.reference.shape == (2, 2 * sum(segmenter.channels)) and torch.equal(
+        segmenter(x).logits, load_segmenter(whole)(x).logits
+    )
 
 
 def test_tampered_weights_are_refused(whole, tmp_path):
@@ -147,10 +189,15 @@ def test_no_network_labels_a_scene_it_learned_from():
     for net in w.networks.itertuples():
         mine = w.tiles[w.tiles.fold == net.fold]
         assert set(net.scenes) == set(w.tiles.scene) - set(mine.scene) and len(mine)
-    assert (w.networks.temperature > 0).all() and w.networks.holdout_oa.between(0, 1).all() and w.networks.fingerprint.is_unique
+    assert (
+        (w.networks.temperature > 0).all()
+        and w.networks.holdout_oa.between(0, 1).all()
+        and w.networks.fingerprint.is_unique
+    )
 
 
-def tiles_of(counts): return pd.DataFrame([dict(scene=f's{i}') for i, n in enumerate(counts) for _ in range(n)])
+def tiles_of(counts):
+    return pd.DataFrame([dict(scene=f's{i}') for i, n in enumerate(counts) for _ in range(n)])
 
 
 @pytest.mark.parametrize('seed', range(6))
@@ -170,43 +217,67 @@ def test_holdout_never_takes_all_tiles(n, seed): assert not _hold_out(tiles_of([
 
 def test_networks_train_without_the_holdout(tiles, tmp_path, monkeypatch):
     seen, build = [], training._Pixels
-    monkeypatch.setattr(training, '_Pixels', lambda part, spec: seen.append(set(part.image_id)) or build(part, spec))
-    folder = train('pspnet', tiles, trained_setup().spec, tmp_path, Recipe('nano', steps=1, batch=2, crop=64, holdout=0.3))
+    monkeypatch.setattr(
+        training, '_Pixels', lambda part, spec: seen.append(set(part.image_id)) or build(part, spec)
+    )
+    folder = train(
+        'pspnet',
+        tiles,
+        trained_setup().spec,
+        tmp_path,
+        Recipe('nano', steps=1, batch=2, crop=64, holdout=0.3),
+    )
     learned, held = seen
     assert learned and held and not learned & held and learned | held == set(tiles.image_id)
-    assert read_json(folder/'config.json')['scenes'] == sorted(set(tiles.scene))     # a held-out scene has been seen as well: it must not be labelled
+    # a held-out scene has been seen as well: it must not be labelled
+    assert read_json(folder / 'config.json')['scenes'] == sorted(set(tiles.scene))
 
 
 def test_few_scenes_fall_back_to_tiles_and_say_so(tiles, tmp_path):
     two = tiles[tiles.scene.isin(tiles.scene.unique()[:2])]
-    config = read_json(train('pspnet', two, trained_setup().spec, tmp_path, Recipe('nano', steps=1, batch=2, crop=64))/'config.json')
+    config = read_json(
+        train('pspnet', two, trained_setup().spec, tmp_path, Recipe('nano', steps=1, batch=2, crop=64))
+        / 'config.json'
+    )
     assert config['holdout'] == 'tiles'
 
 
 def test_cross_fit_needs_folds():
     w = trained_setup()
-    with pytest.raises(LeakError, match='no column fold'): cross_fit(w.tiles.drop(columns='fold'), w.specs, 'out')
+    with pytest.raises(LeakError, match='no column fold'):
+        cross_fit(w.tiles.drop(columns='fold'), w.specs, 'out')
 
 
 def test_one_fold_leaves_nothing_to_learn_from(tmp_path):
     w = trained_setup()
-    with pytest.raises(LeakError, match='fold'): cross_fit(w.tiles.assign(fold=0), w.specs, tmp_path, METHODS, SHORT, workers=1)
+    with pytest.raises(LeakError, match='fold'):
+        cross_fit(w.tiles.assign(fold=0), w.specs, tmp_path, METHODS, SHORT, workers=1)
 
 
 def test_class_tables_without_tiles_are_named(tmp_path):
     w = trained_setup()
-    with pytest.raises(DataNotFound, match='elsewhere'): cross_fit(w.tiles, {'elsewhere': w.spec}, tmp_path, METHODS, SHORT, workers=1)
+    with pytest.raises(DataNotFound, match='elsewhere'):
+        cross_fit(w.tiles, {'elsewhere': w.spec}, tmp_path, METHODS, SHORT, workers=1)
 
 
 # ---------------------------------------------------------------- batches and losses
 
 def test_batches_depend_on_the_step_alone(tiles):
-    pixels, recipe = [_Pixels(tiles, trained_setup().spec)], replace(SHORT, batch=2, crop=64)
+    pixels = [_Pixels(tiles, trained_setup().spec)]
+    recipe = replace(SHORT, batch=2, crop=64)
     x, y, _ = _batch(pixels, 3, recipe)
-    torch.rand(7); np.random.rand(3)
-    again, other = _batch(pixels, 3, recipe), _batch(pixels, 4, recipe)
+    torch.rand(7)
+    np.random.rand(3)
+    again = _batch(pixels, 3, recipe)
+    other = _batch(pixels, 4, recipe)
     assert torch.equal(x, again[0]) and torch.equal(y, again[1]) and not torch.equal(x, other[0])
-    assert x.shape == (2, 3, 64, 64) and y.shape == (2, 64, 64) and 0 <= x.min() and x.max() <= 1 and y.dtype == torch.int64
+    assert (
+        x.shape == (2, 3, 64, 64)
+        and y.shape == (2, 64, 64)
+        and 0 <= x.min()
+        and x.max() <= 1
+        and y.dtype == torch.int64
+    )
     assert set(y.unique().tolist()) <= {*range(len(trained_setup().spec.classes)), 255}
 
 
@@ -215,7 +286,8 @@ def test_image_and_mask_are_moved_together():
     x, y, _ = _batch([[(np.stack([mask * 255] * 3), mask)]], 0, Recipe(batch=24, crop=64))
     for image, truth in zip(x.mean(1), y):
         if truth.float().mean().clamp(0.1, 0.9) == truth.float().mean():                # both classes are in the crop
-            assert np.corrcoef(image.ravel(), truth.ravel())[0, 1] > 0.9                # what differs is the interpolated edge
+            # what differs is the interpolated edge
+            assert np.corrcoef(image.ravel(), truth.ravel())[0, 1] > 0.9
 
 
 @pytest.mark.parametrize('zoom', [0., 1.25, 1.5, 3.])
@@ -226,7 +298,8 @@ def test_zoom_bounds_the_size_of_what_is_seen(zoom):
         torch.manual_seed(seed)
         x, y = training._crop((np.stack([ramp] * 3), ramp), recipe)
         assert x.shape == (3, 64, 64) and y.shape == (64, 64)
-        if zoom: assert 64 / zoom * 0.7 < int(y.max()) - int(y.min()) + 1 < 64 * zoom * 1.3        # columns or rows shown, aspect up to 1.25
+        if zoom:  # columns or rows shown, aspect up to 1.25
+            assert 64 / zoom * 0.7 < int(y.max()) - int(y.min()) + 1 < 64 * zoom * 1.3
     scale = training._augment(64, zoom, 256.).transforms[0].scale
     assert scale == ((0.35, 1.0) if not zoom else ((64 / zoom / 256)**2, min(1, (64 * zoom / 256)**2)))
 
@@ -239,8 +312,10 @@ def test_joint_batches_draw_from_all_datasets():
 
 
 def test_joint_loss_judges_each_crop_on_its_own_logits():
-    slices, logits = [slice(0, 2), slice(2, 5)], torch.randn(4, 5, 8, 8, requires_grad=True)
-    y, which = torch.randint(2, (4, 8, 8)), torch.tensor([0, 1, 0, 1])
+    slices = [slice(0, 2), slice(2, 5)]
+    logits = torch.randn(4, 5, 8, 8, requires_grad=True)
+    y = torch.randint(2, (4, 8, 8))
+    which = torch.tensor([0, 1, 0, 1])
     training._joint_loss(logits, y, which, slices).backward()
     used = logits.grad.abs().sum((2, 3)) > 0
     assert used.tolist() == [[d == 0] * 2 + [d == 1] * 3 for d in which.tolist()]
@@ -251,21 +326,32 @@ def test_joint_loss_judges_each_crop_on_its_own_logits():
 def two_sets():
     "Two datasets with different class tables."
     w = trained_setup()
-    other = replace(w.spec, name='second', classes=(*w.spec.classes, 'extra'), palette=(*w.spec.palette, (1, 2, 3)))
-    tiles = pd.concat([w.tiles.assign(dataset=w.spec.name), w.tiles.assign(dataset='second')], ignore_index=True)
+    other = replace(
+        w.spec, name='second', classes=(*w.spec.classes, 'extra'), palette=(*w.spec.palette, (1, 2, 3))
+    )
+    tiles = pd.concat(
+        [w.tiles.assign(dataset=w.spec.name), w.tiles.assign(dataset='second')], ignore_index=True
+    )
     return tiles, {w.spec.name: w.spec, 'second': other}
 
 
 def test_joint_networks_stand_alone_and_are_cross_fitted(tmp_path):
     tiles, specs = two_sets()
-    networks = cross_fit(tiles, specs, tmp_path, ['unet', 'logcan'], replace(SHORT, steps=2), workers=1, joint=True)
+    networks = cross_fit(
+        tiles, specs, tmp_path, ['unet', 'logcan'], replace(SHORT, steps=2), workers=1, joint=True
+    )
     assert len(networks) == 8 and networks.fingerprint.is_unique and set(networks.dataset) == set(specs)
     for net in networks.itertuples():
-        seg, mine = load_segmenter(net.folder), tiles[tiles.dataset == net.dataset]
-        assert seg.classes == tuple(specs[net.dataset].classes) and seg(torch.zeros(1, 3, 64, 64)).logits.shape[1] == len(seg.classes)
+        seg = load_segmenter(net.folder)
+        mine = tiles[tiles.dataset == net.dataset]
+        assert seg.classes == tuple(specs[net.dataset].classes) and seg(
+            torch.zeros(1, 3, 64, 64)
+        ).logits.shape[1] == len(seg.classes)
         assert seg.reference.shape == (2, 2 * sum(seg.channels)) and seg.config['learned_from'] == list(specs)
         assert not set(net.scenes) & set(mine[mine.fold == net.fold].scene.astype(str))
-    again = cross_fit(tiles, specs, tmp_path, ['unet', 'logcan'], replace(SHORT, steps=2), workers=1, joint=True)
+    again = cross_fit(
+        tiles, specs, tmp_path, ['unet', 'logcan'], replace(SHORT, steps=2), workers=1, joint=True
+    )
     assert again.equals(networks)
 
 
@@ -279,7 +365,11 @@ def test_rounding_costs_half_a_step_of_each_channel(shape, size):
     stored = small_weights(dict(w=w))
     again = full_weights(stored)['w']
     step = w.abs().flatten(1).amax(1).view(-1, *[1] * (w.ndim - 1)) / 127
-    assert stored['w'].dtype == torch.int8 and ((again - w).abs() <= step / 2 + 1e-5 * size).all() and not again[0].any()
+    assert (
+        stored['w'].dtype == torch.int8
+        and ((again - w).abs() <= step / 2 + 1e-5 * size).all()
+        and not again[0].any()
+    )
 
 
 def test_small_tensors_and_counters_stay_as_they_are(whole):
@@ -287,7 +377,11 @@ def test_small_tensors_and_counters_stay_as_they_are(whole):
     stored = small_weights(state)
     again = full_weights(stored)
     assert again.keys() == state.keys() and any(k.endswith(' scale') for k in stored)
-    assert all(torch.equal(again[k], v) for k, v in state.items() if v.ndim < 2 or v.numel() < 1024 or not v.is_floating_point())
+    assert all(
+        torch.equal(again[k], v)
+        for k, v in state.items()
+        if v.ndim < 2 or v.numel() < 1024 or not v.is_floating_point()
+    )
     assert sum(v.nbytes for v in stored.values()) < 0.4 * sum(v.nbytes for v in state.values())
 
 
@@ -295,11 +389,18 @@ def test_copies_of_a_joint_network_share_their_weights_and_refuse_others(tmp_pat
     tiles, specs = two_sets()
     folders = train_joint('unet', tiles, specs, tmp_path/'nets', replace(SHORT, steps=2))
     copies = small_copies(folders, tmp_path/'pack')
-    assert [p.name for p in (tmp_path/'pack'/'weights').iterdir()] == ['unet.safetensors'] and len(copies) == 2
+    assert [p.name for p in (tmp_path / 'pack' / 'weights').iterdir()] == ['unet.safetensors'] and len(
+        copies
+    ) == 2
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for folder, copied in zip(folders, copies):
-        one, two = load_segmenter(folder), load_segmenter(copied)
-        assert two.classes == one.classes and torch.allclose(one(x).logits, two(x).logits, atol=0.2) and torch.equal(one.reference, two.reference)
+        one = load_segmenter(folder)
+        two = load_segmenter(copied)
+        assert (
+            two.classes == one.classes
+            and torch.allclose(one(x).logits, two(x).logits, atol=0.2)
+            and torch.equal(one.reference, two.reference)
+        )
     stored = load_file(tmp_path/'pack'/'weights'/'unet.safetensors')
     name = next(k for k, v in stored.items() if v.dtype == torch.int8)
     stored[name].view(-1)[0] += 1
@@ -315,7 +416,8 @@ def test_loss_without_labels_is_zero_and_differentiable():
 
 
 def test_loss_ignores_unlabelled_pixels():
-    logits, y = torch.randn(1, 3, 8, 8), torch.randint(3, (1, 8, 8))
+    logits = torch.randn(1, 3, 8, 8)
+    y = torch.randint(3, (1, 8, 8))
     y[:, :4] = 255
     other = logits.clone()
     other[:, :, :4] += torch.randn(1, 3, 4, 8) * 3
@@ -338,16 +440,27 @@ def blank(tmp_path, which):
 @pytest.mark.parametrize('which', ['some', 'all'])
 def test_tiles_without_a_labelled_pixel_survive(which, tmp_path):
     spec, tiles = blank(tmp_path, lambda name: which == 'all' or name.endswith('0.png'))
-    config = read_json(train('pspnet', tiles, spec, tmp_path/'out', Recipe('nano', steps=2, batch=2, crop=64, holdout=0.4))/'config.json')
+    config = read_json(
+        train('pspnet', tiles, spec, tmp_path / 'out', Recipe('nano', steps=2, batch=2, crop=64, holdout=0.4))
+        / 'config.json'
+    )
     assert config['temperature'] > 0 and (which == 'some') == np.isfinite(config['holdout_oa'])
 
 
 def test_unlabelled_tiles_are_refused_by_name(tiles, tmp_path):
-    with pytest.raises(DataNotFound, match='no mask'): train('pspnet', tiles.assign(mask_path=None), trained_setup().spec, tmp_path, SHORT)
+    with pytest.raises(DataNotFound, match='no mask'):
+        train('pspnet', tiles.assign(mask_path=None), trained_setup().spec, tmp_path, SHORT)
 
 
 def test_diverging_run_says_so(tiles, tmp_path):
-    with pytest.raises(Incompatible, match='diverged'): train('pspnet', tiles, trained_setup().spec, tmp_path, Recipe('nano', steps=30, batch=2, crop=64, lr=1e30))
+    with pytest.raises(Incompatible, match='diverged'):
+        train(
+            'pspnet',
+            tiles,
+            trained_setup().spec,
+            tmp_path,
+            Recipe('nano', steps=30, batch=2, crop=64, lr=1e30),
+        )
     assert not list(tmp_path.rglob('config.json'))
 
 
@@ -356,10 +469,14 @@ def test_worker_processes_give_the_same_networks(tmp_path):
     w = trained_setup()
     networks = cross_fit(w.tiles, w.specs, tmp_path, ['pspnet'], RECIPE, workers=2)
     alone = w.networks[w.networks.method == 'pspnet']
-    assert networks.fingerprint.tolist() == alone.fingerprint.tolist() and networks.holdout_oa.tolist() == alone.holdout_oa.tolist()
+    assert (
+        networks.fingerprint.tolist() == alone.fingerprint.tolist()
+        and networks.holdout_oa.tolist() == alone.holdout_oa.tolist()
+    )
 
 
 @pytest.mark.slow
 def test_a_failed_worker_ends_the_run_with_its_own_error(tmp_path):
     w = trained_setup()
-    with pytest.raises(DataNotFound, match='no mask'): cross_fit(w.tiles.assign(mask_path=None), w.specs, tmp_path, ['pspnet'], RECIPE, workers=2)
+    with pytest.raises(DataNotFound, match='no mask'):
+        cross_fit(w.tiles.assign(mask_path=None), w.specs, tmp_path, ['pspnet'], RECIPE, workers=2)

@@ -24,11 +24,17 @@ def masks(seed: int = 0) -> tuple:
 def ways(truth, guess) -> dict: # name -> function without arguments
     "List the ways; torchmetrics joins where it is installed."
     valid = truth != IGNORE
-    found = {'sklearn confusion_matrix': lambda: confusion_matrix(truth[valid], guess[valid], labels=range(CLASSES)),
-             'rssqa confusion': lambda: confusion(truth, guess, CLASSES),
-             'rssqa confusion, int64 masks': lambda t=truth.astype(np.int64), g=guess.astype(np.int64): confusion(t, g, CLASSES),
-             'rssqa confusion + accuracy': lambda: accuracy(confusion(truth, guess, CLASSES)),
-             'sklearn accuracy_score (OA only)': lambda: accuracy_score(truth[valid], guess[valid])}
+    found = {
+        'sklearn confusion_matrix': lambda: confusion_matrix(
+            truth[valid], guess[valid], labels=range(CLASSES)
+        ),
+        'rssqa confusion': lambda: confusion(truth, guess, CLASSES),
+        'rssqa confusion, int64 masks': lambda t=truth.astype(np.int64), g=guess.astype(np.int64): confusion(
+            t, g, CLASSES
+        ),
+        'rssqa confusion + accuracy': lambda: accuracy(confusion(truth, guess, CLASSES)),
+        'sklearn accuracy_score (OA only)': lambda: accuracy_score(truth[valid], guess[valid]),
+    }
     return found | (torchmetrics_ways(truth, guess) if importlib.util.find_spec('torchmetrics') else {})
 
 
@@ -37,8 +43,12 @@ def torchmetrics_ways(truth, guess) -> dict:
     from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
     t, g = (torch.as_tensor(m.astype(np.int64))[None] for m in (truth, guess))
     about = dict(num_classes=CLASSES, ignore_index=IGNORE)
-    return {'torchmetrics accuracy, samplewise': lambda: multiclass_accuracy(g, t, average='micro', multidim_average='samplewise', **about),
-            'torchmetrics confusion_matrix': lambda: multiclass_confusion_matrix(g, t, **about)}
+    return {
+        'torchmetrics accuracy, samplewise': lambda: multiclass_accuracy(
+            g, t, average='micro', multidim_average='samplewise', **about
+        ),
+        'torchmetrics confusion_matrix': lambda: multiclass_confusion_matrix(g, t, **about),
+    }
 
 
 def milliseconds(work, times: int = 3) -> float:
@@ -54,11 +64,13 @@ def main():
     truth, guess = masks()
     todo = ways(truth, guess)
     assert np.array_equal(todo['rssqa confusion'](), todo['sklearn confusion_matrix']())
-    laps = [{name: milliseconds(work) for name, work in todo.items()} for _ in range(ROUNDS)]        # turn by turn, so a busy moment hits all
+    # turn by turn, so a busy moment hits all
+    laps = [{name: milliseconds(work) for name, work in todo.items()} for _ in range(ROUNDS)]
     best = {name: min(lap[name] for lap in laps) for name in todo}
     base = best['sklearn confusion_matrix']
     print(f'one {SIDE}x{SIDE} mask, {CLASSES} classes, best of {ROUNDS} rounds')
-    for name, ms in sorted(best.items(), key=lambda item: item[1]): print(f'{name:36} {ms:8.3f} ms {base / ms:7.1f} x')
+    for name, ms in sorted(best.items(), key=lambda item: item[1]):
+        print(f'{name:36} {ms:8.3f} ms {base / ms:7.1f} x')
 
 
 if __name__ == '__main__': main()

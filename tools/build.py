@@ -23,8 +23,17 @@ def as_notebook(path: Path) -> Path:
     if path.suffix == '.ipynb': return path.resolve()
     name = path.stem + '.ipynb'
     target = next((p for p in (ROOT/'nbs').rglob(name)), ROOT/'nbs'/name)
-    target.write_text(dumps(jupytext.read(path)), encoding='utf-8')
+    nb = jupytext.read(path)
+    if target.exists(): keep_outputs(nb, nbformat.read(target, as_version=4))
+    target.write_text(dumps(nb), encoding='utf-8')
     return target
+
+
+def keep_outputs(new, old) -> None:
+    "Give cells of a notebook the outputs of cells with the same source in another."
+    outputs = {cell.source: cell.outputs for cell in old.cells if cell.cell_type == 'code'}
+    for cell in new.cells:
+        if cell.cell_type == 'code': cell.outputs = outputs.get(cell.source, [])
 
 
 def execute(path: Path, flags: set) -> None:
@@ -34,8 +43,12 @@ def execute(path: Path, flags: set) -> None:
     for i, cell in enumerate(nb.cells):
         first = cell.source.split('\n', 3)[:3]
         if cell.cell_type == 'code' and any(f'#| {f}' == line.strip() for f in FLAGS if f not in flags for line in first):
-            parked[i] = (cell.source, cell.outputs); cell.source = ''
-    try: NotebookClient(nb, timeout=1200, store_widget_state=False, resources={'metadata': {'path': str(path.parent)}}).execute()
+            parked[i] = (cell.source, cell.outputs)
+            cell.source = ''
+    try:
+        NotebookClient(
+            nb, timeout=1200, store_widget_state=False, resources={'metadata': {'path': str(path.parent)}}
+        ).execute()
     finally:
         for i, (source, outputs) in parked.items(): nb.cells[i].source, nb.cells[i].outputs = source, outputs
     nb.metadata.pop('widgets', None)
@@ -54,7 +67,9 @@ def main():
             try: execute(path, set(args.flags.split()))
             except CellExecutionError as e: sys.exit(f'{path.name}: {e}')
         print(path.relative_to(ROOT), f'{path.stat().st_size // 1024} KB', *faults(path))
-    os.chdir(ROOT); add_init(ROOT/'rssqa'); _build_modidx()
+    os.chdir(ROOT)
+    add_init(ROOT/'rssqa')
+    _build_modidx()
 
 
 if __name__ == '__main__': main()

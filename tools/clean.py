@@ -18,7 +18,9 @@ def shrink_png(data: str) -> str:
     out = io.BytesIO()
     image = Image.open(io.BytesIO(raw))
     if image.mode == 'P': return data
-    image.convert('RGB').quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, 'PNG', optimize=True)
+    image.convert('RGB').quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
+        out, 'PNG', optimize=True
+    )
     return base64.b64encode(out.getvalue()).decode() if len(out.getvalue()) < len(raw) else data
 
 
@@ -72,12 +74,20 @@ def figures(nb):
 
 def faults(path: Path) -> list[str]:
     "Everything that keeps a notebook from being committed."
-    text, found = path.read_text(encoding='utf-8'), []
+    text = path.read_text(encoding='utf-8')
+    found = []
     nb = nbformat.reads(text, as_version=4)
-    limit = (TUTORIAL_KB if path.parent.name in ('tutorials', 'how-to', 'explanations', 'experiments') else LIBRARY_KB) * 1024
-    if any(o.output_type == 'error' for c in nb.cells for o in c.get('outputs', [])): found.append('holds a saved error')
+    limit = (
+        TUTORIAL_KB
+        if path.parent.name in ('tutorials', 'how-to', 'explanations', 'experiments')
+        else LIBRARY_KB
+    ) * 1024
+    if any(o.output_type == 'error' for c in nb.cells for o in c.get('outputs', [])):
+        found.append('holds a saved error')
     if len(text) > limit: found.append(f'{len(text) // 1024} KB, limit {limit // 1024}')
-    found += [f'a figure of {size // 1024} KB, limit {PNG_KB}' for size in figures(nb) if size > PNG_KB * 1024]
+    found += [
+        f'a figure of {size // 1024} KB, limit {PNG_KB}' for size in figures(nb) if size > PNG_KB * 1024
+    ]
     if dumps(nb) != text: found.append('not clean: run `uv run python tools/clean.py`')
     return [f'{path.relative_to(ROOT)}: {f}' for f in found]
 
@@ -87,7 +97,9 @@ def main():
     ap.add_argument('--check', action='store_true', help='change nothing, exit 1 if anything would change')
     ap.add_argument('files', nargs='*', type=Path)
     args = ap.parse_args()
-    paths = [p.resolve() for p in args.files] or sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+    paths = [p.resolve() for p in args.files] or sorted(
+        p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts
+    )
     if args.check:
         found = [f for p in paths for f in faults(p)]
         print('\n'.join(found) or f'{len(paths)} notebooks are clean')

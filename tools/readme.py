@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
 HIDDEN = re.compile(r'^#\|\s*(hide|default_exp|export|include:\s*false)\b', re.M)
 NO_ECHO = re.compile(r'^#\|\s*echo:\s*false\b', re.M)
-LINK = re.compile(r'\]\((?!\w+:|#|/)([^)\s]+)')          # relative links, which the README sees from one folder higher
+# relative links, which the README sees from one folder higher
+LINK = re.compile(r'\]\((?!\w+:|#|/)([^)\s]+)')
 
 
 def from_root(match: re.Match) -> str: return '](' + posixpath.normpath('nbs/' + match[1])
@@ -21,7 +22,8 @@ def outputs(cell):
         data = out.get('data', {})
         text = out.get('text') or data.get('text/plain', '')
         if 'text/markdown' in data: yield LINK.sub(from_root, data['text/markdown'].strip())
-        elif text and not any(kind.startswith('image/') for kind in data): yield '\n'.join('    ' + line for line in text.rstrip().splitlines())
+        elif text and not any(kind.startswith('image/') for kind in data):
+            yield '\n'.join('    ' + line for line in text.rstrip().splitlines())
 
 
 def blocks(nb):
@@ -37,7 +39,8 @@ def blocks(nb):
 def readme(root: Path = ROOT) -> str:
     ini = ConfigParser(delimiters=['='], interpolation=None)
     ini.read(root/'settings.ini', encoding='utf-8')
-    here = '{git_url}/blob/{branch}/'.format(**ini['DEFAULT'])      # the site needs full links to files of the project, the README does not
+    # the site needs full links to files of the project, the README does not
+    here = '{git_url}/blob/{branch}/'.format(**ini['DEFAULT'])
     note = '<!-- Written by tools/readme.py from nbs/index.ipynb: edit that. -->'
     text = '\n\n'.join([note, *blocks(nbformat.read(root/'nbs/index.ipynb', as_version=4))]) + '\n'
     return text.replace(f']({here}', '](')
@@ -46,9 +49,11 @@ def readme(root: Path = ROOT) -> str:
 def main():
     ap = argparse.ArgumentParser(description=__doc__)
     ap.add_argument('--check', action='store_true', help='change nothing, exit 1 if README.md is not current')
-    target, text = ROOT/'README.md', readme()
+    target = ROOT/'README.md'
+    text = readme()
     if not ap.parse_args().check: target.write_text(text, encoding='utf-8')
-    elif not target.exists() or target.read_text(encoding='utf-8') != text: sys.exit('README.md is not current: run `uv run python tools/readme.py`')
+    elif not target.exists() or target.read_text(encoding='utf-8') != text:
+        sys.exit('README.md is not current: run `uv run python tools/readme.py`')
 
 
 if __name__ == '__main__': main()

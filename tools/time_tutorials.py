@@ -7,7 +7,8 @@ import pandas as pd
 from nbclient import NotebookClient
 
 threads = os.environ.get('OMP_NUM_THREADS')
-from build import FLAGS                                                    # sets one thread; a reader's machine has all
+# sets one thread; a reader's machine has all
+from build import FLAGS
 if threads is None: del os.environ['OMP_NUM_THREADS']
 from rssqa.bench.protocol import save_results
 
@@ -19,7 +20,9 @@ def seconds(path: Path) -> float: # to run all cells that a reader's machine run
     nb = nbformat.read(path, as_version=4)
     nb.cells = [c for c in nb.cells if not any(f'#| {f}' in c.source[:60] for f in FLAGS)]
     start = time.perf_counter()
-    NotebookClient(nb, timeout=600, store_widget_state=False, resources={'metadata': {'path': str(path.parent)}}).execute()
+    NotebookClient(
+        nb, timeout=600, store_widget_state=False, resources={'metadata': {'path': str(path.parent)}}
+    ).execute()
     return time.perf_counter() - start
 
 
@@ -29,8 +32,15 @@ def main():
         rows.append(dict(tutorial=path.stem, seconds=seconds(path), target=LIMIT))
         print(f'{path.stem:28} {rows[-1]["seconds"]:6.1f} s', flush=True)
     board = pd.DataFrame(rows).set_index('tutorial')
-    save_results(board.assign(met=['yes' if s <= LIMIT else 'no' for s in board.seconds]), ROOT/'data/results/tutorials.csv', 'each in a fresh kernel, one after another; imports included',
-                 'what each tutorial makes', 0, 'python tools/time_tutorials.py', cores=os.cpu_count())
+    save_results(
+        board.assign(met=['yes' if s <= LIMIT else 'no' for s in board.seconds]),
+        ROOT / 'data/results/tutorials.csv',
+        'each in a fresh kernel, one after another; imports included',
+        'what each tutorial makes',
+        0,
+        'python tools/time_tutorials.py',
+        cores=os.cpu_count(),
+    )
 
 
 if __name__ == '__main__': main()

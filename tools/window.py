@@ -27,7 +27,10 @@ def cells(home: Path) -> list[str]: # those of the page up to the lasso, then th
     page = nbformat.read(ROOT/'nbs/explanations/a_cluster.ipynb', 4)
     code = [c.source.replace('../../data', str(ROOT/'data')) for c in page.cells if c.cell_type == 'code']
     last = next(i for i, c in enumerate(code) if "reason='lasso'" in c)
-    return ['\n'.join(code[:last + 1]).replace('\nsnapshot(state, tiles=0)', '') + ';', WINDOW.format(where=str(home/'rows.npy'), points=str(home/'points.npy'))]
+    return [
+        '\n'.join(code[: last + 1]).replace('\nsnapshot(state, tiles=0)', '') + ';',
+        WINDOW.format(where=str(home / 'rows.npy'), points=str(home / 'points.npy')),
+    ]
 
 
 def loop(at, rows, air=8): # (n,2) pixels, rows inside -> corners of a lasso round them
@@ -40,7 +43,8 @@ def loop(at, rows, air=8): # (n,2) pixels, rows inside -> corners of a lasso rou
 def main():
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as p:
         home = Path(folder)
-        lab, chromium = JupyterLab(home/'lab'), p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        lab = JupyterLab(home/'lab')
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         try:
             page = chromium.new_page(viewport=dict(width=1420, height=1080))
             page.set_default_timeout(180_000)
@@ -50,17 +54,26 @@ def main():
             page.wait_for_timeout(4000)
             window = page.locator('.rssqa-explorer').first
             window.scroll_into_view_if_needed()
-            box, points, rows = window.locator('canvas').first.bounding_box(), np.load(home/'points.npy')[:, :2], np.load(home/'rows.npy')
-            at = np.array([box['x'] + box['width'] / 2, box['y'] + box['height'] / 2]) + points * [1, -1] * box['height'] / 2
+            box = window.locator('canvas').first.bounding_box()
+            points = np.load(home/'points.npy')[:, :2]
+            rows = np.load(home/'rows.npy')
+            at = (
+                np.array([box['x'] + box['width'] / 2, box['y'] + box['height'] / 2])
+                + points * [1, -1] * box['height'] / 2
+            )
             page.get_by_title('Activate lasso selection').click()
             drag(page, loop(at, rows), 30)
             page.get_by_text(f'{len(rows)} selected (lasso)').wait_for()
             page.mouse.move(700, 8)                                        # no tooltip over the points
             page.wait_for_timeout(1500)
             shot = Image.open(io.BytesIO(window.screenshot()))
-        finally: chromium.close(); lab.stop()
+        finally:
+            chromium.close()
+            lab.stop()
     (path := ROOT/'nbs/images/cluster.png').parent.mkdir(exist_ok=True)
-    shot.convert('RGB').quantize(160, method=Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE).save(path, optimize=True)
+    shot.convert('RGB').quantize(
+        160, method=Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE
+    ).save(path, optimize=True)
     print(path.name, shot.size, path.stat().st_size)
 
 

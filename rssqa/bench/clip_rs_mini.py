@@ -26,12 +26,25 @@ from ..clip.cached_stem import StemViews, cut_stem
 from ..data.pairs import read_pairs, to_frame
 from ..clip.purify import apply_decisions, inject_noise, purify
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #bd03d258
-NET = dict(embed_dim=256, custom_text=True, vision_cfg=dict(timm_model_name='mobilenetv2_100', timm_model_pretrained=False, timm_pool='avg', timm_proj='linear', image_size=224),
-           text_cfg=dict(context_length=32, vocab_size=49408, width=192, heads=6, layers=3))
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #fc4b1ba0
+NET = dict(
+    embed_dim=256,
+    custom_text=True,
+    vision_cfg=dict(
+        timm_model_name='mobilenetv2_100',
+        timm_model_pretrained=False,
+        timm_pool='avg',
+        timm_proj='linear',
+        image_size=224,
+    ),
+    text_cfg=dict(context_length=32, vocab_size=49408, width=192, heads=6, layers=3),
+)
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 STAGES = 5 # of the image tower that stay locked
-ALWAYS = 'satellite photo image aerial of seen from above picture plane overhead view remote sensing that shows' # words of prompts, kept in any case
+# words of prompts, kept in any case
+ALWAYS = (
+    'satellite photo image aerial of seen from above picture plane overhead view remote sensing that shows'
+)
 
 
 def first_net(
@@ -43,18 +56,23 @@ def first_net(
 ): # encoder to be trained
     "Begin with an image tower that knows ImageNet, and a fresh or a given text tower."
     from safetensors.torch import load_file
-    encoder, file = new_clip(net, folder, IMAGENET, seed), Path(weights)/'mobilenetv2_100_imagenet.safetensors'
+    encoder = new_clip(net, folder, IMAGENET, seed)
+    file = Path(weights)/'mobilenetv2_100_imagenet.safetensors'
     if not file.is_file(): raise DataNotFound(f'no weights {file}', '', 'name the folder that holds them')
-    trunk, state = encoder.net.visual.trunk, load_file(file)
+    trunk = encoder.net.visual.trunk
+    state = load_file(file)
     trunk.load_state_dict({k: state.get(k, v) for k, v in trunk.state_dict().items()})
     if start:
-        given = load_encoder(str(Path(weights)/'clip_rs_mini'), device='cpu', dtype='float32').net.state_dict()
+        given = load_encoder(
+            str(Path(weights) / 'clip_rs_mini'), device='cpu', dtype='float32'
+        ).net.state_dict()
         mine = encoder.net.state_dict()
         for k in mine:
-            if not k.startswith('visual.trunk'): mine[k].copy_(given[k] if k in given else given[k.removeprefix('text.')])
+            if not k.startswith('visual.trunk'):
+                mine[k].copy_(given[k] if k in given else given[k.removeprefix('text.')])
     return encoder
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #5074170e
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #94765779
 SPOKEN = ('dubai_mbrsc', 'mumbai_pleiades', 'amazon_forest') # sources whose masks may become captions
 
 
@@ -69,7 +87,13 @@ def spoken(
 ) -> pd.DataFrame: # as pairs_of
     "Read a split of segmentation sources as pairs, with captions made from masks."
     tables = {name: to_frame(read_pairs('masks', Path(tiles)/name)) for name in SPOKEN}
-    return pd.concat([t.assign(key=name + '/' + t.key, pair=name + '/' + t.pair)[t.split == split] for name, t in tables.items()], ignore_index=True)
+    return pd.concat(
+        [
+            t.assign(key=name + '/' + t.key, pair=name + '/' + t.pair)[t.split == split]
+            for name, t in tables.items()
+        ],
+        ignore_index=True,
+    )
 
 
 def trusted(table: pd.DataFrame, share: float = 1 / 3) -> pd.DataFrame: # with a new tier
@@ -77,12 +101,28 @@ def trusted(table: pd.DataFrame, share: float = 1 / 3) -> pd.DataFrame: # with a
     kept = pd.Series(sorted(table.key[table.tier == 'fine'].unique())).sample(frac=share, random_state=0)
     return table.assign(tier=table.key.isin(set(kept)).map({True: 'fine', False: 'coarse'}))
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #2a0aa456
-RECIPE = ClipRecipe(batch=128, lr=5e-4, image_lr=0.3, warmup=32, large=1, large_area=(0.5, 1.0), small_area=(0.05, 0.3), small_size=112, prototypes=2048, teacher=0.99)
-ITC, POSITIVE, LOCAL, DISTIL = ('itc', 1.0), ('multi-positive', 1.0), ('local-global', 0.5), ('self-distill', 0.5)
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #1ab8baa5
+RECIPE = ClipRecipe(
+    batch=128,
+    lr=5e-4,
+    image_lr=0.3,
+    warmup=32,
+    large=1,
+    large_area=(0.5, 1.0),
+    small_area=(0.05, 0.3),
+    small_size=112,
+    prototypes=2048,
+    teacher=0.99,
+)
+ITC = ('itc', 1.0)
+POSITIVE = ('multi-positive', 1.0)
+LOCAL = ('local-global', 0.5)
+DISTIL = ('self-distill', 0.5)
 VARIANTS = {
     'ITC and local-global': dict(table='purified', start=True, epochs=3, objectives=(ITC, LOCAL)),
-    'ITC and local-global, with masks': dict(table='purified', masks=True, start=True, epochs=3, objectives=(ITC, LOCAL)),
+    'ITC and local-global, with masks': dict(
+        table='purified', masks=True, start=True, epochs=3, objectives=(ITC, LOCAL)
+    ),
     'ITC only': dict(table='purified', start=True, epochs=3, objectives=(ITC,)),
     'ITC and self-distill': dict(table='purified', start=True, epochs=3, objectives=(ITC, DISTIL)),
     'noise, purified': dict(table='noise purified', start=False, epochs=3, objectives=(POSITIVE,), lr=1e-3),
@@ -103,12 +143,21 @@ def recipe_of(
 ) -> ClipRecipe:
     "Return the recipe of a variant."
     v = _variant(variant)
-    return replace(RECIPE, steps=v['epochs'] * math.ceil(images / RECIPE.batch), objectives=v['objectives'], small=2 if len(v['objectives']) > 1 else 0, lr=v.get('lr', RECIPE.lr), seed=seed)
+    return replace(
+        RECIPE,
+        steps=v['epochs'] * math.ceil(images / RECIPE.batch),
+        objectives=v['objectives'],
+        small=2 if len(v['objectives']) > 1 else 0,
+        lr=v.get('lr', RECIPE.lr),
+        seed=seed,
+    )
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #0d892c9d
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #4768f75b
 def _train(encoder, table, pool, recipe, home, maps):
     stem, rest = cut_stem(encoder, STAGES)
-    curve = train_clip(rest, StemViews(table, recipe, encoder, stem, maps, large=3, small=3, pool=pool), recipe, home)
+    curve = train_clip(
+        rest, StemViews(table, recipe, encoder, stem, maps, large=3, small=3, pool=pool), recipe, home
+    )
     known = {int(i) for c in {*table.caption, ALWAYS} for i in encoder.tokenizer([c])[0]}
     save_clip(encoder, home, known)
     return curve
@@ -117,7 +166,14 @@ def _train(encoder, table, pool, recipe, home, maps):
 def _judge(table, pool, weights, home): # CLIP_Sem: learned from the fine tier, image tower locked
     if not (home/'open_clip_model.safetensors').is_file():
         fine = table[table.tier == 'fine']
-        recipe = replace(RECIPE, steps=12 * (fine.key.nunique() // RECIPE.batch), objectives=(POSITIVE,), image_lr=0.0, lr=1e-3, warmup=20)
+        recipe = replace(
+            RECIPE,
+            steps=12 * (fine.key.nunique() // RECIPE.batch),
+            objectives=(POSITIVE,),
+            image_lr=0.0,
+            lr=1e-3,
+            warmup=20,
+        )
         _train(first_net(weights, home), fine, pool, recipe, home, home.parent/'maps')
     return load_encoder(str(home))
 
@@ -129,12 +185,17 @@ def table_of(
     home: Path, # folder for everything
 ) -> pd.DataFrame:
     "Make the table that a variant learns from."
-    noisy, path = kind.startswith('noise'), home/f'{kind}.parquet'
+    noisy = kind.startswith('noise')
+    path = home/f'{kind}.parquet'
     if path.is_file(): return pd.read_parquet(path)
     table = inject_noise(trusted(train), 0.3) if noisy else train
     if kind == 'noise': return table
-    judge = _judge(trusted(train) if noisy else train, train, weights, home/('judge of a third' if noisy else 'judge'))
-    table = apply_decisions(table, purify(table, judge, cut=0.3 if noisy else 0.1, store=home/f'decisions {kind}'))
+    judge = _judge(
+        trusted(train) if noisy else train, train, weights, home / ('judge of a third' if noisy else 'judge')
+    )
+    table = apply_decisions(
+        table, purify(table, judge, cut=0.3 if noisy else 0.1, store=home / f'decisions {kind}')
+    )
     with atomic(path) as tmp: table.to_parquet(tmp, index=False)
     return table
 
@@ -147,7 +208,12 @@ def average_weights(
     parts = [load_encoder(str(f), device='cpu', dtype='float32') for f in folders]
     mean = begin(parts[0], out)
     states = [p.net.state_dict() for p in parts]
-    mean.net.load_state_dict({k: sum(s[k] for s in states) / len(states) if t.is_floating_point() else t for k, t in states[0].items()})
+    mean.net.load_state_dict(
+        {
+            k: sum(s[k] for s in states) / len(states) if t.is_floating_point() else t
+            for k, t in states[0].items()
+        }
+    )
     save_clip(mean, out, mean.net.text.token_embedding.weight.abs().sum(1).nonzero().flatten().tolist())
     return load_encoder(str(out))
 
@@ -161,13 +227,31 @@ def make(
     tiles=None, # folder of segmentation sources, for variants with masks
 ) -> pd.DataFrame: # task, source, protocol, measure, value, n
     "Make a variant of CLIP-RS-mini and measure it on the test split."
-    home, pairs, v = Path(home), pairs_of(data), _variant(variant)
-    train, run = pairs[pairs.split == 'train'].reset_index(drop=True), home/f'{variant} {seed}'
+    home = Path(home)
+    pairs = pairs_of(data)
+    v = _variant(variant)
+    train = pairs[pairs.split == 'train'].reset_index(drop=True)
+    run = home/f'{variant} {seed}'
     if not (run/'open_clip_model.safetensors').is_file():
-        if v.get('masks') and not tiles: raise DataNotFound(f'cannot make {variant!r}', 'it learns from masks, and no folder of tiles was given', 'pass tiles, or leave it out')
+        if v.get('masks') and not tiles:
+            raise DataNotFound(
+                f'cannot make {variant!r}',
+                'it learns from masks, and no folder of tiles was given',
+                'pass tiles, or leave it out',
+            )
         more = [spoken(tiles)] if v.get('masks') else []
-        table, pool = (pd.concat([t, *more], ignore_index=True) for t in (table_of(v['table'], train, weights, home), train))
-        _train(first_net(weights, run, seed, v['start']), table, pool, recipe_of(variant, seed, pool.key.nunique()), run, home/'maps')
+        table, pool = (
+            pd.concat([t, *more], ignore_index=True)
+            for t in (table_of(v['table'], train, weights, home), train)
+        )
+        _train(
+            first_net(weights, run, seed, v['start']),
+            table,
+            pool,
+            recipe_of(variant, seed, pool.key.nunique()),
+            run,
+            home / 'maps',
+        )
     return measured(run, pairs)
 
 
@@ -182,7 +266,7 @@ def measured(
         with atomic(path) as tmp: told.to_csv(tmp, index=False)
     return pd.read_csv(path)
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #ee0746c8
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #90bfee93
 def bench_clip(
     data, # folder of the pairs
     weights, # folder, encode_views first_net
@@ -193,19 +277,38 @@ def bench_clip(
     command: str = 'rssqa bench clip', # that makes the rows again
 ) -> pd.DataFrame: # variant, seed, task, source, protocol, measure, value, n, data, commit, command
     "Make and measure variants of CLIP-RS-mini."
-    home, told = Path(home), []
+    home = Path(home)
+    told = []
     for variant in variants:
-        if _variant(variant).get('masks') and not tiles: say(f'{variant}: left out, no tiles were given'); continue
+        if _variant(variant).get('masks') and not tiles:
+            say(f'{variant}: left out, no tiles were given')
+            continue
         for seed in seeds:
             say(f'{variant}, seed {seed}')
             told.append(make(variant, data, weights, home, seed, tiles).assign(variant=variant, seed=seed))
     pairs = pairs_of(data)
     if MINI in variants:
         average_weights([home/f'{MINI} {seed}' for seed in seeds], home/'CLIP-RS-mini')
-        told.insert(0, measured(home/'CLIP-RS-mini', pairs).assign(variant='CLIP-RS-mini', seed=' '.join(map(str, seeds))))
-    if (Path(weights)/'clip_rs_mini').is_dir(): told.append(evaluate_clip(str(Path(weights)/'clip_rs_mini'), pairs[pairs.split == 'test']).assign(variant='the start: its image tower frozen', seed=''))
+        told.insert(
+            0,
+            measured(home / 'CLIP-RS-mini', pairs).assign(
+                variant='CLIP-RS-mini', seed=' '.join(map(str, seeds))
+            ),
+        )
+    if (Path(weights)/'clip_rs_mini').is_dir():
+        told.append(
+            evaluate_clip(str(Path(weights) / 'clip_rs_mini'), pairs[pairs.split == 'test']).assign(
+                variant='the start: its image tower frozen', seed=''
+            )
+        )
     table = pd.concat(told)[['variant', 'seed', 'task', 'source', 'protocol', 'measure', 'value', 'n']]
-    return table.assign(value=table.value.round(5), data='pairs, test split', rssqa=__version__, commit=commit(), command=command)
+    return table.assign(
+        value=table.value.round(5),
+        data='pairs, test split',
+        rssqa=__version__,
+        commit=commit(),
+        command=command,
+    )
 
 
 def pivot(
@@ -214,12 +317,25 @@ def pivot(
 ) -> pd.DataFrame: # one row a variant; mean, and spread over seeds where there are several
     "Show variants side by side: means over sources, then mean ± standard deviation over seeds."
     chosen = table[table.measure.isin(measures) & (table.protocol != 'averaged before')]
-    each = chosen.groupby(['variant', 'seed', 'task', 'protocol', 'measure'], sort=False).value.mean().reset_index()
-    wide = each.groupby(['variant', 'task', 'protocol', 'measure'], sort=False).value.agg(['mean', 'std', 'size']).reset_index()
-    wide['text'] = [f'{r["mean"]:.3f} ± {r["std"]:.3f}' if r['size'] > 1 else f'{r["mean"]:.3f}' for _, r in wide.iterrows()]
-    return wide.pivot(index='variant', columns=['task', 'protocol', 'measure'], values='text').reindex(table.variant.unique())
+    each = (
+        chosen.groupby(['variant', 'seed', 'task', 'protocol', 'measure'], sort=False)
+        .value.mean()
+        .reset_index()
+    )
+    wide = (
+        each.groupby(['variant', 'task', 'protocol', 'measure'], sort=False)
+        .value.agg(['mean', 'std', 'size'])
+        .reset_index()
+    )
+    wide['text'] = [
+        f'{r["mean"]:.3f} ± {r["std"]:.3f}' if r['size'] > 1 else f'{r["mean"]:.3f}'
+        for _, r in wide.iterrows()
+    ]
+    return wide.pivot(index='variant', columns=['task', 'protocol', 'measure'], values='text').reindex(
+        table.variant.unique()
+    )
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #6ec29e11
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #71804a5f
 def probe_tiles(
     encoders: dict, # name -> SemanticEncoder
     tiles, # folder of segmentation sources
@@ -233,11 +349,30 @@ def probe_tiles(
     for source in sources:
         spec = folder_spec(Path(tiles)/source)
         table = scan(Path(tiles)/source, spec)
-        parts = [part.sample(min(len(part), most), random_state=seed) for part in (table[table.split == 'train'], table[table.split == 'test'])]
+        parts = [
+            part.sample(min(len(part), most), random_state=seed)
+            for part in (table[table.split == 'train'], table[table.split == 'test'])
+        ]
         chosen = list(pd.concat(parts).itertuples())
-        images, masks = [read_image(t) for t in chosen], [read_mask(t, spec) for t in chosen]
+        images = [read_image(t) for t in chosen]
+        masks = [read_mask(t, spec) for t in chosen]
         for name, encoder in encoders.items():
-            told = dense_probe(encoder, images, masks, len(spec.classes), np.arange(len(chosen)) < len(parts[0]))
+            told = dense_probe(
+                encoder, images, masks, len(spec.classes), np.arange(len(chosen)) < len(parts[0])
+            )
             rows.append(dict(encoder=name, source=source) | told | dict(n=len(parts[1])))
-    protocol = f'logistic regression on places of the map, at most {most} tiles each of the splits train and test'
-    return pd.DataFrame(rows).round(4).assign(protocol=protocol, data='segmentation tiles', seed=seed, rssqa=__version__, commit=commit(), command=command)
+    protocol = (
+        f'logistic regression on places of the map, at most {most} tiles each of the splits train and test'
+    )
+    return (
+        pd.DataFrame(rows)
+        .round(4)
+        .assign(
+            protocol=protocol,
+            data='segmentation tiles',
+            seed=seed,
+            rssqa=__version__,
+            commit=commit(),
+            command=command,
+        )
+    )

@@ -14,7 +14,7 @@ import pandas as pd
 from ..core import progress, unknown
 from ..clip.encoders import _net, fast_bf16
 
-# %% ../../nbs/84_bench.encoder_speed.ipynb #20a4c259
+# %% ../../nbs/84_bench.encoder_speed.ipynb #46740269
 def _traced(visual, x): # -> the tower traced, frozen and optimised
     import torch
     return torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(visual, x, check_trace=False)))
@@ -30,13 +30,30 @@ def _variants(nets, x): # name -> how to make the function that makes the pictur
     default, ours = (nets[k].visual for k in ('default', 'custom'))
     def on(net, x): return lambda: net(x).float()
     def low(): return copy.deepcopy(ours).bfloat16()
-    return dict(open_clip=lambda: on(default, x), float32=lambda: on(ours, x),
-                channels_last=lambda: on(copy.deepcopy(ours).to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)),
-                frozen=lambda: on(_traced(ours, x), x), int8=lambda: on(_int8(ours), x), bfloat16=lambda: on(low(), x.bfloat16()),
-                compiled=lambda: on(torch.compile(ours), x), compiled_bfloat16=lambda: on(torch.compile(low()), x.bfloat16()))
+    return dict(
+        open_clip=lambda: on(default, x),
+        float32=lambda: on(ours, x),
+        channels_last=lambda: on(
+            copy.deepcopy(ours).to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+        ),
+        frozen=lambda: on(_traced(ours, x), x),
+        int8=lambda: on(_int8(ours), x),
+        bfloat16=lambda: on(low(), x.bfloat16()),
+        compiled=lambda: on(torch.compile(ours), x),
+        compiled_bfloat16=lambda: on(torch.compile(low()), x.bfloat16()),
+    )
 
 
-VARIANTS = 'open_clip', 'float32', 'channels_last', 'frozen', 'int8', 'bfloat16', 'compiled', 'compiled_bfloat16'
+VARIANTS = (
+    'open_clip',
+    'float32',
+    'channels_last',
+    'frozen',
+    'int8',
+    'bfloat16',
+    'compiled',
+    'compiled_bfloat16',
+)
 COMPILED, ON_CPU = VARIANTS[-2:], ('frozen', 'int8')
 
 
@@ -45,11 +62,16 @@ def _note(name, device='cpu'): # what limits a variant on this machine
     if name == 'int8': return 'random weights flatter it: trained ones have outliers'
     return ''
 
-# %% ../../nbs/84_bench.encoder_speed.ipynb #6ed9cbf0
+# %% ../../nbs/84_bench.encoder_speed.ipynb #6d2e6163
 def _seconds(run, device, repeat=1): # of one call; processor time, so that a neighbour does not count, or an accelerator's own
     import torch
-    wait, clock = (torch.cuda.synchronize, time.perf_counter) if device.startswith('cuda') else (lambda: None, time.process_time)
-    wait(); start = clock()
+    wait, clock = (
+        (torch.cuda.synchronize, time.perf_counter)
+        if device.startswith('cuda')
+        else (lambda: None, time.process_time)
+    )
+    wait()
+    start = clock()
     for _ in range(repeat): run()
     wait()
     return (clock() - start) / repeat
@@ -88,17 +110,40 @@ def bench_encoders(
     cfg = open_clip.get_model_config(architecture) if isinstance(architecture, str) else architecture
     nets = {block: _net(cfg, block).to(device) for block in ('default', 'custom')}
     nets['custom'].load_state_dict(nets['default'].state_dict())
-    x, seconds, repeat = torch.rand(batch, 3, *[cfg['vision_cfg']['image_size']] * 2, device=device), {}, 10 if device.startswith('cuda') else 1
+    x = torch.rand(batch, 3, *[cfg['vision_cfg']['image_size']] * 2, device=device)
+    seconds = {}
+    repeat = 10 if device.startswith('cuda') else 1
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter('ignore')                                # torch announces that tracing will go one day
-        runs = {n: make() for n, make in _variants(nets, x).items() if n in ('open_clip', *variants) and not (n in ON_CPU and device != 'cpu')}
+        # torch announces that tracing will go one day
+        warnings.simplefilter('ignore')
+        runs = {
+            n: make()
+            for n, make in _variants(nets, x).items()
+            if n in ('open_clip', *variants) and not (n in ON_CPU and device != 'cpu')
+        }
         outs = {n: f() for n, f in runs.items()}                       # the first call compiles and packs
-        for name in progress([n for _ in range(rounds) for n in runs], 'measuring', unit='run'): seconds[name] = min(seconds.get(name, np.inf), _seconds(runs[name], device, repeat))
-        work, peaks = _operations(nets['custom'].visual, x), {d: peak(device, d) for d in ('float32', 'bfloat16')}
-    table = pd.DataFrame(dict(speed=seconds['open_clip'] / pd.Series(seconds), cosine={n: cosine_similarity(o, outs['open_clip']).min().item() for n, o in outs.items()},
-                              images_s=batch / pd.Series(seconds))).loc[list(runs)]
-    share = [np.nan if n == 'int8' else work * table.images_s[n] / peaks['bfloat16' if 'bfloat16' in n else 'float32'] for n in runs]
-    return table.round(4).assign(share=np.round(share, 3), note=[_note(n, device) for n in runs]).rename_axis('variant')
+        for name in progress([n for _ in range(rounds) for n in runs], 'measuring', unit='run'):
+            seconds[name] = min(seconds.get(name, np.inf), _seconds(runs[name], device, repeat))
+        work = _operations(nets['custom'].visual, x)
+        peaks = {d: peak(device, d) for d in ('float32', 'bfloat16')}
+    table = pd.DataFrame(
+        dict(
+            speed=seconds['open_clip'] / pd.Series(seconds),
+            cosine={n: cosine_similarity(o, outs['open_clip']).min().item() for n, o in outs.items()},
+            images_s=batch / pd.Series(seconds),
+        )
+    ).loc[list(runs)]
+    share = [
+        np.nan
+        if n == 'int8'
+        else work * table.images_s[n] / peaks['bfloat16' if 'bfloat16' in n else 'float32']
+        for n in runs
+    ]
+    return (
+        table.round(4)
+        .assign(share=np.round(share, 3), note=[_note(n, device) for n in runs])
+        .rename_axis('variant')
+    )
 
 
 def best_variant(

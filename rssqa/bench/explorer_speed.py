@@ -18,23 +18,36 @@ from .protocol import save_results
 from ..core import say
 from ..viz.explorer_widget import Explorer
 
-# %% ../../nbs/83_bench.explorer_speed.ipynb #79cbba9d
+# %% ../../nbs/83_bench.explorer_speed.ipynb #6541506f
 def cloud(
     n: int, # maps
     seed: int = 0,
 ) -> pd.DataFrame: # n rows with u and v
     "Make a table of random maps that are placed already."
     rng = np.random.default_rng(seed)
-    method, dataset, scene = rng.integers(0, 8, n), rng.integers(0, 4, n), rng.integers(0, 200, n)
+    method = rng.integers(0, 8, n)
+    dataset = rng.integers(0, 4, n)
+    scene = rng.integers(0, 200, n)
     oa = rng.beta(6, 2, n)
     name = lambda words, codes: pd.Categorical.from_codes(codes, words)
-    return pd.DataFrame(dict(image_id=np.arange(n) // 8, dataset=name(list('abcd'), dataset), scene=name([f's{k}' for k in range(200)], scene), method=name([f'm{k}' for k in range(8)], method), oa=oa,
-                             predicted=np.clip(oa + rng.normal(0, .05, n), 0, 1), u=rng.normal(size=n) + 2 * dataset, v=rng.normal(size=n) + method / 2))
+    return pd.DataFrame(
+        dict(
+            image_id=np.arange(n) // 8,
+            dataset=name(list('abcd'), dataset),
+            scene=name([f's{k}' for k in range(200)], scene),
+            method=name([f'm{k}' for k in range(8)], method),
+            oa=oa,
+            predicted=np.clip(oa + rng.normal(0, 0.05, n), 0, 1),
+            u=rng.normal(size=n) + 2 * dataset,
+            v=rng.normal(size=n) + method / 2,
+        )
+    )
 
-# %% ../../nbs/83_bench.explorer_speed.ipynb #2a78dc74
+# %% ../../nbs/83_bench.explorer_speed.ipynb #d435be27
 def kernel_paint(n: int) -> float: # maps -> seconds
     "Time the making of a window, ready to be displayed."
-    table, start = cloud(n), time.perf_counter()
+    table = cloud(n)
+    start = time.perf_counter()
     Explorer(table)._repr_mimebundle_()
     return time.perf_counter() - start
 
@@ -44,22 +57,42 @@ def kernel_lasso(
     laps: int = 5,
 ) -> float: # median seconds
     "Time the answer to a lasso round a quarter of the maps."
-    window, told = Explorer(cloud(n)), []
+    window = Explorer(cloud(n))
+    told = []
     for k in range(laps):
-        rows, start = np.arange(k, n, 4, dtype=np.uint32), time.perf_counter()
+        rows = np.arange(k, n, 4, dtype=np.uint32)
+        start = time.perf_counter()
         window.scatter.widget.selection = rows
         told.append(time.perf_counter() - start)
     return float(np.median(told))
 
-# %% ../../nbs/83_bench.explorer_speed.ipynb #2ba2e81c
-CHROMIUM = next((p for name in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(name))), None)
-FLAGS = ['--headless=new', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync', '--use-gl=angle',
-         '--use-angle=swiftshader', '--enable-unsafe-swiftshader']
-QUIET = {'@jupyterlab/apputils-extension:notification': dict(fetchNews='false', checkForUpdates=False), '@jupyterlab/extensionmanager-extension:plugin': dict(enabled=False)}
+# %% ../../nbs/83_bench.explorer_speed.ipynb #c2d30eb5
+CHROMIUM = next(
+    (p for name in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(name))), None
+)
+FLAGS = [
+    '--headless=new',
+    '--no-sandbox',
+    '--disable-gpu',
+    '--disable-quic',
+    '--no-first-run',
+    '--disable-background-networking',
+    '--disable-component-update',
+    '--disable-sync',
+    '--use-gl=angle',
+    '--use-angle=swiftshader',
+    '--enable-unsafe-swiftshader',
+]
+QUIET = {
+    '@jupyterlab/apputils-extension:notification': dict(fetchNews='false', checkForUpdates=False),
+    '@jupyterlab/extensionmanager-extension:plugin': dict(enabled=False),
+}
 
 
 def _free_port():
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 
 def _answers(url):
@@ -82,26 +115,56 @@ class JupyterLab:
         home, # empty folder
         wait: float = 60, # seconds to start
     ):
-        home, self.port, self.token = Path(home), _free_port(), secrets.token_hex(8)
-        self.home, self.log = home/'work', home/'lab.log'
+        home = Path(home)
+        self.port = _free_port()
+        self.token = secrets.token_hex(8)
+        self.home = home/'work'
+        self.log = home/'lab.log'
         self.home.mkdir(parents=True)
-        env = os.environ | {f'JUPYTER_{part}_DIR': str(home/part.lower()) for part in ('CONFIG', 'RUNTIME', 'DATA')}
-        options = dict(ServerApp=dict(ip='127.0.0.1', port=self.port, port_retries=0, root_dir=self.home), IdentityProvider=dict(token=self.token),
-                       LabApp=dict(app_dir=_application(home/'app'), user_settings_dir=home/'user', workspaces_dir=home/'spaces'))
-        command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', *(f'--{part}.{k}={v}' for part, values in options.items() for k, v in values.items())]
-        with open(self.log, 'w') as log: self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        env = os.environ | {
+            f'JUPYTER_{part}_DIR': str(home / part.lower()) for part in ('CONFIG', 'RUNTIME', 'DATA')
+        }
+        options = dict(
+            ServerApp=dict(ip='127.0.0.1', port=self.port, port_retries=0, root_dir=self.home),
+            IdentityProvider=dict(token=self.token),
+            LabApp=dict(
+                app_dir=_application(home / 'app'),
+                user_settings_dir=home / 'user',
+                workspaces_dir=home / 'spaces',
+            ),
+        )
+        command = [
+            sys.executable,
+            '-m',
+            'jupyterlab',
+            '--no-browser',
+            '--allow-root',
+            *(f'--{part}.{k}={v}' for part, values in options.items() for k, v in values.items()),
+        ]
+        with open(self.log, 'w') as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
         until = time.monotonic() + wait
         while not _answers(f'http://127.0.0.1:{self.port}/api?token={self.token}'):
-            if self.process.poll() is not None or time.monotonic() > until: self.stop(); raise RuntimeError(f'JupyterLab did not start:\n{self.log.read_text()[-2000:]}')
+            if self.process.poll() is not None or time.monotonic() > until:
+                self.stop()
+                raise RuntimeError(f'JupyterLab did not start:\n{self.log.read_text()[-2000:]}')
             time.sleep(.1)
 
-    def url(self, name: str) -> str: return f'http://127.0.0.1:{self.port}/lab/workspaces/{Path(name).stem}/tree/{name}?token={self.token}&reset'
+    def url(self, name: str) -> str:
+        return f'http://127.0.0.1:{self.port}/lab/workspaces/{Path(name).stem}/tree/{name}?token={self.token}&reset'
 
     def write(self, name: str, *cells: str) -> str:
         "Put a notebook of code cells into the folder."
-        cells = [dict(cell_type='code', id=f'c{k}', metadata={}, execution_count=None, outputs=[], source=c) for k, c in enumerate(cells)]
+        cells = [
+            dict(cell_type='code', id=f'c{k}', metadata={}, execution_count=None, outputs=[], source=c)
+            for k, c in enumerate(cells)
+        ]
         kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
-        (self.home/name).write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata=kernel, cells=cells)))
+        (self.home / name).write_text(
+            json.dumps(dict(nbformat=4, nbformat_minor=5, metadata=kernel, cells=cells))
+        )
         return name
 
     def stop(self):
@@ -109,19 +172,24 @@ class JupyterLab:
         if self.process.poll() is not None: return
         with contextlib.suppress(ProcessLookupError): os.killpg(self.process.pid, signal.SIGTERM)
         try: self.process.wait(10)
-        except subprocess.TimeoutExpired: os.killpg(self.process.pid, signal.SIGKILL); self.process.wait()
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 def run_all(page, url: str) -> None: # page: of playwright
     "Open a notebook, wait for its kernel, and run all cells."
     page.goto(url)
     page.wait_for_selector('.jp-Notebook .jp-CodeCell')
-    page.wait_for_function("() => [...document.querySelectorAll('#jp-main-statusbar .jp-StatusBar-TextItem')].some(e => e.textContent.includes('| Idle'))")
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('#jp-main-statusbar .jp-StatusBar-TextItem')].some(e => e.textContent.includes('| Idle'))"
+    )
     for _ in range(6):
         page.click('.lm-MenuBar-itemLabel:has-text("Run")')
         page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
         page.wait_for_timeout(1500)
-        if page.evaluate("() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].some(e => /[*0-9]/.test(e.textContent))"): return
+        if page.evaluate("() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].some(e => /[*0-9]/.test(e.textContent))"):
+            return
     raise RuntimeError('JupyterLab did not run the notebook')
 
 
@@ -135,9 +203,11 @@ def drag(page, points, pace: float = 0) -> None: # page: of playwright; points [
             if pace: page.wait_for_timeout(pace)
     page.mouse.up()
 
-# %% ../../nbs/83_bench.explorer_speed.ipynb #1b521c39
-CELLS = ('import time\nfrom pathlib import Path\nfrom rssqa.bench.explorer_speed import cloud\nfrom rssqa.viz.explorer_widget import Explorer\nimport jscatter\ntable = cloud({n})\nPath("ready").write_text("")',
-         'start = time.time()\nwindow = Explorer(table)\nPath("start").write_text(str(start))\nwindow')
+# %% ../../nbs/83_bench.explorer_speed.ipynb #86a03b78
+CELLS = (
+    'import time\nfrom pathlib import Path\nfrom rssqa.bench.explorer_speed import cloud\nfrom rssqa.viz.explorer_widget import Explorer\nimport jscatter\ntable = cloud({n})\nPath("ready").write_text("")',
+    'start = time.time()\nwindow = Explorer(table)\nPath("start").write_text(str(start))\nwindow',
+)
 PAINTED = '''() => [...document.querySelectorAll('.rssqa-explorer canvas')].some(c => {
   const g = c.getContext('2d'); if (!g || !c.width || !c.height) return false;
   const d = g.getImageData(0, 0, c.width, c.height).data; let n = 0;
@@ -167,24 +237,39 @@ def browser_waits(
     page.wait_for_timeout(1500)
     page.evaluate(WATCHED)
     box = page.locator('.rssqa-explorer canvas').first.bounding_box()
-    x, y, w, h = box['x'], box['y'], box['width'], box['height']
+    x = box['x']
+    y = box['y']
+    w = box['width']
+    h = box['height']
     page.get_by_title('Activate lasso selection').click()
     lasso = []
     for right in (x + part * w for part in (.5, .45, .55, .4, .6)[:laps]):
         page.evaluate('window.answered = 0')
-        drag(page, [(x + 3, y + 3), (right, y + 3), (right, y + h - 3), (x + 3, y + h - 3), (x + 3, y + 3)], PACE)
+        drag(
+            page,
+            [(x + 3, y + 3), (right, y + 3), (right, y + h - 3), (x + 3, y + h - 3), (x + 3, y + 3)],
+            PACE,
+        )
         page.wait_for_function('() => window.answered')
         lasso.append(page.evaluate('(window.answered - window.released) / 1e3'))
         page.wait_for_timeout(500)
     return dict(paint=painted - begun, lasso=float(np.median(lasso)))
 
-# %% ../../nbs/83_bench.explorer_speed.ipynb #908160ff
+# %% ../../nbs/83_bench.explorer_speed.ipynb #b111a2b9
 TARGETS = dict(paint={10_000: 2., 1_000_000: 6.}, lasso={100_000: .2})
 
 
 def _row(what, n, seconds, how):
-    target, words = TARGETS[what].get(n, np.nan), dict(paint='first paint', lasso='answer to a lasso')[what]
-    return dict(what=f'{words}, {n:,} maps', how=how, value=seconds, unit='s', target=target, met='' if np.isnan(target) else 'yes' if seconds <= target else 'no')
+    target = TARGETS[what].get(n, np.nan)
+    words = dict(paint='first paint', lasso='answer to a lasso')[what]
+    return dict(
+        what=f'{words}, {n:,} maps',
+        how=how,
+        value=seconds,
+        unit='s',
+        target=target,
+        met='' if np.isnan(target) else 'yes' if seconds <= target else 'no',
+    )
 
 
 def run(
@@ -193,7 +278,9 @@ def run(
 ) -> pd.DataFrame: # one row a measurement
     "Measure first paint and the answer to a lasso."
     kernel_paint(1000)                                                   # imports
-    rows = [_row('paint', n, kernel_paint(n), 'kernel only') for n in sizes] + [_row('lasso', n, kernel_lasso(n), 'kernel only') for n in sizes]
+    rows = [_row('paint', n, kernel_paint(n), 'kernel only') for n in sizes] + [
+        _row('lasso', n, kernel_lasso(n), 'kernel only') for n in sizes
+    ]
     if browser and CHROMIUM: rows += _in_browser(sizes)
     elif browser: say('no chromium: measured without a browser')
     return pd.DataFrame(rows).set_index('what')
@@ -202,14 +289,17 @@ def run(
 def _in_browser(sizes):
     from playwright.sync_api import sync_playwright
     with TemporaryDirectory() as home, sync_playwright() as p:
-        lab, chromium = JupyterLab(home), p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        lab = JupyterLab(home)
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         try:
             waits = {}
             for n in sizes:
                 page = chromium.new_page(viewport=dict(width=1500, height=1000))
                 waits[n] = browser_waits(lab, page, n)
                 page.close()
-        finally: chromium.close(); lab.stop()
+        finally:
+            chromium.close()
+            lab.stop()
     return [_row(what, n, waits[n][what], 'browser') for what in ('paint', 'lasso') for n in sizes]
 
 
@@ -219,6 +309,8 @@ def save(
     command: str = 'rssqa.bench.explorer_speed.run', # that makes the file again
 ) -> Path:
     "Write the measurements with their provenance."
-    protocol = ('first paint: from the start of the cell that makes the window to the first 100 painted pixels, imports and data excluded; lasso, median of five: from the release of the mouse to the changed panel; '
-                'browser: headless Chromium with software rendering on JupyterLab; kernel only: without a browser')
+    protocol = (
+        'first paint: from the start of the cell that makes the window to the first 100 painted pixels, imports and data excluded; lasso, median of five: from the release of the mouse to the changed panel; '
+        'browser: headless Chromium with software rendering on JupyterLab; kernel only: without a browser'
+    )
     return save_results(board, path, protocol, 'random places and scores', 0, command, cores=os.cpu_count())

@@ -9,7 +9,7 @@ __all__ = ['TABLES', 'CONSENSUS', 'ENSEMBLE', 'MEMBERS', 'MODELS', 'SPREAD', 'FE
            'ablation_models', 'fewer_scenes_models', 'compute', 'prediction_file', 'measured', 'unpack_table', 'write',
            'verify', 'refit', 'verify_all']
 
-# %% ../../nbs/81_bench.paper.ipynb #b32d6ed8
+# %% ../../nbs/81_bench.paper.ipynb #e2c175fe
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,19 @@ import numpy as np
 import pandas as pd
 
 from ..quality.baselines import map_keys
-from .protocol import DIRECTION, KEYS, RS_SQA, bootstrap, by_group, predictors, leaderboard, load_predictions, run, save_results, transfer
+from rssqa.bench.protocol import (
+    DIRECTION,
+    KEYS,
+    RS_SQA,
+    bootstrap,
+    by_group,
+    predictors,
+    leaderboard,
+    load_predictions,
+    run,
+    save_results,
+    transfer,
+)
 from ..quality.intervals import Intervals, coverage, cross_intervals, expect_errors
 from ..core import DataNotFound, MissingFeatures, cache_dir, digest, file_id, unknown
 from ..quality.consensus import ConsensusModel, pool_image_level
@@ -29,7 +41,7 @@ from ..quality.model import QualityModel
 from ..tables.sqed import label_free_columns
 from ..tables.store import Store
 
-# %% ../../nbs/81_bench.paper.ipynb #fa0d5622
+# %% ../../nbs/81_bench.paper.ipynb #8d806088
 TABLES = 'data/tables'
 
 
@@ -50,20 +62,48 @@ def open_evidence(
 ) -> Evidence:
     "Read a committed table and put its features into a store."
     files = sorted(Path(folder).glob('open*.parquet'))
-    if not files: raise DataNotFound(f'no tables open*.parquet in {folder}', 'they are committed with the source', 'run this in a checkout, or pass the folder')
+    if not files:
+        raise DataNotFound(
+            f'no tables open*.parquet in {folder}',
+            'they are committed with the source',
+            'run this in a checkout, or pass the folder',
+        )
     store = Store(cache_dir('tables')/digest([file_id(f) for f in files])[:12])
     table, sems = unpack(folder, 'open', store)
-    grid, wanted = Path(folder)/'open_grids.parquet', 'truth' if data else 'grid'
-    if prediction_grids and grid.exists() and store.missing(wanted, table.image_id.unique() if data else map_keys(table)): unpack_grids(grid, table, store, *(open_tiles(data, Path(store.root).parent) if data else ()))
-    return Evidence(table, str(store.root), sems[0] if sems else '', not store.missing('truth', table.image_id.unique()), tuple(sems[1:]))
+    grid = Path(folder)/'open_grids.parquet'
+    wanted = 'truth' if data else 'grid'
+    if prediction_grids and grid.exists() and store.missing(wanted, table.image_id.unique() if data else map_keys(table)):
+        unpack_grids(grid, table, store, *(open_tiles(data, Path(store.root).parent) if data else ()))
+    return Evidence(
+        table,
+        str(store.root),
+        sems[0] if sems else '',
+        not store.missing('truth', table.image_id.unique()),
+        tuple(sems[1:]),
+    )
 
-# %% ../../nbs/81_bench.paper.ipynb #3ec4a3a8
+# %% ../../nbs/81_bench.paper.ipynb #04569ea3
 CONSENSUS, ENSEMBLE = 'consensus model', 'level-pooled ensemble'
 MEMBERS = (RS_SQA, 'trees: everything')
 MODELS = (ENSEMBLE, CONSENSUS, RS_SQA)
 SPREAD = 'spread_of_models' # standard deviation of their predictions
-FEW = ('mean of dataset and method', 'max-softmax, temperature-scaled', 'flip agreement', 'agreement with the other methods', 'trees: dispersion and agreement', 'trees: everything', RS_SQA, CONSENSUS)
-QUICK = ('mean of dataset and method', 'max-softmax, temperature-scaled', 'agreement with the other methods', 'DoC', 'ridge: dispersion and agreement')
+FEW = (
+    'mean of dataset and method',
+    'max-softmax, temperature-scaled',
+    'flip agreement',
+    'agreement with the other methods',
+    'trees: dispersion and agreement',
+    'trees: everything',
+    RS_SQA,
+    CONSENSUS,
+)
+QUICK = (
+    'mean of dataset and method',
+    'max-softmax, temperature-scaled',
+    'agreement with the other methods',
+    'DoC',
+    'ridge: dispersion and agreement',
+)
 
 
 def all_predictors(
@@ -72,8 +112,11 @@ def all_predictors(
     only: tuple = (), # names; empty for all
 ) -> dict: # name -> unfitted estimator
     "List the predictors of a comparison; the consensus sits only where truth is known."
-    found = predictors(evidence.table, evidence.store, evidence.semantic, seed) | ({CONSENSUS: ConsensusModel(evidence.store, seed=seed)} if evidence.truth else {})
-    if lost := [n for n in only if n not in found and n != CONSENSUS]: raise unknown('predictor', lost[0], found)
+    found = predictors(evidence.table, evidence.store, evidence.semantic, seed) | (
+        {CONSENSUS: ConsensusModel(evidence.store, seed=seed)} if evidence.truth else {}
+    )
+    if lost := [n for n in only if n not in found and n != CONSENSUS]:
+        raise unknown('predictor', lost[0], found)
     return {n: found[n] for n in only or found if n in found}
 
 
@@ -82,11 +125,16 @@ def add_pooled_ensemble(predictions: pd.DataFrame) -> pd.DataFrame: # the same r
     told = predictions.copy()
     if {CONSENSUS, *MEMBERS} <= set(told):
         told[ENSEMBLE] = np.nan
-        for _, at in told.groupby('seed').groups.items(): told.loc[at, ENSEMBLE] = pool_image_level(told.loc[at, CONSENSUS].to_numpy(), [told.loc[at, m].to_numpy() for m in MEMBERS], told.loc[at, 'image_id'])
+        for _, at in told.groupby('seed').groups.items():
+            told.loc[at, ENSEMBLE] = pool_image_level(
+                told.loc[at, CONSENSUS].to_numpy(),
+                [told.loc[at, m].to_numpy() for m in MEMBERS],
+                told.loc[at, 'image_id'],
+            )
     names = told.columns.difference(KEYS)
     return told.assign(**told[names].round(4).astype('float32'))
 
-# %% ../../nbs/81_bench.paper.ipynb #f5063e3a
+# %% ../../nbs/81_bench.paper.ipynb #4b56dc5b
 MEASURES = ('srocc_dataset', 'srocc_image', 'mae', 'gap_closed', 'top1', 'regret', 'plcc_dataset', 'rmse')
 
 
@@ -96,7 +144,11 @@ def differences(
     draws: int = 1000, # of scenes
 ) -> pd.DataFrame: # index predictor; columns ours, measure, value, low, high, delta, delta_low, delta_high ...
     "Set each of our models against every other predictor."
-    return bootstrap(table, predictions, [m for m in MODELS if m in predictions], n=draws, measures=MEASURES).reset_index().set_index('predictor')
+    return (
+        bootstrap(table, predictions, [m for m in MODELS if m in predictions], n=draws, measures=MEASURES)
+        .reset_index()
+        .set_index('predictor')
+    )
 
 
 def best_baseline_comparison(
@@ -107,15 +159,36 @@ def best_baseline_comparison(
     for ours, part in told.groupby('ours', sort=False):
         for m in MEASURES:
             of = part[part.measure == m]
-            rest, own = of[~of.index.isin(MODELS)].dropna(subset='value'), of.loc[ours]
+            rest = of[~of.index.isin(MODELS)].dropna(subset='value')
+            own = of.loc[ours]
             if not len(rest): continue
             rival = (DIRECTION[m] * rest.value).idxmax()
             r = rest.loc[rival]
-            rows.append(dict(predictor=ours, measure=m, value=own.value, low=own.low, high=own.high, rival=rival, theirs=r.value, delta=r.delta, delta_low=r.delta_low, delta_high=r.delta_high, better=r.better))
+            rows.append(
+                dict(
+                    predictor=ours,
+                    measure=m,
+                    value=own.value,
+                    low=own.low,
+                    high=own.high,
+                    rival=rival,
+                    theirs=r.value,
+                    delta=r.delta,
+                    delta_low=r.delta_low,
+                    delta_high=r.delta_high,
+                    better=r.better,
+                )
+            )
     return pd.DataFrame(rows).set_index('predictor')
 
 
-CLAIMED = dict(srocc_dataset='within-dataset SROCC', srocc_image='within-image SROCC', mae='MAE', gap_closed='gap closed', top1='top-1')
+CLAIMED = dict(
+    srocc_dataset='within-dataset SROCC',
+    srocc_image='within-image SROCC',
+    mae='MAE',
+    gap_closed='gap closed',
+    top1='top-1',
+)
 
 
 def comparison_text(
@@ -124,8 +197,14 @@ def comparison_text(
 ) -> str:
     "Say how one of our models stands against the strongest baseline of each measure."
     rows = told.loc[[ours]].set_index('measure').loc[list(CLAIMED)]
-    said = [f'{CLAIMED[m]} {r.value:.3f} against {r.theirs:.3f} ({r.rival}), difference {r.delta:+.3f} [{r.delta_low:+.3f}, {r.delta_high:+.3f}]' for m, r in rows.iterrows()]
-    return f'{ours} and the strongest baseline of each measure, 95 % intervals over scenes:\n  ' + '\n  '.join(said)
+    said = [
+        f'{CLAIMED[m]} {r.value:.3f} against {r.theirs:.3f} ({r.rival}), difference {r.delta:+.3f} [{r.delta_low:+.3f}, {r.delta_high:+.3f}]'
+        for m, r in rows.iterrows()
+    ]
+    return (
+        f'{ours} and the strongest baseline of each measure, 95 % intervals over scenes:\n  '
+        + '\n  '.join(said)
+    )
 
 
 def interval_coverage(
@@ -141,17 +220,34 @@ def interval_coverage(
         fold = told.pop('fold_told').to_numpy()
         for name in (m for m in MODELS if m in part):
             rows = _told_by(told, name)
-            parts.append(coverage(rows.join(cross_intervals(rows, fold, columns=(*columns, SPREAD) if columns else (), confidence=confidence)[['low', 'high']]), confidence=confidence).assign(predictor=name, seed=seed))
+            parts.append(
+                coverage(
+                    rows.join(
+                        cross_intervals(
+                            rows, fold, columns=(*columns, SPREAD) if columns else (), confidence=confidence
+                        )[['low', 'high']]
+                    ),
+                    confidence=confidence,
+                ).assign(predictor=name, seed=seed)
+            )
     return pd.concat(parts).set_index('predictor')
 
 
-def _told_by(rows, name): return rows.assign(predicted=rows[name].astype(float), **{SPREAD: rows[[m for m in (CONSENSUS, *MEMBERS) if m in rows]].std(axis=1, ddof=0)})
+def _told_by(rows, name):
+    return rows.assign(
+        predicted=rows[name].astype(float),
+        **{SPREAD: rows[[m for m in (CONSENSUS, *MEMBERS) if m in rows]].std(axis=1, ddof=0)},
+    )
 
-# %% ../../nbs/81_bench.paper.ipynb #5174559f
+# %% ../../nbs/81_bench.paper.ipynb #1b453080
 class FewScenes:
     "An estimator that learns from a share of the scenes of each dataset."
-    def __init__(self, model: object = None, share: float = 1.0, seed: int = 0): self.model, self.share, self.seed = model, share, seed
-    def get_params(self, deep: bool = True) -> dict: return self.model.get_params() | dict(model=type(self.model).__name__, share=self.share, scenes_seed=self.seed)
+    def __init__(self, model: object = None, share: float = 1.0, seed: int = 0):
+        self.model, self.share, self.seed = model, share, seed
+    def get_params(self, deep: bool = True) -> dict:
+        return self.model.get_params() | dict(
+            model=type(self.model).__name__, share=self.share, scenes_seed=self.seed
+        )
 
     def __sklearn_clone__(self):
         from sklearn.base import clone
@@ -162,7 +258,9 @@ class FewScenes:
         keys = X[['dataset', 'scene']].astype(str).drop_duplicates().sample(frac=1, random_state=self.seed)
         rank = keys.groupby('dataset').cumcount() / keys.groupby('dataset').scene.transform('size')
         kept = pd.MultiIndex.from_frame(keys[rank < self.share])
-        self.model.fit(X[pd.MultiIndex.from_frame(X[['dataset', 'scene']].astype(str)).isin(kept)].reset_index(drop=True))
+        self.model.fit(
+            X[pd.MultiIndex.from_frame(X[['dataset', 'scene']].astype(str)).isin(kept)].reset_index(drop=True)
+        )
         return self
 
     def predict(self, X: pd.DataFrame) -> np.ndarray: return self.model.predict(X)
@@ -170,25 +268,63 @@ class FewScenes:
 
 def ablation_models(evidence: Evidence, seed: int = 0) -> dict: # name -> unfitted estimator
     "List RS-SQA and Jury with one thing changed at a time."
-    e, full = evidence, dict(store=evidence.store, semantic=evidence.semantic, members=1, seed=seed)        # one network each: a quarter of the time
-    changes = {'one network': {}, 'without semantics': dict(semantic=''), 'without intermediate features': dict(intermediate=False), 'without cross-method features': dict(cross_method=False), 'concatenated': dict(fusion='concat'), 'semantics alone': dict(fusion='sem'), 'segmenter alone': dict(fusion='seg'),
-               'gated both ways': dict(fusion='scgb-symmetric'),
-               'without rank loss': dict(rank=0.0), 'without PLCC loss': dict(linear=0.0)} | {f'semantics of {re.split("[/@]", other)[1]}': dict(semantic=other) for other in e.others}
+    # one network each: a quarter of the time
+    e = evidence
+    full = dict(store=evidence.store, semantic=evidence.semantic, members=1, seed=seed)
+    changes = {
+        'one network': {},
+        'without semantics': dict(semantic=''),
+        'without intermediate features': dict(intermediate=False),
+        'without cross-method features': dict(cross_method=False),
+        'concatenated': dict(fusion='concat'),
+        'semantics alone': dict(fusion='sem'),
+        'segmenter alone': dict(fusion='seg'),
+        'gated both ways': dict(fusion='scgb-symmetric'),
+        'without rank loss': dict(rank=0.0),
+        'without PLCC loss': dict(linear=0.0),
+    } | {f'semantics of {re.split("[/@]", other)[1]}': dict(semantic=other) for other in e.others}
     found = {f'{RS_SQA}, {name}': QualityModel(**full | change) for name, change in changes.items()}
-    seats = {'one network for all datasets': dict(class_bias_of=(True,), own=False), 'without networks of one dataset': dict(own=False), 'without networks without class bias': dict(class_bias_of=(True,)), 'without networks with class bias': dict(class_bias_of=(False,)),
-             'without method dropout': dict(method_dropout=0.0), '20 points an image': dict(points=20)}
-    return found | ({f'{CONSENSUS}, {name}': ConsensusModel(e.store, seed=seed, **change) for name, change in seats.items()} if e.truth else {})
+    seats = {
+        'one network for all datasets': dict(class_bias_of=(True,), own=False),
+        'without networks of one dataset': dict(own=False),
+        'without networks without class bias': dict(class_bias_of=(True,)),
+        'without networks with class bias': dict(class_bias_of=(False,)),
+        'without method dropout': dict(method_dropout=0.0),
+        '20 points an image': dict(points=20),
+    }
+    return found | (
+        {
+            f'{CONSENSUS}, {name}': ConsensusModel(e.store, seed=seed, **change)
+            for name, change in seats.items()
+        }
+        if e.truth
+        else {}
+    )
 
 
 def fewer_scenes_models(evidence: Evidence, seed: int = 0) -> dict: # name -> unfitted estimator
     "List the models that learn from a share of the scenes."
-    some = all_predictors(evidence, seed, tuple(n for n in FEW if n in ('mean of dataset and method', 'trees: everything', RS_SQA, CONSENSUS)))
-    return {f'{name} @ {share:g}': FewScenes(model, share, seed) for name, model in some.items() for share in (0.125, 0.25, 0.5)}
+    some = all_predictors(
+        evidence,
+        seed,
+        tuple(n for n in FEW if n in ('mean of dataset and method', 'trees: everything', RS_SQA, CONSENSUS)),
+    )
+    return {
+        f'{name} @ {share:g}': FewScenes(model, share, seed)
+        for name, model in some.items()
+        for share in (0.125, 0.25, 0.5)
+    }
 
-# %% ../../nbs/81_bench.paper.ipynb #11d472a3
-PROTOCOL = dict(main='5-fold cross-validation by scene', dataset='leave one dataset out', method='leave one method out, two folds by scene', ablation='5-fold cross-validation by scene',
-                scenes='5-fold cross-validation by scene, learning from a share of the training scenes', damaged='5-fold cross-validation by scene, with damaged copies',
-                unseen='learned from RS-SQED-open, measured on dronedeploy')
+# %% ../../nbs/81_bench.paper.ipynb #93422117
+PROTOCOL = dict(
+    main='5-fold cross-validation by scene',
+    dataset='leave one dataset out',
+    method='leave one method out, two folds by scene',
+    ablation='5-fold cross-validation by scene',
+    scenes='5-fold cross-validation by scene, learning from a share of the training scenes',
+    damaged='5-fold cross-validation by scene, with damaged copies',
+    unseen='learned from RS-SQED-open, measured on dronedeploy',
+)
 COMMAND = 'rssqa bench paper'
 
 
@@ -203,24 +339,60 @@ def compute(
 ) -> pd.DataFrame: # predictions, see rssqa.bench.protocol.run
     "Fit and predict one experiment."
     if experiment not in PROTOCOL: raise unknown('experiment', experiment, PROTOCOL)
-    e = open_evidence(folder, data, bool(data) or not only or any(n.startswith(('ATC', 'MetaSeg')) for n in only))
+    e = open_evidence(
+        folder, data, bool(data) or not only or any(n.startswith(('ATC', 'MetaSeg')) for n in only)
+    )
     if experiment == 'unseen': return _elsewhere(e, folder, only or FEW, min(seeds), workers)
     if experiment == 'damaged': e = _with_damaged(e, folder)
-    make = dict(main=lambda s: all_predictors(e, s, only), ablation=lambda s: {n: m for n, m in ablation_models(e, s).items() if not only or n in only}, scenes=lambda s: fewer_scenes_models(e, s)).get(experiment, lambda s: all_predictors(e, s, only or FEW))
-    return add_pooled_ensemble(run(e.table, make, 2 if experiment == 'method' else 5, seeds, cells or cache_dir('cells', experiment), experiment if experiment in ('dataset', 'method') else 'scene', workers))
+    make = dict(
+        main=lambda s: all_predictors(e, s, only),
+        ablation=lambda s: {n: m for n, m in ablation_models(e, s).items() if not only or n in only},
+        scenes=lambda s: fewer_scenes_models(e, s),
+    ).get(experiment, lambda s: all_predictors(e, s, only or FEW))
+    return add_pooled_ensemble(
+        run(
+            e.table,
+            make,
+            2 if experiment == 'method' else 5,
+            seeds,
+            cells or cache_dir('cells', experiment),
+            experiment if experiment in ('dataset', 'method') else 'scene',
+            workers,
+        )
+    )
 
 
 def _with_damaged(e, folder): # the table and its damaged copies in one
-    return Evidence(pd.concat([e.table.assign(kind='none', level=0.0), _joined(e, 'damaged', folder)], ignore_index=True), e.store, e.semantic, e.truth)
+    return Evidence(
+        pd.concat([e.table.assign(kind='none', level=0.0), _joined(e, 'damaged', folder)], ignore_index=True),
+        e.store,
+        e.semantic,
+        e.truth,
+    )
 
 
-def _elsewhere(e, folder, only, seed, workers): return add_pooled_ensemble(transfer(all_predictors(e, seed, only), e.table, _joined(e, 'unseen', folder), workers)[1].assign(seed=seed))
+def _elsewhere(e, folder, only, seed, workers):
+    return add_pooled_ensemble(
+        transfer(all_predictors(e, seed, only), e.table, _joined(e, 'unseen', folder), workers)[1].assign(
+            seed=seed
+        )
+    )
 
 
 def _joined(e, name, folder): # another table; its features join those of e, without truth: a consensus judges it and does not learn from it
-    if not (Path(folder)/f'{name}.parquet').exists(): raise DataNotFound(f'no table {name}.parquet in {folder}', 'it is not committed yet', 'make it with rssqa.tables.rs_sqed_open.build_open and publish')
+    if not (Path(folder)/f'{name}.parquet').exists():
+        raise DataNotFound(
+            f'no table {name}.parquet in {folder}',
+            'it is not committed yet',
+            'make it with rssqa.tables.rs_sqed_open.build_open and publish',
+        )
     table, sems = unpack(folder, name, Store(e.store))
-    if e.semantic and e.semantic not in sems: raise MissingFeatures(f'{name} lacks features', f'found no {e.semantic} in {name}_semantics.parquet', 'publish it with the encoder of the open table')
+    if e.semantic and e.semantic not in sems:
+        raise MissingFeatures(
+            f'{name} lacks features',
+            f'found no {e.semantic} in {name}_semantics.parquet',
+            'publish it with the encoder of the open table',
+        )
     unpack_grids(Path(folder)/f'{name}_grids.parquet', table, Store(e.store))
     return table
 
@@ -236,14 +408,27 @@ def measured(
     draws: int = 1000, # of scenes
 ) -> dict: # name of a CSV -> rows
     "Measure the committed predictions of an experiment."
-    told, table = load_predictions(prediction_file(experiment, folder)), unpack_table(experiment, folder)
+    told = load_predictions(prediction_file(experiment, folder))
+    table = unpack_table(experiment, folder)
     if experiment == 'damaged': return dict(damaged=_changes(table, told))
-    if experiment == 'unseen': return dict(unseen=leaderboard(table, told, unpack_table('main', folder)), unseen_intervals=_held_elsewhere(told, folder))
+    if experiment == 'unseen':
+        return dict(
+            unseen=leaderboard(table, told, unpack_table('main', folder)),
+            unseen_intervals=_held_elsewhere(told, folder),
+        )
     boards = {experiment: leaderboard(table, told)}
     if experiment == 'main':
         gaps = differences(table, told, draws)
-        boards |= dict(datasets=_by(table, told, 'dataset'), methods=_by(table, told, 'method'), differences=gaps, best_baseline_comparison=best_baseline_comparison(gaps),
-                       intervals=_mean_of_seeds(interval_coverage(table, told[told.seed == told.seed.min()], tuple(label_free_columns(table)))), intervals_one_width=_mean_of_seeds(interval_coverage(table, told)))
+        boards |= dict(
+            datasets=_by(table, told, 'dataset'),
+            methods=_by(table, told, 'method'),
+            differences=gaps,
+            best_baseline_comparison=best_baseline_comparison(gaps),
+            intervals=_mean_of_seeds(
+                interval_coverage(table, told[told.seed == told.seed.min()], tuple(label_free_columns(table)))
+            ),
+            intervals_one_width=_mean_of_seeds(interval_coverage(table, told)),
+        )
     elif experiment in ('dataset', 'method'): boards[f'{experiment}_each'] = _by(table, told, experiment)
     elif experiment == 'ablation': boards['ablation_datasets'] = _by(table, told, 'dataset')
     return boards
@@ -251,8 +436,17 @@ def measured(
 
 def unpack_table(experiment: str, folder: str = TABLES) -> pd.DataFrame:
     "Read the table that an experiment is measured on."
-    table = pd.read_parquet(Path(folder)/('unseen.parquet' if experiment == 'unseen' else 'open.parquet')).drop(columns='confusion')
-    return pd.concat([table.assign(kind='none', level=0.0), pd.read_parquet(Path(folder)/'damaged.parquet')], ignore_index=True) if experiment == 'damaged' else table
+    table = pd.read_parquet(
+        Path(folder) / ('unseen.parquet' if experiment == 'unseen' else 'open.parquet')
+    ).drop(columns='confusion')
+    return (
+        pd.concat(
+            [table.assign(kind='none', level=0.0), pd.read_parquet(Path(folder) / 'damaged.parquet')],
+            ignore_index=True,
+        )
+        if experiment == 'damaged'
+        else table
+    )
 
 
 def _vectors(name, table, folder): # (len(table),D) of the encoder
@@ -261,40 +455,80 @@ def _vectors(name, table, folder): # (len(table),D) of the encoder
 
 
 def _held_elsewhere(told, folder, confidence=0.9): # calibrated on out-of-fold predictions of RS-SQED-open
-    known, new, first = unpack_table('main', folder), unpack_table('unseen', folder), load_predictions(prediction_file('main', folder))
-    known, new = known.merge(first[first.seed == first.seed.min()], on=KEYS[:2], suffixes=('', '_told')), new.merge(told.drop(columns='fold'), on=KEYS[:2])
-    near, far, parts, columns = _vectors('open', known, folder), _vectors('unseen', new, folder), [], (*label_free_columns(unpack_table('main', folder)), SPREAD)
+    known = unpack_table('main', folder)
+    new = unpack_table('unseen', folder)
+    first = load_predictions(prediction_file('main', folder))
+    known = known.merge(first[first.seed == first.seed.min()], on=KEYS[:2], suffixes=('', '_told'))
+    new = new.merge(told.drop(columns='fold'), on=KEYS[:2])
+    near = _vectors('open', known, folder)
+    far = _vectors('unseen', new, folder)
+    parts = []
+    columns = (*label_free_columns(unpack_table('main', folder)), SPREAD)
     for name in (m for m in MODELS if m in told):
         a, b = expect_errors(_told_by(known, name), known.fold_told, _told_by(new, name), columns)
         for check, features in (('without', (None, None)), ('with', (near, far))):
-            found = b.join(Intervals(confidence, difficulty='expected_error', floor=0.1).fit(a, features[0]).predict(b, features[1])[['low', 'high', 'state']])
-            lines = coverage(found, ('dataset', 'scene', 'method'), confidence).assign(predictor=name, shift_check=check)
-            parts.append(lines.assign(widened=np.where(lines.by == 'all', (found.state == 'widened').mean(), np.nan)))
+            found = b.join(
+                Intervals(confidence, difficulty='expected_error', floor=0.1)
+                .fit(a, features[0])
+                .predict(b, features[1])[['low', 'high', 'state']]
+            )
+            lines = coverage(found, ('dataset', 'scene', 'method'), confidence).assign(
+                predictor=name, shift_check=check
+            )
+            parts.append(
+                lines.assign(widened=np.where(lines.by == 'all', (found.state == 'widened').mean(), np.nan))
+            )
     return pd.concat(parts).set_index('predictor')
 
 
-def _by(table, told, column): return by_group(table, told, column).reset_index(column).rename_axis('predictor')
+def _by(table, told, column):
+    return by_group(table, told, column).reset_index(column).rename_axis('predictor')
 
 
-def _mean_of_seeds(rows): return rows.reset_index().groupby(['predictor', 'by', 'group'], sort=False).mean(numeric_only=True).drop(columns='seed').reset_index(['by', 'group'])
+def _mean_of_seeds(rows):
+    return (
+        rows.reset_index()
+        .groupby(['predictor', 'by', 'group'], sort=False)
+        .mean(numeric_only=True)
+        .drop(columns='seed')
+        .reset_index(['by', 'group'])
+    )
 
 
 def _changes(table, told): # how OA and its prediction change from a tile to its damaged copy, mean over seeds
     names = told.columns.difference(KEYS, sort=False)
-    parts = pd.concat([_changed(table.merge(part, on=KEYS[:2], suffixes=('', '_told')), names) for _, part in told.groupby('seed')])
+    parts = pd.concat(
+        [
+            _changed(table.merge(part, on=KEYS[:2], suffixes=('', '_told')), names)
+            for _, part in told.groupby('seed')
+        ]
+    )
     return parts.groupby(['predictor', 'kind', 'level'], sort=False).mean().reset_index(['kind', 'level'])
 
 
 def _changed(rows, names):
     rows['source'] = rows.image_id.str.replace(r'\+.*', '', regex=True)
-    whole, copies = rows[rows.level == 0].set_index(['source', 'method']), rows[rows.level > 0].set_index(['source', 'method'])
-    start, out = whole.reindex(copies.index), []
+    whole = rows[rows.level == 0].set_index(['source', 'method'])
+    copies = rows[rows.level > 0].set_index(['source', 'method'])
+    start = whole.reindex(copies.index)
+    out = []
     for (kind, level), part in copies.groupby(['kind', 'level']):
         at = ((copies.kind == kind) & (copies.level == level)).to_numpy()
         change = part.oa - start.oa[at]
         for n in names:
             told = part[n] - start[n][at]
-            out.append(dict(predictor=n, kind=kind, level=level, rows=len(part), change=change.mean(), predicted_change=told.mean(), srocc_change=srocc(told, change), mae=(part[n] - part.oa).abs().mean()))
+            out.append(
+                dict(
+                    predictor=n,
+                    kind=kind,
+                    level=level,
+                    rows=len(part),
+                    change=change.mean(),
+                    predicted_change=told.mean(),
+                    srocc_change=srocc(told, change),
+                    mae=(part[n] - part.oa).abs().mean(),
+                )
+            )
     return pd.DataFrame(out)
 
 
@@ -305,10 +539,21 @@ def write(
     draws: int = 1000,
 ) -> list[Path]:
     "Write the CSV files of an experiment."
-    seeds, data = sorted(load_predictions(prediction_file(experiment, folder)).seed.unique()), 'dronedeploy' if experiment == 'unseen' else 'RS-SQED-open'
-    return [save_results(rows, Path(out)/f'paper_{name}.csv', PROTOCOL[experiment], data, seeds[:1] if name == 'intervals' else seeds, COMMAND) for name, rows in measured(experiment, folder, draws).items()]
+    seeds = sorted(load_predictions(prediction_file(experiment, folder)).seed.unique())
+    data = 'dronedeploy' if experiment == 'unseen' else 'RS-SQED-open'
+    return [
+        save_results(
+            rows,
+            Path(out) / f'paper_{name}.csv',
+            PROTOCOL[experiment],
+            data,
+            seeds[:1] if name == 'intervals' else seeds,
+            COMMAND,
+        )
+        for name, rows in measured(experiment, folder, draws).items()
+    ]
 
-# %% ../../nbs/81_bench.paper.ipynb #9f1b5d01
+# %% ../../nbs/81_bench.paper.ipynb #e10a631d
 def verify(
     experiment: str,
     folder: str = TABLES,
@@ -319,16 +564,39 @@ def verify(
     found = []
     for name, rows in measured(experiment, folder, draws).items():
         path = Path(results)/f'paper_{name}.csv'
-        if not path.exists(): raise DataNotFound(f'no {path}', 'it is committed with the source', 'write it with: rssqa bench paper')
-        old, rows = pd.read_csv(path), rows.reset_index()
+        if not path.exists():
+            raise DataNotFound(
+                f'no {path}', 'it is committed with the source', 'write it with: rssqa bench paper'
+            )
+        old = pd.read_csv(path)
+        rows = rows.reset_index()
         new = rows.select_dtypes('number')
-        if len(old) != len(new): raise MissingFeatures(f'{path} does not match its predictions', f'found {len(old)} rows, expected {len(new)}', 'write it again with: rssqa bench paper')
-        if lost := [c for c in rows if c not in old]: raise MissingFeatures(f'{path} does not match its predictions', f'found no column {lost[0]}', 'write it again with: rssqa bench paper')
-        a, b = old[list(new)].to_numpy(float), new.round(5).to_numpy(float)
+        if len(old) != len(new):
+            raise MissingFeatures(
+                f'{path} does not match its predictions',
+                f'found {len(old)} rows, expected {len(new)}',
+                'write it again with: rssqa bench paper',
+            )
+        if lost := [c for c in rows if c not in old]:
+            raise MissingFeatures(
+                f'{path} does not match its predictions',
+                f'found no column {lost[0]}',
+                'write it again with: rssqa bench paper',
+            )
+        a = old[list(new)].to_numpy(float)
+        b = new.round(5).to_numpy(float)
         off = np.where(np.isnan(a) & np.isnan(b), 0, np.abs(a - b))
         words = rows.columns.difference(new.columns)
-        if np.isnan(off).any() or not (old[words].fillna('').astype(str).to_numpy() == rows[words].fillna('').astype(str).to_numpy()).all(): off = np.append(off, np.inf)
-        found.append(dict(file=path.name, rows=len(new), numbers=int(np.isfinite(a).sum()), largest_difference=float(off.max())))
+        if np.isnan(off).any() or not (old[words].fillna('').astype(str).to_numpy() == rows[words].fillna('').astype(str).to_numpy()).all():
+            off = np.append(off, np.inf)
+        found.append(
+            dict(
+                file=path.name,
+                rows=len(new),
+                numbers=int(np.isfinite(a).sum()),
+                largest_difference=float(off.max()),
+            )
+        )
     return pd.DataFrame(found).set_index('file')
 
 
@@ -345,10 +613,13 @@ def refit(
     with TemporaryDirectory() as cells: new = compute('main', folder, data, (first,), workers, cells, only)
     both = new.merge(old[old.seed == first], on=KEYS[:2], suffixes=('', ' then'))
     off = {n: np.abs(both[n] - both[f'{n} then']) for n in only}
-    return pd.DataFrame({n: dict(mean_difference=v.mean(), largest_difference=v.max()) for n, v in off.items()}).T.rename_axis('predictor')
+    return pd.DataFrame(
+        {n: dict(mean_difference=v.mean(), largest_difference=v.max()) for n, v in off.items()}
+    ).T.rename_axis('predictor')
 
 
-MEASURED, REFITTED = 5e-4, 5e-3 # tolerances: of a measure computed again, of the mean change of a prediction fitted again
+# tolerances: of a measure computed again, of the mean change of a prediction fitted again
+MEASURED, REFITTED = 5e-4, 5e-3
 
 
 def verify_all(
@@ -360,9 +631,29 @@ def verify_all(
 ) -> tuple[str, bool]: # what to print, whether a number is wrong
     "Recheck the experiments that are committed, and refit a few predictors of the main one."
     there = [x for x in experiments if prediction_file(x, folder).exists()]
-    if not there: raise DataNotFound(f'nothing to check in {folder}', f'found no predictions of {", ".join(experiments)}', 'choose among those that are committed')
-    found, missing = pd.concat([verify(x, folder, results) for x in there]), [x for x in experiments if x not in there]
-    fitted = refit(folder, data, workers=workers) if 'main' in experiments else pd.DataFrame(columns=['mean_difference'])
+    if not there:
+        raise DataNotFound(
+            f'nothing to check in {folder}',
+            f'found no predictions of {", ".join(experiments)}',
+            'choose among those that are committed',
+        )
+    found = pd.concat([verify(x, folder, results) for x in there])
+    missing = [x for x in experiments if x not in there]
+    fitted = (
+        refit(folder, data, workers=workers)
+        if 'main' in experiments
+        else pd.DataFrame(columns=['mean_difference'])
+    )
     wrong = not (found.largest_difference <= MEASURED).all() or not (fitted.mean_difference <= REFITTED).all()
-    words = f'{int(found.numbers.sum())} committed numbers of {len(found)} files: ' + ('all follow from the committed predictions' if (found.largest_difference <= MEASURED).all() else 'some do not follow from the committed predictions')
-    return '\n\n'.join([found.to_string(), *([fitted.round(6).to_string()] if len(fitted) else []), words + (f'\nnot committed yet: {", ".join(missing)}' if missing else '')]), bool(wrong)
+    words = f'{int(found.numbers.sum())} committed numbers of {len(found)} files: ' + (
+        'all follow from the committed predictions'
+        if (found.largest_difference <= MEASURED).all()
+        else 'some do not follow from the committed predictions'
+    )
+    return '\n\n'.join(
+        [
+            found.to_string(),
+            *([fitted.round(6).to_string()] if len(fitted) else []),
+            words + (f'\nnot committed yet: {", ".join(missing)}' if missing else ''),
+        ]
+    ), bool(wrong)

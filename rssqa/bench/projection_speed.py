@@ -17,7 +17,7 @@ from ..core import progress, unknown
 from ..viz.projection import Projection, neighbour_graph, preservation, sample_rows
 from ..tables.store import read_published
 
-# %% ../../nbs/85_bench.projection_speed.ipynb #6df593a5
+# %% ../../nbs/85_bench.projection_speed.ipynb #d7cbe60f
 def clustered(
     rows: int = 10_000,
     dims: int = 512,
@@ -40,10 +40,12 @@ def tap_vectors(
     "Read taps of real maps as unit vectors."
     taps = read_published(Path(tables)/'open_features.parquet', ['features']).features
     taps = taps[taps.map(len) == taps.map(len).mode()[0]]
-    x = np.stack([np.frombuffer(taps.iloc[i], np.int8) for i in sample_rows(len(taps), rows, seed)]).astype(np.float32)
+    x = np.stack([np.frombuffer(taps.iloc[i], np.int8) for i in sample_rows(len(taps), rows, seed)]).astype(
+        np.float32
+    )
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
-# %% ../../nbs/85_bench.projection_speed.ipynb #6c275952
+# %% ../../nbs/85_bench.projection_speed.ipynb #475ea0d8
 REFERENCE, OURS = 'umap-learn defaults', 'rssqa umap'
 PROTOCOL = 'side by side in one run, CPU seconds of one thread, compiled before, the faster of two runs'
 VARIANTS = (REFERENCE, OURS, 'rssqa umap, graph shared', 'umap-learn, 200 epochs', 'pacmap', 'pca')
@@ -57,10 +59,23 @@ def _umap_learn(x, seed, **options):
 
 
 def _runs(x, seed) -> dict: # name -> function without arguments that gives (n,2)
-    ours = lambda method, graph=None: Projection(method, seed, metric='cosine', max_points=len(x)).fit(x, graph=graph).uv_
+    ours = lambda method, graph=None: (
+        Projection(method, seed, metric='cosine', max_points=len(x)).fit(x, graph=graph).uv_
+    )
     graph = neighbour_graph(x, 15, 'cosine', max_points=len(x))
-    return dict(zip(VARIANTS, (lambda: _umap_learn(x, seed), lambda: ours('umap'), lambda: ours('umap', graph),
-                               lambda: _umap_learn(x, seed, n_epochs=200), lambda: ours('pacmap'), lambda: ours('pca'))))
+    return dict(
+        zip(
+            VARIANTS,
+            (
+                lambda: _umap_learn(x, seed),
+                lambda: ours('umap'),
+                lambda: ours('umap', graph),
+                lambda: _umap_learn(x, seed, n_epochs=200),
+                lambda: ours('pacmap'),
+                lambda: ours('pca'),
+            ),
+        )
+    )
 
 
 def _timed(work: Callable): # -> CPU seconds, what came out
@@ -70,12 +85,13 @@ def _timed(work: Callable): # -> CPU seconds, what came out
 
 
 def _warm(variants): # compile: umap-learn takes another way from 4,096 points on
-    x, options = clustered(4200, 16, 5), dict(n_epochs=2)
+    x = clustered(4200, 16, 5)
+    options = dict(n_epochs=2)
     if any('umap-learn' in v for v in variants): _umap_learn(x, 0, **options)
     if any('rssqa' in v for v in variants): Projection('umap', **options).fit(x[:200])
     if 'pacmap' in variants: Projection('pacmap').fit(x[:200])
 
-# %% ../../nbs/85_bench.projection_speed.ipynb #a8f9ba9c
+# %% ../../nbs/85_bench.projection_speed.ipynb #ebc32646
 def bench_projection(
     rows: int = 10_000,
     dims: int = 512,
@@ -89,11 +105,14 @@ def bench_projection(
     if odd := set(variants) - set(VARIANTS): raise unknown('variant', sorted(odd)[0], VARIANTS)
     wanted = [v for v in VARIANTS if v in variants or v == REFERENCE]
     sets = {'clustered unit vectors': clustered(rows, dims, seed=seed)}
-    if tables and (Path(tables)/'open_features.parquet').exists(): sets['intermediate features, RS-SQED-open'] = tap_vectors(tables, rows, seed)
+    if tables and (Path(tables)/'open_features.parquet').exists():
+        sets['intermediate features, RS-SQED-open'] = tap_vectors(tables, rows, seed)
     with threadpool_limits(1):
         if warm: _warm(wanted)
         jobs = [(data, x, v) for data, x in sets.items() for v in wanted]
-        told = pd.DataFrame([_measure(data, x, v, seed) for data, x, v in progress(jobs, 'projecting', unit='map')])
+        told = pd.DataFrame(
+            [_measure(data, x, v, seed) for data, x, v in progress(jobs, 'projecting', unit='map')]
+        )
     base = told[told.variant == REFERENCE].set_index('data').cpu_s
     return told.assign(ratio=told.cpu_s / told.data.map(base)).round(4)
 
@@ -102,10 +121,20 @@ def _measure(data, x, variant, seed):
     from sklearn.manifold import trustworthiness
     work = _runs(x, seed)[variant]
     (first, uv), (second, again) = _timed(work), _timed(work)
-    some, k = sample_rows(len(x), 3000, seed), min(15, len(x) // 2 - 1)
-    return dict(data=data, rows=len(x), dims=x.shape[1], variant=variant, cpu_s=min(first, second),
-                preservation=preservation(x, uv, k, 'cosine'), trustworthiness=trustworthiness(x[some], uv[some], n_neighbors=min(k, len(some) // 2 - 1), metric='cosine'),
-                identical=bool(np.array_equal(uv, again)))
+    some = sample_rows(len(x), 3000, seed)
+    k = min(15, len(x) // 2 - 1)
+    return dict(
+        data=data,
+        rows=len(x),
+        dims=x.shape[1],
+        variant=variant,
+        cpu_s=min(first, second),
+        preservation=preservation(x, uv, k, 'cosine'),
+        trustworthiness=trustworthiness(
+            x[some], uv[some], n_neighbors=min(k, len(some) // 2 - 1), metric='cosine'
+        ),
+        identical=bool(np.array_equal(uv, again)),
+    )
 
 
 def speed_summary(
@@ -114,5 +143,15 @@ def speed_summary(
 ) -> pd.DataFrame: # one row a data set: ratio, preservation against the defaults', met
     "Say whether our defaults take at most this share of the time and keep as many neighbours."
     ours, base = (board[board.variant == v].set_index('data') for v in (OURS, REFERENCE))
-    out = pd.DataFrame(dict(ratio=ours.ratio, preservation=ours.preservation, preservation_default=base.preservation, trustworthiness=ours.trustworthiness, trustworthiness_default=base.trustworthiness))
-    return out.assign(met=(out.ratio <= share) & (out.preservation >= out.preservation_default) & ours.identical)
+    out = pd.DataFrame(
+        dict(
+            ratio=ours.ratio,
+            preservation=ours.preservation,
+            preservation_default=base.preservation,
+            trustworthiness=ours.trustworthiness,
+            trustworthiness_default=base.trustworthiness,
+        )
+    )
+    return out.assign(
+        met=(out.ratio <= share) & (out.preservation >= out.preservation_default) & ours.identical
+    )

@@ -7,7 +7,7 @@ __all__ = ['LABELS', 'RS_SQA', 'VIEWS', 'CLAIMS', 'KEYS', 'DIRECTION', 'scene_fo
            'predictors', 'measure', 'compare', 'comparison_summary', 'run', 'save_predictions', 'load_predictions',
            'leaderboard', 'by_group', 'bootstrap', 'transfer', 'save_results', 'read_results', 'commit', 'machine']
 
-# %% ../../nbs/80_bench.protocol.ipynb #73c7d4c1
+# %% ../../nbs/80_bench.protocol.ipynb #96f4f1c1
 import re, warnings
 from numbers import Number
 from pathlib import Path
@@ -17,32 +17,65 @@ import numpy as np
 import pandas as pd
 
 from ..quality.baselines import baselines
-from ..core import DataNotFound, Incompatible, LeakError, SchemaError, atomic, digest, progress, say, unknown
-from ..segment.metrics import (FAILURE, Ranks, choices, evaluate, gains, grouped_srocc, known_truth, logistic, moment_plcc, moments, pair_balance, single_best, views, weighted_auroc, weighted_aurc,
-                           weighted_srocc)
+from rssqa.core import (
+    DataNotFound,
+    Incompatible,
+    LeakError,
+    SchemaError,
+    atomic,
+    digest,
+    progress,
+    say,
+    unknown,
+)
+from rssqa.segment.metrics import (
+    FAILURE,
+    Ranks,
+    choices,
+    evaluate,
+    gains,
+    grouped_srocc,
+    known_truth,
+    logistic,
+    moment_plcc,
+    moments,
+    pair_balance,
+    single_best,
+    views,
+    weighted_auroc,
+    weighted_aurc,
+    weighted_srocc,
+)
 from ..quality.model import QualityModel
 from ..tables.store import read_published
 
-# %% ../../nbs/80_bench.protocol.ipynb #544bb617
+# %% ../../nbs/80_bench.protocol.ipynb #b3ca387e
 def scene_folds(table: pd.DataFrame, k: int = 5, seed: int = 0) -> np.ndarray: # (len(table),) 0..k-1
     "Deal scenes into folds, dataset by dataset; another seed deals them differently."
-    images, out = table.drop_duplicates('image_id'), pd.Series(0, index=table.image_id.unique())
+    images = table.drop_duplicates('image_id')
+    out = pd.Series(0, index=table.image_id.unique())
     for name, part in images.groupby('dataset', observed=True):
         scenes, at, sizes = np.unique(part.scene.to_numpy(str), return_inverse=True, return_counts=True)
         n = min(k, len(scenes))
-        if n < 2: raise Incompatible(f'cannot cross-validate {name}', f'found {len(scenes)} scene and {k} folds, expected two or more', 'add scenes, or leave this dataset out')
+        if n < 2:
+            raise Incompatible(
+                f'cannot cross-validate {name}',
+                f'found {len(scenes)} scene and {k} folds, expected two or more',
+                'add scenes, or leave this dataset out',
+            )
         out[part.image_id] = _deal(sizes, n, np.random.default_rng([seed, *str(name).encode()]))[at]
     return out[table.image_id].to_numpy()
 
 
 def _deal(sizes, k, rng): # (S,) images in each scene -> (S,) fold
-    fold, filled = np.zeros(len(sizes), int), np.zeros(k)
+    fold = np.zeros(len(sizes), int)
+    filled = np.zeros(k)
     for scene in np.argsort(-sizes * rng.uniform(0.1, 1, len(sizes))):
         fold[scene] = filled.argmin()
         filled[fold[scene]] += sizes[scene]
     return rng.permutation(k)[fold]
 
-# %% ../../nbs/80_bench.protocol.ipynb #571d4ec2
+# %% ../../nbs/80_bench.protocol.ipynb #1225ba97
 LABELS = ['oa', 'miou', 'mf1', 'n_valid', 'confusion'] # what a predictor must not see
 
 
@@ -54,10 +87,14 @@ def cross_predict(
 ) -> pd.DataFrame: # predicted OA, one column an estimator
     "Predict every row by models fitted on the other folds, without showing them its labels."
     from joblib import Parallel, delayed
-    jobs, light = [(name, cell) for name in estimators for cell in _cells(fold)], table.drop(columns='confusion', errors='ignore')
-    results = Parallel(workers, return_as='generator')(delayed(_predict_cell)(estimators[name], light, *_sides(fold, cell)) for name, cell in jobs)
+    jobs = [(name, cell) for name in estimators for cell in _cells(fold)]
+    light = table.drop(columns='confusion', errors='ignore')
+    results = Parallel(workers, return_as='generator')(
+        delayed(_predict_cell)(estimators[name], light, *_sides(fold, cell)) for name, cell in jobs
+    )
     out = pd.DataFrame(np.nan, index=table.index, columns=list(estimators))
-    for (name, cell), values in zip(jobs, progress(results, 'comparing predictors', len(jobs), 'fit')): out.loc[_sides(fold, cell)[0], name] = values
+    for (name, cell), values in zip(jobs, progress(results, 'comparing predictors', len(jobs), 'fit')):
+        out.loc[_sides(fold, cell)[0], name] = values
     return out
 
 
@@ -75,11 +112,14 @@ def _sides(fold, cell): # (n,) bool three times: rows to predict, rows on show, 
 def _predict_cell(estimator, table, test, shown, train):
     import torch
     from sklearn.base import clone
-    torch.set_num_threads(1)                                           # faster than two for networks this small
+    # faster than two for networks this small
+    torch.set_num_threads(1)
     model = clone(estimator).fit(table[train].reset_index(drop=True))
-    return np.asarray(model.predict(table[shown].drop(columns=LABELS, errors='ignore').reset_index(drop=True)), float)[test[shown]]
+    return np.asarray(
+        model.predict(table[shown].drop(columns=LABELS, errors='ignore').reset_index(drop=True)), float
+    )[test[shown]]
 
-# %% ../../nbs/80_bench.protocol.ipynb #dd338db8
+# %% ../../nbs/80_bench.protocol.ipynb #60a89d89
 def holdout_folds(
     table: pd.DataFrame, # an SQED table
     by: str = 'dataset', # column left out one value at a time: 'dataset', 'method' ...
@@ -89,11 +129,14 @@ def holdout_folds(
     "Give folds that leave out one value of a column at a time, and its scenes."
     if by not in table: raise unknown('column', by, table.columns)
     code, names = pd.factorize(table[by].astype(str), sort=True)
-    if len(names) < 2: raise Incompatible(f'cannot leave out a {by}', f'found only {", ".join(names)}', f'add rows of another {by}')
+    if len(names) < 2:
+        raise Incompatible(
+            f'cannot leave out a {by}', f'found only {", ".join(names)}', f'add rows of another {by}'
+        )
     whole = table.groupby(['dataset', 'scene'], observed=True)[by].nunique().max() == 1
     return code if whole else np.stack([scene_folds(table, k, seed), code], 1)
 
-# %% ../../nbs/80_bench.protocol.ipynb #12c3137c
+# %% ../../nbs/80_bench.protocol.ipynb #69ba2f6c
 RS_SQA = 'RS-SQA'
 VIEWS = ('srocc_image', 'srocc_dataset', 'plcc_dataset', 'mae', 'top1', 'regret', 'gap_closed')
 
@@ -106,7 +149,9 @@ def predictors(
     **ours, # parameters of QualityModel
 ) -> dict: # name -> unfitted estimator
     "List RS-SQA and every baseline that can be tried on a table."
-    return {RS_SQA: QualityModel(store=store, semantic=semantic, intermediate=bool(store), seed=seed, **ours)} | baselines(table, store, semantic, seed)
+    return {
+        RS_SQA: QualityModel(store=store, semantic=semantic, intermediate=bool(store), seed=seed, **ours)
+    } | baselines(table, store, semantic, seed)
 
 
 def measure(
@@ -118,20 +163,23 @@ def measure(
 ) -> dict:
     "Measure out-of-fold predictions in all views."
     ok = np.isfinite(table.oa.to_numpy(float)) & np.isfinite(np.asarray(predicted, float))
-    if not ok.any(): raise SchemaError('cannot measure', 'found no row with both oa and predicted', 'predict first')
+    if not ok.any():
+        raise SchemaError('cannot measure', 'found no row with both oa and predicted', 'predict first')
     told = table.assign(predicted=np.asarray(predicted, float))[ok]
     fold = _columns(fold)[ok, 0]
     return _facts(told, _chosen(told, fold, _rivals(told, fold, train)), threshold)
 
 
-def _facts(told, chosen, threshold): return views(told, threshold) | gains(chosen) | dict(n_rows=len(told), n_images=told.image_id.nunique())
+def _facts(told, chosen, threshold):
+    return views(told, threshold) | gains(chosen) | dict(n_rows=len(told), n_images=told.image_id.nunique())
 
 
 def _rivals(table, fold, train=None): # fold -> single best of its training rows
     return {k: single_best(table[fold != k] if train is None else train) for k in np.unique(fold)}
 
 
-def _chosen(told, fold, rivals): return pd.concat([choices(told[fold == k], best) for k, best in rivals.items()])
+def _chosen(told, fold, rivals):
+    return pd.concat([choices(told[fold == k], best) for k, best in rivals.items()])
 
 
 def compare(
@@ -145,12 +193,20 @@ def compare(
     **ours, # parameters of QualityModel
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # measures (one row a predictor), predictions (one column a predictor)
     "Cross-predict with RS-SQA and every baseline, and measure them alike."
-    fold, tried = scene_folds(table, k, seed), predictors(table, store, semantic, seed, **ours) | (extra or {})
+    fold = scene_folds(table, k, seed)
+    tried = predictors(table, store, semantic, seed, **ours) | (extra or {})
     predicted = cross_predict(tried, table, fold, workers)
-    return pd.DataFrame({name: measure(table, predicted[name], fold) for name in tried}).T.rename_axis('predictor'), predicted
+    return pd.DataFrame({name: measure(table, predicted[name], fold) for name in tried}).T.rename_axis(
+        'predictor'
+    ), predicted
 
-# %% ../../nbs/80_bench.protocol.ipynb #e9ec57cc
-CLAIMS = (('srocc_dataset', 'within-dataset SROCC', 1), ('srocc_image', 'within-image SROCC', 1), ('mae', 'MAE', -1), ('gap_closed', 'gap closed', 1))
+# %% ../../nbs/80_bench.protocol.ipynb #e6139d32
+CLAIMS = (
+    ('srocc_dataset', 'within-dataset SROCC', 1),
+    ('srocc_image', 'within-image SROCC', 1),
+    ('mae', 'MAE', -1),
+    ('gap_closed', 'gap closed', 1),
+)
 
 
 def comparison_summary(
@@ -158,17 +214,24 @@ def comparison_summary(
     ours: str = RS_SQA, # row that is compared with the others
 ) -> str:
     "Say in a sentence or two whether RS-SQA beats the strongest baseline."
-    rest, said = board.drop(index=ours), []
+    rest = board.drop(index=ours)
+    said = []
     for column, words, better in CLAIMS:
         value = float(board[column][ours])
         if np.isnan(value) or rest[column].isna().all(): continue
         best = (better * rest[column].astype(float)).idxmax()
         theirs = float(rest[column][best])
-        word = 'level with' if abs(value - theirs) < 0.0005 else 'ahead of' if better * (value - theirs) > 0 else 'behind'
+        word = (
+            'level with'
+            if abs(value - theirs) < 0.0005
+            else 'ahead of'
+            if better * (value - theirs) > 0
+            else 'behind'
+        )
         said.append(f'{words} {value:.3f}, {word} {best} ({theirs:.3f})')
     return f'{ours}: ' + '; '.join(said) + '.'
 
-# %% ../../nbs/80_bench.protocol.ipynb #ce47b9d0
+# %% ../../nbs/80_bench.protocol.ipynb #f15167c7
 KEYS = ['image_id', 'method', 'seed', 'fold']
 
 
@@ -186,16 +249,34 @@ def run(
         with TemporaryDirectory() as tmp: return run(table, make, k, seeds, tmp, by, workers)
     table = table.drop(columns='confusion', errors='ignore').reset_index(drop=True)
     folds = {s: scene_folds(table, k, s) if by == 'scene' else holdout_folds(table, by, k, s) for s in seeds}
-    plan, out = _plan(table, make, folds, Path(folder)), {s: table[KEYS[:2]].assign(seed=s, fold=_columns(folds[s])[:, 0]) for s in seeds}
+    plan = _plan(table, make, folds, Path(folder))
+    out = {s: table[KEYS[:2]].assign(seed=s, fold=_columns(folds[s])[:, 0]) for s in seeds}
     for (seed, name, sides), values in _filled(plan, table, workers): out[seed].loc[sides[0], name] = values
     return pd.concat(out.values(), ignore_index=True)
 
 
 def _plan(table, make, folds, folder): # [(seed, name, estimator, sides, file)]
     from rssqa import __version__
-    known = digest(__version__, list(table.columns), pd.util.hash_pandas_object(table.apply(lambda c: c.astype(str) if c.dtype == object else c), index=False).to_numpy())
-    return [(s, name, e, sides := _sides(fold, cell), folder/f'{_slug(name)}.seed{s}.fold{"-".join(map(str, cell))}.{digest(known, _identity(e), *sides)}.parquet')
-            for s, fold in folds.items() for name, e in make(s).items() for cell in _cells(fold)]
+    known = digest(
+        __version__,
+        list(table.columns),
+        pd.util.hash_pandas_object(
+            table.apply(lambda c: c.astype(str) if c.dtype == object else c), index=False
+        ).to_numpy(),
+    )
+    return [
+        (
+            s,
+            name,
+            e,
+            sides := _sides(fold, cell),
+            folder
+            / f'{_slug(name)}.seed{s}.fold{"-".join(map(str, cell))}.{digest(known, _identity(e), *sides)}.parquet',
+        )
+        for s, fold in folds.items()
+        for name, e in make(s).items()
+        for cell in _cells(fold)
+    ]
 
 
 def _slug(name): return re.sub(r'\W+', '-', name).strip('-')[:40]
@@ -212,13 +293,15 @@ def _filled(plan, table, workers): # yields ((seed, name, sides), values) for ev
     todo = [i for i, values in enumerate(found) if values is None]
     if len(todo) < len(plan): say(f'{len(plan) - len(todo)} of {len(plan)} fits are done already')
     jobs = (delayed(_fit_cell)(i, plan[i][2], table, plan[i][3], plan[i][4]) for i in todo)
-    for i, values in progress(Parallel(workers, return_as='generator_unordered')(jobs), 'fitting', len(todo), 'fit'): found[i] = values
+    for i, values in progress(Parallel(workers, return_as='generator_unordered')(jobs), 'fitting', len(todo), 'fit'):
+        found[i] = values
     yield from (((seed, name, sides), values) for (seed, name, _, sides, _), values in zip(plan, found))
 
 
 def _fit_cell(i, estimator, table, sides, path):
     values = _predict_cell(estimator, table, *sides)
-    with atomic(path) as tmp: table.loc[sides[0], KEYS[:2]].assign(predicted=values).to_parquet(tmp, index=False)
+    with atomic(path) as tmp:
+        table.loc[sides[0], KEYS[:2]].assign(predicted=values).to_parquet(tmp, index=False)
     return i, values
 
 
@@ -227,7 +310,7 @@ def _read_cell(path, rows): # (rows,) or None; a damaged file counts as missing
     except (OSError, ValueError, KeyError): return None
     return values if len(values) == rows else None
 
-# %% ../../nbs/80_bench.protocol.ipynb #a1cb488b
+# %% ../../nbs/80_bench.protocol.ipynb #eeb90ef5
 def save_predictions(
     predictions: pd.DataFrame, # from run
     path, # of a parquet file
@@ -239,18 +322,30 @@ def save_predictions(
 
 def load_predictions(path) -> pd.DataFrame:
     "Read predictions written by save_predictions."
-    if not Path(path).exists(): raise DataNotFound(f'no predictions {path}', '', 'make them with run and save_predictions')
+    if not Path(path).exists():
+        raise DataNotFound(f'no predictions {path}', '', 'make them with run and save_predictions')
     try: return _checked(read_published(path), path)
-    except OSError as e: raise SchemaError(f'cannot read {path}', str(e).splitlines()[0], 'write it again with save_predictions') from e
+    except OSError as e:
+        raise SchemaError(
+            f'cannot read {path}', str(e).splitlines()[0], 'write it again with save_predictions'
+        ) from e
 
 
 def _checked(predictions, name):
     lost = [c for c in KEYS if c not in predictions]
-    if lost or not len(predictions.columns.difference(KEYS)): raise SchemaError(f'{name} are no predictions', f'found columns {", ".join(map(str, predictions))}', 'make them with run')
-    if predictions.duplicated(KEYS[:3]).any(): raise SchemaError(f'{name} are no predictions', 'found a second row for one (image_id, method, seed)', 'keep one')
+    if lost or not len(predictions.columns.difference(KEYS)):
+        raise SchemaError(
+            f'{name} are no predictions',
+            f'found columns {", ".join(map(str, predictions))}',
+            'make them with run',
+        )
+    if predictions.duplicated(KEYS[:3]).any():
+        raise SchemaError(
+            f'{name} are no predictions', 'found a second row for one (image_id, method, seed)', 'keep one'
+        )
     return predictions
 
-# %% ../../nbs/80_bench.protocol.ipynb #e3252cac
+# %% ../../nbs/80_bench.protocol.ipynb #6501c242
 def leaderboard(
     table: pd.DataFrame, # an SQED table
     predictions: pd.DataFrame, # from run
@@ -271,32 +366,62 @@ def by_group(
     "Measure predictions in all views within each group, averaged over seeds."
     by = [by] if isinstance(by, str) else list(by)
     table, parts = _aligned(table, predictions)
-    rows = [key | dict(predictor=name) | row for fold, told in parts for rivals in [_rivals(table, fold, train)] for name in told
-            for key, row in _group_facts(table.assign(predicted=told[name]), fold, rivals, by, threshold)]
+    rows = [
+        key | dict(predictor=name) | row
+        for fold, told in parts
+        for rivals in [_rivals(table, fold, train)]
+        for name in told
+        for key, row in _group_facts(table.assign(predicted=told[name]), fold, rivals, by, threshold)
+    ]
     return pd.DataFrame(rows).groupby([*by, 'predictor'], sort=False).mean().dropna(axis=1, how='all')
 
 
 def _group_facts(told, fold, rivals, by, threshold): # yields ({column: value}, measures)
-    chosen, whole = _chosen(told, fold, rivals), not by or told.groupby('image_id')[by].nunique().max(axis=None) == 1
+    chosen = _chosen(told, fold, rivals)
+    whole = not by or told.groupby('image_id')[by].nunique().max(axis=None) == 1
     for key, part in told.groupby(by, observed=True) if by else [((), told)]:
         yield dict(zip(by, key)), _facts(part, chosen[chosen.index.isin(part.image_id) & whole], threshold)
 
 
 def _aligned(table, predictions): # the table's labelled rows, and for each seed (fold, predictions) of the same rows
-    table, names = table[np.isfinite(table.oa.to_numpy(float))].reset_index(drop=True), predictions.columns.difference(KEYS, sort=False)
+    table = table[np.isfinite(table.oa.to_numpy(float))].reset_index(drop=True)
+    names = predictions.columns.difference(KEYS, sort=False)
     key = lambda t: pd.MultiIndex.from_frame(t[KEYS[:2]].astype(str))
-    parts, wanted = [], key(table)
+    parts = []
+    wanted = key(table)
     for seed, part in _checked(predictions, 'these').groupby('seed'):
         at = key(part).get_indexer(wanted)
         told = part[names].iloc[at].reset_index(drop=True)
         if lost := int(((at < 0) | ~np.isfinite(told.to_numpy(float)).all(1)).sum()):
-            raise SchemaError('predictions and table do not match', f'found no prediction of seed {seed} for {lost} of {len(table)} rows', 'predict this very table, with every predictor')
+            raise SchemaError(
+                'predictions and table do not match',
+                f'found no prediction of seed {seed} for {lost} of {len(table)} rows',
+                'predict this very table, with every predictor',
+            )
         parts.append((part.fold.to_numpy()[at], told))
     return table, parts
 
-# %% ../../nbs/80_bench.protocol.ipynb #dd929785
-DIRECTION = dict(srocc_image=1, srocc_dataset=1, srocc_method=1, plcc_dataset=1, plcc_fitted_dataset=1, krocc_dataset=1, srocc=1, plcc=1, plcc_fitted=1, krocc=1, mae=-1, rmse=-1, aurc=-1,
-              failure_auroc=1, top1=1, top1_tie=1, regret=-1, gap_closed=1) # +1: higher is better
+# %% ../../nbs/80_bench.protocol.ipynb #66343d50
+DIRECTION = dict(
+    srocc_image=1,
+    srocc_dataset=1,
+    srocc_method=1,
+    plcc_dataset=1,
+    plcc_fitted_dataset=1,
+    krocc_dataset=1,
+    srocc=1,
+    plcc=1,
+    plcc_fitted=1,
+    krocc=1,
+    mae=-1,
+    rmse=-1,
+    aurc=-1,
+    failure_auroc=1,
+    top1=1,
+    top1_tie=1,
+    regret=-1,
+    gap_closed=1,
+)  # +1: higher is better
 
 
 def bootstrap(
@@ -313,69 +438,129 @@ def bootstrap(
 ) -> pd.DataFrame: # index (predictor, measure): value, low, high, delta, delta_low, delta_high (ours less predictor), better (share of draws in which ours is), unit, units, fewest (units of a dataset), draws, failure_below
     "Measure predictors, and ours against each, with intervals from paired draws of scenes."
     if unit not in ('scene', 'image'): raise unknown('unit', unit, ['scene', 'image'])
-    table = table.assign(unit=table.scene if unit == 'scene' else table.image_id).astype(dict(dataset=str, unit=str)).sort_values(['dataset', 'unit', 'image_id', 'method'])
+    table = (
+        table.assign(unit=table.scene if unit == 'scene' else table.image_id)
+        .astype(dict(dataset=str, unit=str))
+        .sort_values(['dataset', 'unit', 'image_id', 'method'])
+    )
     table, parts = _aligned(table, predictions)
     if lost := [m for m in measures if m not in DIRECTION]: raise unknown('measure', lost[0], list(DIRECTION))
-    mine, measures = [ours] if isinstance(ours, str) else list(ours), [m for m in DIRECTION if m in measures]
+    mine = [ours] if isinstance(ours, str) else list(ours)
+    measures = [m for m in DIRECTION if m in measures]
     names = list(dict.fromkeys([*mine, *(parts[0][1] if rivals is None else rivals)]))
-    if lost := [name for name in names if name not in parts[0][1]]: raise unknown('predictor', lost[0], list(parts[0][1]))
+    if lost := [name for name in names if name not in parts[0][1]]:
+        raise unknown('predictor', lost[0], list(parts[0][1]))
     sheet = BootstrapTable(table, n, seed, threshold)
-    told = [(t[name].to_numpy(float), _chosen(table.assign(predicted=t[name]), fold, rivals)) for fold, t in parts for rivals in [_rivals(table, fold, train)] for name in names]
+    told = [
+        (t[name].to_numpy(float), _chosen(table.assign(predicted=t[name]), fold, rivals))
+        for fold, t in parts
+        for rivals in [_rivals(table, fold, train)]
+        for name in names
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)                # a mean over no group is NaN
-        draws = np.nanmean(np.reshape(sheet.measure(told, measures), (len(parts), len(names), len(measures), n + 1)), 0)
-        found = pd.concat([_intervals(draws, names, names.index(o), measures).assign(**({} if isinstance(ours, str) else dict(ours=o))) for o in mine])
-        return found.assign(unit=unit, units=len(sheet.strata), fewest=np.bincount(sheet.strata).min(), draws=n, failure_below=threshold)
+        draws = np.nanmean(
+            np.reshape(sheet.measure(told, measures), (len(parts), len(names), len(measures), n + 1)), 0
+        )
+        found = pd.concat(
+            [
+                _intervals(draws, names, names.index(o), measures).assign(
+                    **({} if isinstance(ours, str) else dict(ours=o))
+                )
+                for o in mine
+            ]
+        )
+        return found.assign(
+            unit=unit,
+            units=len(sheet.strata),
+            fewest=np.bincount(sheet.strata).min(),
+            draws=n,
+            failure_below=threshold,
+        )
 
 
 def _intervals(draws, names, ours, measures): # (P,M,1+n), the first column measured on all rows
-    ends, gap, sign = (2.5, 97.5), draws[ours] - draws, np.array([DIRECTION[m] for m in measures])[:, None]
+    ends = (2.5, 97.5)
+    gap = draws[ours] - draws
+    sign = np.array([DIRECTION[m] for m in measures])[:, None]
     gap[ours] = np.nan
     ahead = (np.sign(gap) * sign + 1) / 2
-    columns = dict(value=draws[..., 0], low=0, high=0, delta=gap[..., 0], delta_low=0, delta_high=0, better=np.nanmean(ahead[..., 1:], -1))
+    columns = dict(
+        value=draws[..., 0],
+        low=0,
+        high=0,
+        delta=gap[..., 0],
+        delta_low=0,
+        delta_high=0,
+        better=np.nanmean(ahead[..., 1:], -1),
+    )
     columns['low'], columns['high'] = np.nanpercentile(draws[..., 1:], ends, axis=-1)
     columns['delta_low'], columns['delta_high'] = np.nanpercentile(gap[..., 1:], ends, axis=-1)
     index = pd.MultiIndex.from_product([names, measures], names=['predictor', 'measure'])
     return pd.DataFrame({k: v.ravel() for k, v in columns.items()}, index)
 
-# %% ../../nbs/80_bench.protocol.ipynb #3c612dc2
-def _first(codes): return np.flatnonzero(np.diff(codes, prepend=-1) > 0) # where each value of an ascending column begins
+# %% ../../nbs/80_bench.protocol.ipynb #f20a0c05
+def _first(codes):  # where each value of an ascending column begins
+    return np.flatnonzero(np.diff(codes, prepend=-1) > 0)
 
 
-RANKED = dict(srocc_dataset=0, srocc_method=1, srocc=2, failure_auroc=2, aurc=2) # which grouping each needs: dataset, dataset and method, none
+# which grouping each needs: dataset, dataset and method, none
+RANKED = dict(srocc_dataset=0, srocc_method=1, srocc=2, failure_auroc=2, aurc=2)
 
 
 class BootstrapTable:
     "A table laid out so that a draw is one weight for each unit."
     def __init__(self, table, n, seed, threshold):
-        self.y, self.bad = table.oa.to_numpy(float), table.oa.to_numpy(float) < threshold
-        self.dataset, self.unit, self.image = (pd.factorize(pd.MultiIndex.from_frame(table[by]))[0] for by in (['dataset'], ['dataset', 'unit'], ['image_id']))
-        self.images, self.at, self.home = table.image_id.to_numpy()[_first(self.image)], _first(self.unit), self.unit[_first(self.image)]
-        self.strata = self.dataset[self.at]                                            # (U,) dataset of a unit
+        self.y = table.oa.to_numpy(float)
+        self.bad = table.oa.to_numpy(float) < threshold
+        self.dataset, self.unit, self.image = (
+            pd.factorize(pd.MultiIndex.from_frame(table[by]))[0]
+            for by in (['dataset'], ['dataset', 'unit'], ['image_id'])
+        )
+        self.images, self.at, self.home = (
+            table.image_id.to_numpy()[_first(self.image)],
+            _first(self.unit),
+            self.unit[_first(self.image)],
+        )
+        # (U,) dataset of a unit
+        self.strata = self.dataset[self.at]
         method = table.groupby(['dataset', 'method'], observed=True).ngroup().to_numpy()
-        self.order = np.argsort(method, kind='stable')                                 # rows of one dataset and method together
+        # rows of one dataset and method together
+        self.order = np.argsort(method, kind='stable')
         self.groups = [self.dataset, method[self.order], np.zeros(len(table), int)]
         self.times = _times(self.strata, n, np.random.default_rng(seed))               # (1+n,U)
 
     def measure(self, told, measures=tuple(DIRECTION), chunk=32): # [(predicted, choices)] -> (len(told),M,1+n)
-        out, wanted = [self.sums(s, chosen) for s, chosen in told], [m for m in RANKED if m in measures]
-        if {'krocc', 'krocc_dataset'} & set(measures): out = [o | self.kendall(s) for o, (s, _) in zip(out, told)]
+        out = [self.sums(s, chosen) for s, chosen in told]
+        wanted = [m for m in RANKED if m in measures]
+        if {'krocc', 'krocc_dataset'} & set(measures):
+            out = [o | self.kendall(s) for o, (s, _) in zip(out, told)]
         if wanted:
             views = sorted({RANKED[m] for m in wanted})
-            truth, ready = self.ranks(self.y, views), [self.ranks(s, views) for s, _ in told]
-            ranked = [self.ranked(truth, ready, self.times[i:i+chunk].T[self.unit], wanted) for i in progress(range(0, len(self.times), chunk), 'resampling', unit='chunk', leave=False)]
+            truth = self.ranks(self.y, views)
+            ready = [self.ranks(s, views) for s, _ in told]
+            ranked = [
+                self.ranked(truth, ready, self.times[i : i + chunk].T[self.unit], wanted)
+                for i in progress(range(0, len(self.times), chunk), 'resampling', unit='chunk', leave=False)
+            ]
             out = [o | dict(zip(wanted, r)) for o, r in zip(out, np.concatenate(ranked, -1))]
         return [[o[m] for m in measures] for o in out]
 
     def ranks(self, s, views): return {v: Ranks((s, s[self.order], s)[v], self.groups[v]) for v in views}
 
     def ranked(self, truth, ready, w, wanted): # (n,B) -> (len(ready),len(wanted),B)
-        weights, bad, risk, out = (w, w[self.order], w), w * self.bad[:, None], w * (1 - self.y)[:, None], []
+        weights = (w, w[self.order], w)
+        bad = w * self.bad[:, None]
+        risk = w * (1 - self.y)[:, None]
+        out = []
         known = {v: known_truth(r, weights[v]) for v, r in truth.items()}
         for mine in ready:
             upto = {v: r.totals(weights[v]) for v, r in mine.items()}
             corr = lambda v: np.nanmean(weighted_srocc(truth[v], mine[v], weights[v], upto[v], known[v]), 0)
-            found = dict(failure_auroc=lambda v: weighted_auroc(bad, mine[v], upto[v]), aurc=lambda v: weighted_aurc(risk, mine[v], upto[v]))
+            found = dict(
+                failure_auroc=lambda v: weighted_auroc(bad, mine[v], upto[v]),
+                aurc=lambda v: weighted_aurc(risk, mine[v], upto[v]),
+            )
             out.append([found.get(m, corr)(RANKED[m]) for m in wanted])
         return np.array(out)
 
@@ -386,24 +571,46 @@ class BootstrapTable:
 
     def plcc(self, s, group): # mean over groups of units
         centred = [v - (np.bincount(group, v) / np.bincount(group))[group] for v in (self.y, s)]
-        m, of = np.add.reduceat(moments(*centred), self.at), group[self.at]
+        m = np.add.reduceat(moments(*centred), self.at)
+        of = group[self.at]
         return np.nanmean([moment_plcc(self.times[:, of == g] @ m[of == g]) for g in np.unique(of)], 0)
 
     def sums(self, s, chosen):
-        if chosen.regret_single.isna().any(): chosen = chosen.assign(regret_single=np.nan)     # the rival has no rows somewhere
-        chosen, one = chosen.reindex(self.images), np.zeros(len(s), int)
-        fitted = np.concatenate([logistic(self.y[self.dataset == d], s[self.dataset == d]) for d in np.unique(self.dataset)])
-        image, top = grouped_srocc(self.y, s, self.image), {c: self.mean(chosen[c].to_numpy(float), self.home) for c in ('top1', 'top1_tie', 'regret', 'regret_single')}
+        if chosen.regret_single.isna().any():  # the rival has no rows somewhere
+            chosen = chosen.assign(regret_single=np.nan)
+        chosen = chosen.reindex(self.images)
+        one = np.zeros(len(s), int)
+        fitted = np.concatenate(
+            [logistic(self.y[self.dataset == d], s[self.dataset == d]) for d in np.unique(self.dataset)]
+        )
+        image = grouped_srocc(self.y, s, self.image)
+        top = {
+            c: self.mean(chosen[c].to_numpy(float), self.home)
+            for c in ('top1', 'top1_tie', 'regret', 'regret_single')
+        }
         single = top.pop('regret_single')
-        return top | dict(srocc_image=self.mean(image, self.home), mae=self.mean(np.abs(self.y - s), self.unit), rmse=np.sqrt(self.mean((self.y - s)**2, self.unit)),
-                          plcc=self.plcc(s, one), plcc_fitted=self.plcc(logistic(self.y, s), one), plcc_dataset=self.plcc(s, self.dataset),
-                          plcc_fitted_dataset=self.plcc(fitted, self.dataset), gap_closed=np.where(single > 0, 1 - top['regret'] / single, np.nan))
+        return top | dict(
+            srocc_image=self.mean(image, self.home),
+            mae=self.mean(np.abs(self.y - s), self.unit),
+            rmse=np.sqrt(self.mean((self.y - s) ** 2, self.unit)),
+            plcc=self.plcc(s, one),
+            plcc_fitted=self.plcc(logistic(self.y, s), one),
+            plcc_dataset=self.plcc(s, self.dataset),
+            plcc_fitted_dataset=self.plcc(fitted, self.dataset),
+            gap_closed=np.where(single > 0, 1 - top['regret'] / single, np.nan),
+        )
 
     def kendall(self, s):
-        a, b = Ranks(self.y), Ranks(s)
+        a = Ranks(self.y)
+        b = Ranks(s)
         if not hasattr(self, 'untied'): self.untied = pair_balance(a, a, self.unit)
         tables = [pair_balance(a, b, self.unit), self.untied, pair_balance(b, b, self.unit)]
-        return dict(krocc=self.tau(tables, slice(None)), krocc_dataset=np.nanmean([self.tau(tables, np.flatnonzero(self.strata == d)) for d in np.unique(self.strata)], 0))
+        return dict(
+            krocc=self.tau(tables, slice(None)),
+            krocc_dataset=np.nanmean(
+                [self.tau(tables, np.flatnonzero(self.strata == d)) for d in np.unique(self.strata)], 0
+            ),
+        )
 
     def tau(self, tables, units): # of the rows in some units
         w = self.times[:, units]
@@ -418,7 +625,7 @@ def _times(strata, n, rng): # (1+n,U) how often each unit is drawn: all once, th
         out[1:, at] = rng.multinomial(len(at), np.full(len(at), 1 / len(at)), n)
     return out
 
-# %% ../../nbs/80_bench.protocol.ipynb #c718f672
+# %% ../../nbs/80_bench.protocol.ipynb #70fd84f9
 def transfer(
     estimators: dict, # name -> anything with fit(table) and predict(table)
     train: pd.DataFrame, # an SQED table to fit on
@@ -428,15 +635,24 @@ def transfer(
     "Fit on one table, predict and measure another."
     from joblib import Parallel, delayed
     places = [set(zip(t.dataset.astype(str), t.scene.astype(str))) for t in (train, test)]
-    if torn := sorted(places[0] & places[1]): raise LeakError('the tables cannot be kept apart', f'found {len(torn)} scenes in both, such as {"/".join(torn[0])}', 'leave them out of one')
+    if torn := sorted(places[0] & places[1]):
+        raise LeakError(
+            'the tables cannot be kept apart',
+            f'found {len(torn)} scenes in both, such as {"/".join(torn[0])}',
+            'leave them out of one',
+        )
     both = pd.concat([train, test], ignore_index=True).drop(columns='confusion', errors='ignore')
     sides = _sides(np.repeat([0, 1], [len(train), len(test)]), (1,))
-    results = Parallel(workers, return_as='generator')(delayed(_predict_cell)(e, both, *sides) for e in estimators.values())
+    results = Parallel(workers, return_as='generator')(
+        delayed(_predict_cell)(e, both, *sides) for e in estimators.values()
+    )
     told = dict(zip(estimators, progress(results, 'predicting elsewhere', len(estimators), 'fit')))
-    board = pd.DataFrame({name: evaluate(test.assign(predicted=values), train) for name, values in told.items()}).T.rename_axis('predictor')
+    board = pd.DataFrame(
+        {name: evaluate(test.assign(predicted=values), train) for name, values in told.items()}
+    ).T.rename_axis('predictor')
     return board, test[KEYS[:2]].assign(seed=0, fold=0, **told).reset_index(drop=True)
 
-# %% ../../nbs/80_bench.protocol.ipynb #e8065ffa
+# %% ../../nbs/80_bench.protocol.ipynb #b61a935b
 def save_results(
     board: pd.DataFrame, # measures, from compare, leaderboard, by_group, bootstrap or transfer
     path, # of a CSV file
@@ -449,9 +665,16 @@ def save_results(
     "Write the measures with their protocol, data, seed, version, commit and command."
     from rssqa import __version__
     seed = seed if isinstance(seed, (Number, str)) else ' '.join(map(str, seed))
-    facts = dict(protocol=protocol, data=data, seed=seed) | ids | dict(rssqa=__version__, commit=commit(), command=command)
+    facts = (
+        dict(protocol=protocol, data=data, seed=seed)
+        | ids
+        | dict(rssqa=__version__, commit=commit(), command=command)
+    )
     rounded = board.map(lambda v: round(float(v), 5) if isinstance(v, Number) else v)
-    with atomic(path) as tmp: rounded.assign(**{k: v for k, v in facts.items() if k not in (*board, *board.index.names)}).to_csv(tmp)
+    with atomic(path) as tmp:
+        rounded.assign(**{k: v for k, v in facts.items() if k not in (*board, *board.index.names)}).to_csv(
+            tmp
+        )
     return Path(path)
 
 
@@ -467,7 +690,9 @@ def commit() -> str:
     git = lambda *a: subprocess.run(['git', '-C', str(Path(here).parent), *a], capture_output=True, text=True)
     head = git('rev-parse', '--short=12', 'HEAD')
     if head.returncode: return ''
-    return head.stdout.strip() + ('+' if git('status', '--porcelain', '--untracked-files=no').stdout.strip() else '')
+    return head.stdout.strip() + (
+        '+' if git('status', '--porcelain', '--untracked-files=no').stdout.strip() else ''
+    )
 
 
 def machine(device: str = 'cpu') -> str:
@@ -475,5 +700,12 @@ def machine(device: str = 'cpu') -> str:
     import os, platform, torch
     if device.startswith('cuda'): return torch.cuda.get_device_name(device)
     info = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').is_file() else ''
-    widest = next((name for flag, name in dict(amx_bf16='AMX', avx512f='AVX-512', avx2='AVX2').items() if f' {flag} ' in info), platform.machine())
+    widest = next(
+        (
+            name
+            for flag, name in dict(amx_bf16='AMX', avx512f='AVX-512', avx2='AVX2').items()
+            if f' {flag} ' in info
+        ),
+        platform.machine(),
+    )
     return f'processor with {widest}, {os.cpu_count()} cores'

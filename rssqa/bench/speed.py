@@ -36,7 +36,7 @@ from ..tables.sqed import build_sqed, label_free_columns, features_table
 from ..tables.store import Store, extract, get_vectors, put_vectors
 from ..data.synthetic import write_scenes
 
-# %% ../../nbs/82_bench.speed.ipynb #2448f492
+# %% ../../nbs/82_bench.speed.ipynb #cbb5e238
 def in_turns(
     jobs: dict, # name -> function without arguments
     laps: int = 3,
@@ -60,9 +60,18 @@ def line(
 ) -> dict:
     "Put a value beside its baseline; the ratio says how many times better it is."
     ratio = value / baseline if unit.endswith('/s') else baseline / value
-    return dict(what=what, value=value, unit=unit, against=against, baseline=baseline, ratio=ratio, target=target, met='' if np.isnan(target) else 'yes' if ratio >= target else 'no')
+    return dict(
+        what=what,
+        value=value,
+        unit=unit,
+        against=against,
+        baseline=baseline,
+        ratio=ratio,
+        target=target,
+        met='' if np.isnan(target) else 'yes' if ratio >= target else 'no',
+    )
 
-# %% ../../nbs/82_bench.speed.ipynb #dfeeba1a
+# %% ../../nbs/82_bench.speed.ipynb #2851461a
 @dataclass(frozen=True)
 class Size:
     "How much is measured."
@@ -80,7 +89,20 @@ class Size:
     options: dict = field(default_factory=dict) # of QualityModel
 
 
-QUICK = Size('nano', ('pspnet', 'segformer'), scenes=2, side=64, plain=2, builds=1, laps=1, train=2, threads=(1,), rows=24, many=48, options=dict(epochs=2, members=1))
+QUICK = Size(
+    'nano',
+    ('pspnet', 'segformer'),
+    scenes=2,
+    side=64,
+    plain=2,
+    builds=1,
+    laps=1,
+    train=2,
+    threads=(1,),
+    rows=24,
+    many=48,
+    options=dict(epochs=2, members=1),
+)
 
 
 @contextmanager
@@ -106,15 +128,22 @@ def workplace(
 ) -> SimpleNamespace: # home, spec, tiles, fleet, threads
     "Make scenes and networks that have not seen them."
     import torch
-    home, recipe = Path(home), Recipe(size.preset, steps=2, batch=2, crop=64)
-    folder, learned = write_scenes(home/'town', 'town', size.scenes, size.side), scan(write_scenes(home/'learned', 'town', 2, 64, seed=1000))
+    home = Path(home)
+    recipe = Recipe(size.preset, steps=2, batch=2, crop=64)
+    folder = write_scenes(home/'town', 'town', size.scenes, size.side)
+    learned = scan(write_scenes(home/'learned', 'town', 2, 64, seed=1000))
     spec = folder_spec(folder)
-    fleet = manifest([train(m, learned, spec, home/'networks', recipe) for m in progress(size.methods, 'making networks', unit='network')])
+    fleet = manifest(
+        [
+            train(m, learned, spec, home / 'networks', recipe)
+            for m in progress(size.methods, 'making networks', unit='network')
+        ]
+    )
     tiles = scan(folder).assign(fold=0)
     threads = _fastest(fleet.folder[0], torch.as_tensor(read_image(tiles.iloc[0]))[None], size.threads)
     return SimpleNamespace(home=home, spec=spec, tiles=tiles, fleet=fleet, threads=threads)
 
-# %% ../../nbs/82_bench.speed.ipynb #f89101dd
+# %% ../../nbs/82_bench.speed.ipynb #9373fcf4
 def plain_sqed(
     tiles: pd.DataFrame,
     networks: dict, # method -> segmenter
@@ -124,12 +153,25 @@ def plain_sqed(
     import torch
     tables = []
     for tile in tiles.itertuples():
-        x, truth, rows, maps = torch.as_tensor(read_image(tile))[None], read_mask(tile, spec), [], []
+        x = torch.as_tensor(read_image(tile))[None]
+        truth = read_mask(tile, spec)
+        rows = []
+        maps = []
         for method, segmenter in networks.items():
-            out, mirrored = segmenter(x), segmenter(x.flip(-1)).logits.flip(-1)
-            columns = label_free(out.logits.cpu(), segmenter.temperature, mirrored.cpu()), feature_columns(out.features, out.mask, len(spec.classes), segmenter.reference)
+            out = segmenter(x)
+            mirrored = segmenter(x.flip(-1)).logits.flip(-1)
+            columns = (
+                label_free(out.logits.cpu(), segmenter.temperature, mirrored.cpu()),
+                feature_columns(out.features, out.mask, len(spec.classes), segmenter.reference),
+            )
             maps.append(out.mask[0].byte().cpu().numpy())
-            rows.append(pd.concat(columns, axis=1).assign(image_id=tile.image_id, method=method, **accuracy(confusion(truth, maps[-1], len(spec.classes)))))
+            rows.append(
+                pd.concat(columns, axis=1).assign(
+                    image_id=tile.image_id,
+                    method=method,
+                    **accuracy(confusion(truth, maps[-1], len(spec.classes))),
+                )
+            )
         tables.append(pd.concat([pd.concat(rows, ignore_index=True), agreement(np.stack(maps))], axis=1))
     return pd.concat(tables, ignore_index=True)
 
@@ -139,11 +181,12 @@ def largest_gap(
     plain: pd.DataFrame, # from plain_sqed, of some of the images
 ) -> pd.Series: # of each label-free column and oa, largest first
     "Return the largest difference in each column."
-    columns, key = [*label_free_columns(table), 'oa'], ['image_id', 'method']
+    columns = [*label_free_columns(table), 'oa']
+    key = ['image_id', 'method']
     a, b = (t.set_index(key)[columns].astype(float) for t in (table, plain))
     return (a.loc[b.index] - b).abs().max().sort_values(ascending=False)
 
-# %% ../../nbs/82_bench.speed.ipynb #60562ab7
+# %% ../../nbs/82_bench.speed.ipynb #cdd7fa94
 def _build(place): # anew: an empty store, and processes that know nothing
     place.store = Store(mkdtemp(dir=place.home))
     place.table = build_sqed(place.tiles, place.fleet, {place.spec.name: place.spec}, place.store)
@@ -156,10 +199,20 @@ def sqed_speed(
     "Time build_sqed and the plain loop."
     networks = {n.method: load_segmenter(n.folder) for n in place.fleet.itertuples()}
     def plain():
-        with _threads(place.threads): place.plain = plain_sqed(place.tiles.head(size.plain), networks, place.spec)
+        with _threads(place.threads):
+            place.plain = plain_sqed(place.tiles.head(size.plain), networks, place.spec)
     seconds = in_turns(dict(house=lambda: _build(place), plain=plain), size.builds)
     rate = {k: len(table) / seconds[k] for k, table in (('house', place.table), ('plain', place.plain))}
-    return [line(f'SQED table, {len(place.table)} rows', rate['house'], 'rows/s', f'plain loop, torch threads: {place.threads}', rate['plain'], 5)]
+    return [
+        line(
+            f'SQED table, {len(place.table)} rows',
+            rate['house'],
+            'rows/s',
+            f'plain loop, torch threads: {place.threads}',
+            rate['plain'],
+            5,
+        )
+    ]
 
 # %% ../../nbs/82_bench.speed.ipynb #1acaa7c8
 def eightfold(segmenter, x) -> float: # segmenter: Segmenter, x: (N,3,H,W) torch -> share of pixels, 0..1
@@ -172,15 +225,32 @@ def eightfold(segmenter, x) -> float: # segmenter: Segmenter, x: (N,3,H,W) torch
             maps.append(torch.rot90(logits, -turns, (2, 3)).flip(axes).max(1).indices)
     return float(torch.stack([m == maps[0] for m in maps[1:]]).float().mean())
 
-# %% ../../nbs/82_bench.speed.ipynb #b11f3daa
+# %% ../../nbs/82_bench.speed.ipynb #12544583
 def model_speed(
     place, # after sqed_speed; receives `model` and `consensus`
     size: Size = Size(),
 ) -> list[dict]:
     "Time the fit of a consensus and of a quality model on the same rows."
-    place.model, place.consensus = QualityModel(store=place.store.root, **size.options), ConsensusModel(place.store.root)
-    with _threads(1): seconds = in_turns(dict(model=lambda: place.model.fit(place.table), consensus=lambda: place.consensus.fit(place.table)), 1)
-    return [line(f'consensus model fit, {len(place.table)} rows', seconds['consensus'], 's', 'quality model, the same rows', seconds['model'])]
+    place.model, place.consensus = (
+        QualityModel(store=place.store.root, **size.options),
+        ConsensusModel(place.store.root),
+    )
+    with _threads(1):
+        seconds = in_turns(
+            dict(
+                model=lambda: place.model.fit(place.table), consensus=lambda: place.consensus.fit(place.table)
+            ),
+            1,
+        )
+    return [
+        line(
+            f'consensus model fit, {len(place.table)} rows',
+            seconds['consensus'],
+            's',
+            'quality model, the same rows',
+            seconds['model'],
+        )
+    ]
 
 
 def score_speed(
@@ -189,18 +259,35 @@ def score_speed(
 ) -> list[dict]:
     "Time a score, the segmentation it judges, and eightfold test-time augmentation; milliseconds a map."
     import torch
-    save_model(place.model, place.home/'model'); save_consensus(place.consensus.jury_, place.home/'consensus')
-    pack, image, methods = Pack(write_pack(place.home, place.fleet, consensus='consensus')), read_image(place.tiles.iloc[0]), size.methods
-    x, networks = torch.as_tensor(image)[None], [pack.segmenter(m) for m in methods]
+    save_model(place.model, place.home/'model')
+    save_consensus(place.consensus.jury_, place.home/'consensus')
+    pack = Pack(write_pack(place.home, place.fleet, consensus='consensus'))
+    image = read_image(place.tiles.iloc[0])
+    methods = size.methods
+    x = torch.as_tensor(image)[None]
+    networks = [pack.segmenter(m) for m in methods]
     rank(image, pack)                                                    # opens what is opened once
-    jobs = dict(map=lambda: [net(x) for net in networks], score=lambda: [rank(image, pack, chosen=[m]) for m in methods], cross_method=lambda: rank(image, pack),
-                views=lambda: [eightfold(net, x) for net in networks])
+    jobs = dict(
+        map=lambda: [net(x) for net in networks],
+        score=lambda: [rank(image, pack, chosen=[m]) for m in methods],
+        cross_method=lambda: rank(image, pack),
+        views=lambda: [eightfold(net, x) for net in networks],
+    )
     with _threads(place.threads): seconds = in_turns(jobs, size.laps)
     ms = {k: 1e3 * v / len(methods) for k, v in seconds.items()}
-    return [line('score of one map', ms['score'], 'ms', '8 views', ms['views'], 1), line('score of one map', ms['score'], 'ms', 'its segmentation alone', ms['map']),
-            line(f'score with cross_method, each of {len(methods)}', ms['cross_method'], 'ms', '8 views', ms['views'])]
+    return [
+        line('score of one map', ms['score'], 'ms', '8 views', ms['views'], 1),
+        line('score of one map', ms['score'], 'ms', 'its segmentation alone', ms['map']),
+        line(
+            f'score with cross_method, each of {len(methods)}',
+            ms['cross_method'],
+            'ms',
+            '8 views',
+            ms['views'],
+        ),
+    ]
 
-# %% ../../nbs/82_bench.speed.ipynb #0945f801
+# %% ../../nbs/82_bench.speed.ipynb #1352fea2
 def known_rows(
     place, # after sqed_speed, with `tables`: folder or None
 ) -> tuple[pd.DataFrame, Store, str]: # table, its store, feature table of its encoder
@@ -221,18 +308,26 @@ def enlarged(
     folder, # receives table.parquet and store/
 ) -> Path: # the folder
     "Repeat a table and its features under new names."
-    repeated = [table.assign(image_id=table.image_id + f'+{i}', scene=table.scene.astype(str) + f'+{i}') for i in range(-(-rows // len(table)))]
-    many, new = pd.concat(repeated, ignore_index=True).drop(columns='confusion', errors='ignore'), Store(Path(folder)/'store')
+    repeated = [
+        table.assign(image_id=table.image_id + f'+{i}', scene=table.scene.astype(str) + f'+{i}')
+        for i in range(-(-rows // len(table)))
+    ]
+    many = pd.concat(repeated, ignore_index=True).drop(columns='confusion', errors='ignore')
+    new = Store(Path(folder)/'store')
     many = many[many.image_id.isin(many.image_id.unique()[:rows // many.method.nunique()])]
-    copy = lambda name, ids: put_vectors(new, name, ids, get_vectors(store, name, [i.rsplit('+', 1)[0] for i in ids]))
-    for (method, fp), part in many.groupby(['method', 'method_fp'], observed=True): copy(features_table(method, fp), part.image_id)
+    copy = lambda name, ids: put_vectors(
+        new, name, ids, get_vectors(store, name, [i.rsplit('+', 1)[0] for i in ids])
+    )
+    for (method, fp), part in many.groupby(['method', 'method_fp'], observed=True):
+        copy(features_table(method, fp), part.image_id)
     if semantic: copy(semantic, many.image_id.unique())
     many.to_parquet(Path(folder)/'table.parquet', index=False)
     return Path(folder)
 
 
 def _ours(folder, semantic, options): # unfitted model, and its rows
-    table, store = pd.read_parquet(Path(folder)/'table.parquet'), str(Path(folder)/'store')
+    table = pd.read_parquet(Path(folder)/'table.parquet')
+    store = str(Path(folder)/'store')
     return predictors(table, store, semantic, **options)[RS_SQA], table
 
 
@@ -246,13 +341,17 @@ def fit_speed(
     def fit(n):
         with parallel_config(n_jobs=n): model.fit(table)
     with _threads(1): seconds = in_turns(dict(many=lambda: fit(os.cpu_count() or 1), one=lambda: fit(1)), 1)
-    return [line(f'quality model fit, {len(table):,} rows', seconds['many'], 's', 'limit', 60, 1), line(f'the same, {os.cpu_count() or 1} processes', seconds['many'], 's', '1 process', seconds['one'])]
+    return [
+        line(f'quality model fit, {len(table):,} rows', seconds['many'], 's', 'limit', 60, 1),
+        line(f'the same, {os.cpu_count() or 1} processes', seconds['many'], 's', '1 process', seconds['one']),
+    ]
 
-# %% ../../nbs/82_bench.speed.ipynb #f4d4d6ce
+# %% ../../nbs/82_bench.speed.ipynb #15945819
 def peak_mb() -> float:
     "Return the peak memory of this process."
     status = Path('/proc/self/status')
-    if status.exists() and (found := re.search(r'VmHWM:\s+(\d+) kB', status.read_text())): return int(found[1]) / 2**10
+    if status.exists() and (found := re.search(r'VmHWM:\s+(\d+) kB', status.read_text())):
+        return int(found[1]) / 2**10
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
 
@@ -268,8 +367,13 @@ def fit_peak(
 
 
 def _in_a_process(call): # the number that a call of this module gives in a fresh process
-    code, env = f'from rssqa.bench import speed; print(speed.{call})', os.environ | dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
-    return float(subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, check=True, env=env).stdout.split()[-1])
+    code = f'from rssqa.bench import speed; print(speed.{call})'
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+    return float(
+        subprocess.run(
+            [sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, check=True, env=env
+        ).stdout.split()[-1]
+    )
 
 
 def fit_memory(
@@ -277,26 +381,48 @@ def fit_memory(
     size: Size = Size(),
 ) -> list[dict]:
     "Weigh the fit of the quality model on many rows and on few."
-    semantic, peaks = known_rows(place)[2], []
+    semantic = known_rows(place)[2]
+    peaks = []
     for rows in (size.many, size.rows):
         with TemporaryDirectory(dir=place.home) as folder:
             enlarged(*known_rows(place), rows, folder)
             peaks.append(_in_a_process(f'fit_peak({folder!r}, {semantic!r})'))
-    return [line(f'peak memory of a fit, {size.many:,} rows', peaks[0], 'MB', f'the same, {size.rows:,} rows', peaks[1])]
+    return [
+        line(
+            f'peak memory of a fit, {size.many:,} rows',
+            peaks[0],
+            'MB',
+            f'the same, {size.rows:,} rows',
+            peaks[1],
+        )
+    ]
 
-# %% ../../nbs/82_bench.speed.ipynb #3d9373c7
+# %% ../../nbs/82_bench.speed.ipynb #4102289d
 def cache_speed(
     place, # from workplace
     size: Size = Size(),
 ) -> list[dict]:
     "Time vectors of all tiles computed anew, and read back."
-    encoder, store = load_encoder('clip-rs-mini', device='cpu'), Store(mkdtemp(dir=place.home))
+    encoder = load_encoder('clip-rs-mini', device='cpu')
+    store = Store(mkdtemp(dir=place.home))
     name = extract(place.tiles, encoder, store)
-    jobs = dict(anew=lambda: extract(place.tiles, encoder, Store(mkdtemp(dir=place.home))), back=lambda: get_vectors(store, name, place.tiles.image_id))
+    jobs = dict(
+        anew=lambda: extract(place.tiles, encoder, Store(mkdtemp(dir=place.home))),
+        back=lambda: get_vectors(store, name, place.tiles.image_id),
+    )
     seconds = in_turns(jobs, size.laps)
-    return [line(f'vectors of {len(place.tiles)} tiles, kept', seconds['back'] * 1e3, 'ms', 'computed anew', seconds['anew'] * 1e3, 50)]
+    return [
+        line(
+            f'vectors of {len(place.tiles)} tiles, kept',
+            seconds['back'] * 1e3,
+            'ms',
+            'computed anew',
+            seconds['anew'] * 1e3,
+            50,
+        )
+    ]
 
-# %% ../../nbs/82_bench.speed.ipynb #533b446a
+# %% ../../nbs/82_bench.speed.ipynb #b39e5806
 class _Same: # a dataset that gives one batch again and again
     def __init__(self, views, recipe):
         self.__dict__ |= {k: getattr(views, k) for k in ('spec', 'dim', 'mark')} | dict(n=len(views))
@@ -315,16 +441,53 @@ def training_speed(
     device = pick_device()
     def rate(wrap, kept=device != 'cpu'):
         encoder = load_encoder('clip-rs-mini', device='cpu', dtype='float32')
-        table = pd.DataFrame(dict(key=place.tiles.image_id, caption=place.tiles.scene.astype(str), path=[str(Path(t.root)/t.path) for t in place.tiles.itertuples()])).drop_duplicates('path')
-        recipe = ClipRecipe(steps=size.train, batch=min(len(table), 128), small=2, small_size=112, objectives=(('itc', 1.0), ('local-global', 0.5)))
-        curve = train_clip(encoder.net, wrap(CachedViews(table, recipe, encoder, device) if kept else PairViews(table, recipe, encoder), recipe), recipe, device=device)
+        table = pd.DataFrame(
+            dict(
+                key=place.tiles.image_id,
+                caption=place.tiles.scene.astype(str),
+                path=[str(Path(t.root) / t.path) for t in place.tiles.itertuples()],
+            )
+        ).drop_duplicates('path')
+        recipe = ClipRecipe(
+            steps=size.train,
+            batch=min(len(table), 128),
+            small=2,
+            small_size=112,
+            objectives=(('itc', 1.0), ('local-global', 0.5)),
+        )
+        curve = train_clip(
+            encoder.net,
+            wrap(
+                CachedViews(table, recipe, encoder, device) if kept else PairViews(table, recipe, encoder),
+                recipe,
+            ),
+            recipe,
+            device=device,
+        )
         return curve.images_s.iloc[1:].median()
-    plain, whole = rate(_Same), rate(lambda views, recipe: views)
-    return [line(f'training on {device}, with reading and cutting', whole, 'images/s', 'the same batch again and again', plain, 0.9)]
+    plain = rate(_Same)
+    whole = rate(lambda views, recipe: views)
+    return [
+        line(
+            f'training on {device}, with reading and cutting',
+            whole,
+            'images/s',
+            'the same batch again and again',
+            plain,
+            0.9,
+        )
+    ]
 
-# %% ../../nbs/82_bench.speed.ipynb #46560e33
-STEPS = {'building the table': sqed_speed, 'fitting model and consensus': model_speed, 'scoring a map': score_speed, 'fitting on many rows': fit_speed, 'weighing a fit': fit_memory,
-         'reading vectors back': cache_speed, 'training a CLIP': training_speed}
+# %% ../../nbs/82_bench.speed.ipynb #3b0d7a7b
+STEPS = {
+    'building the table': sqed_speed,
+    'fitting model and consensus': model_speed,
+    'scoring a map': score_speed,
+    'fitting on many rows': fit_speed,
+    'weighing a fit': fit_memory,
+    'reading vectors back': cache_speed,
+    'training a CLIP': training_speed,
+}
 TABLES = 'data/tables'
 
 
@@ -335,7 +498,8 @@ def run(
 ) -> pd.DataFrame: # one row a measurement: value, unit, against, baseline, ratio, target, met
     "Measure speed and memory."
     if wrong := set(only) - set(STEPS): raise unknown('step', sorted(wrong)[0], STEPS)
-    size, lines = QUICK if quick else Size(), []
+    size = QUICK if quick else Size()
+    lines = []
     with TemporaryDirectory() as home:
         say('── making scenes and networks')
         place = workplace(home, size)
@@ -348,7 +512,9 @@ def run(
 
 def as_text(board: pd.DataFrame) -> str:
     "Format the measurements for a terminal."
-    return board.reset_index().to_string(index=False, na_rep='', float_format=lambda v: f'{v:,.0f}' if v >= 100 else f'{v:.3g}')
+    return board.reset_index().to_string(
+        index=False, na_rep='', float_format=lambda v: f'{v:,.0f}' if v >= 100 else f'{v:.3g}'
+    )
 
 
 def save(
@@ -359,4 +525,14 @@ def save(
     "Write the measurements with their provenance."
     import torch
     data = 'synthetic scenes; fits: RS-SQED-open, or the same scenes where it is missing'
-    return save_results(board, path, 'side by side in one run, medians', data, 0, command, machine=machine(pick_device()), cores=os.cpu_count(), torch=torch.__version__)
+    return save_results(
+        board,
+        path,
+        'side by side in one run, medians',
+        data,
+        0,
+        command,
+        machine=machine(pick_device()),
+        cores=os.cpu_count(),
+        torch=torch.__version__,
+    )

@@ -19,17 +19,19 @@ from .train import ClipRecipe, PairViews
 from ..core import Incompatible, atomic, digest, progress, state_digest
 from .encoders import OpenClipEncoder
 
-# %% ../../nbs/38_clip.cached_stem.ipynb #be9cdc4a
+# %% ../../nbs/38_clip.cached_stem.ipynb #d7e7c6d7
 class Stem(nn.Module):
     "The first layers of a tower, with the normalisation of its images."
     def __init__(self, trunk: nn.Module, stages: int, encoder: OpenClipEncoder):
         super().__init__()
         self.layers = nn.Sequential(trunk.conv_stem, trunk.bn1, *trunk.blocks[:stages]).eval()
         spec = encoder.spec
-        for name in 'mean', 'std': self.register_buffer(name, torch.tensor(getattr(spec, name)).view(-1, 1, 1), persistent=False)
+        for name in 'mean', 'std':
+            self.register_buffer(name, torch.tensor(getattr(spec, name)).view(-1, 1, 1), persistent=False)
 
     @torch.no_grad()
-    def forward(self, views): return self.layers(((views - self.mean) / self.std).contiguous(memory_format=torch.channels_last))       # (N,3,S,S) 0..1 -> (N,C,h,w)
+    def forward(self, views):  # (N,3,S,S) 0..1 -> (N,C,h,w)
+        return self.layers(((views - self.mean) / self.std).contiguous(memory_format=torch.channels_last))
 
 
 def cut_stem(
@@ -39,15 +41,28 @@ def cut_stem(
     "Split a CLIP in front of a stage; both parts share the weights of the whole."
     trunk = getattr(encoder.net.visual, 'trunk', None)
     if not all(hasattr(trunk, a) for a in ('conv_stem', 'bn1', 'blocks')):
-        raise Incompatible(f'cannot cut {encoder.name}', 'its image tower has no stem and blocks', 'use a tower of the efficientnet or mobilenet family, or train it whole')
-    if not 0 <= stages < len(trunk.blocks): raise Incompatible(f'cannot lock {stages} stages', f'the tower has {len(trunk.blocks)}', 'leave at least one to train')
-    rest, visual, net = copy.copy(trunk), copy.copy(encoder.net.visual), copy.copy(encoder.net)
-    rest._modules = trunk._modules | dict(conv_stem=nn.Identity(), bn1=nn.Identity(), blocks=nn.Sequential(*trunk.blocks[stages:]))
+        raise Incompatible(
+            f'cannot cut {encoder.name}',
+            'its image tower has no stem and blocks',
+            'use a tower of the efficientnet or mobilenet family, or train it whole',
+        )
+    if not 0 <= stages < len(trunk.blocks):
+        raise Incompatible(
+            f'cannot lock {stages} stages',
+            f'the tower has {len(trunk.blocks)}',
+            'leave at least one to train',
+        )
+    rest = copy.copy(trunk)
+    visual = copy.copy(encoder.net.visual)
+    net = copy.copy(encoder.net)
+    rest._modules = trunk._modules | dict(
+        conv_stem=nn.Identity(), bn1=nn.Identity(), blocks=nn.Sequential(*trunk.blocks[stages:])
+    )
     visual._modules = encoder.net.visual._modules | dict(trunk=rest)
     net._modules = encoder.net._modules | dict(visual=visual)
     return Stem(trunk, stages, encoder), net
 
-# %% ../../nbs/38_clip.cached_stem.ipynb #cd0da247
+# %% ../../nbs/38_clip.cached_stem.ipynb #3c9f9192
 class StemViews(torch.utils.data.Dataset):
     "Views of image-text pairs behind a locked stem, from files."
     def __init__(self,
@@ -65,26 +80,61 @@ class StemViews(torch.utils.data.Dataset):
         kept = replace(recipe, large=large, small=small, seed=seed)
         self.pairs = PairViews(table, kept, encoder, open)
         self.views = self.pairs if pool is None else PairViews(pool, kept, encoder, open)
-        self.recipe, self.spec, self.dim, self.mark = recipe, None, encoder.dim, self.pairs.mark
+        self.recipe = recipe
+        self.spec = None
+        self.dim = encoder.dim
+        self.mark = self.pairs.mark
         mine, all_ = (v.table.key.iloc[v.starts[:-1]] for v in (self.pairs, self.views))
         self.place = pd.Series(range(len(all_)), index=all_.to_numpy()).reindex(mine.to_numpy())
-        if (lost := int(self.place.isna().sum())): raise Incompatible('cannot use kept views', f'{lost} images of the table are not in the pool', 'make the maps for all pairs')
+        if (lost := int(self.place.isna().sum())):
+            raise Incompatible(
+                'cannot use kept views',
+                f'{lost} images of the table are not in the pool',
+                'make the maps for all pairs',
+            )
         self.place = self.place.to_numpy(int)
-        if recipe.plain: raise Incompatible('cannot give boxes of kept views', 'the recipe is plain', 'train the tower whole')
-        where = all_.to_list(), self.views.table.path.iloc[self.views.starts[:-1]].astype(str).to_list() if 'path' in self.views.table else ''
-        what = digest(*where, state_digest(stem.state_dict()), large, small, seed, kept.large_area, kept.small_area, kept.small_size, kept.turns, encoder.image_size)
+        if recipe.plain:
+            raise Incompatible(
+                'cannot give boxes of kept views', 'the recipe is plain', 'train the tower whole'
+            )
+        where = (
+            all_.to_list(),
+            self.views.table.path.iloc[self.views.starts[:-1]].astype(str).to_list()
+            if 'path' in self.views.table
+            else '',
+        )
+        what = digest(
+            *where,
+            state_digest(stem.state_dict()),
+            large,
+            small,
+            seed,
+            kept.large_area,
+            kept.small_area,
+            kept.small_size,
+            kept.turns,
+            encoder.image_size,
+        )
         self.folder = Path(folder)/what
         self.files = self._fill(stem.to(memory_format=torch.channels_last), dict(large=large, small=small))
 
     def _fill(self, stem, counts): # -> {kind: array (images,n,C,h,w) float16 on disk}
         self.folder.mkdir(parents=True, exist_ok=True)
-        mark, sizes, n = self.folder/'done', dict(large=self.views.size, small=self.views.recipe.small_size or self.views.size), len(self.views)
+        mark = self.folder/'done'
+        sizes = dict(large=self.views.size, small=self.views.recipe.small_size or self.views.size)
+        n = len(self.views)
         done = int(mark.read_text()) if mark.is_file() else 0
-        shapes = {k: (n, m, *stem(torch.zeros(1, 3, sizes[k], sizes[k])).shape[1:]) for k, m in counts.items() if m}
-        maps = {k: np.lib.format.open_memmap(self.folder/f'{k}.npy', 'r+' if done else 'w+', np.float16, shape) for k, shape in shapes.items()}
+        shapes = {
+            k: (n, m, *stem(torch.zeros(1, 3, sizes[k], sizes[k])).shape[1:]) for k, m in counts.items() if m
+        }
+        maps = {
+            k: np.lib.format.open_memmap(self.folder / f'{k}.npy', 'r+' if done else 'w+', np.float16, shape)
+            for k, shape in shapes.items()
+        }
         for i in progress(range(done, n, 16), 'looking through the locked stem', unit='16 images'):
             some = [self.views[0, j] for j in range(i, min(i + 16, n))]
-            for k, m in maps.items(): m[i:i + 16] = stem(torch.cat([s[k] for s in some])).half().numpy().reshape(-1, *m.shape[1:])
+            for k, m in maps.items():
+                m[i:i + 16] = stem(torch.cat([s[k] for s in some])).half().numpy().reshape(-1, *m.shape[1:])
             if i % 256 == 0: self._mark(maps, i)
         self._mark(maps, n)
         return {k: np.load(self.folder/f'{k}.npy', mmap_mode='r') for k in maps}
@@ -96,11 +146,24 @@ class StemViews(torch.utils.data.Dataset):
     def __len__(self): return len(self.pairs)
 
     def __getitem__(self, at): # (epoch, number of the image) -> views and a caption
-        rng, rows = np.random.default_rng([self.recipe.seed, *at]), self.pairs.rows(at[1])
+        rng = np.random.default_rng([self.recipe.seed, *at])
+        rows = self.pairs.rows(at[1])
         caption = rows.caption.iloc[rng.integers(len(rows))]
         def pick(kind, n):
             if not n: return torch.zeros(0)
-            return torch.from_numpy(np.stack([self.files[kind][self.place[at[1]], v] for v in rng.permutation(self.files[kind].shape[1])[:n]])).float()
-        return dict(large=pick('large', self.recipe.large), small=pick('small', self.recipe.small), boxes=torch.zeros(0), caption=caption)
+            return torch.from_numpy(
+                np.stack(
+                    [
+                        self.files[kind][self.place[at[1]], v]
+                        for v in rng.permutation(self.files[kind].shape[1])[:n]
+                    ]
+                )
+            ).float()
+        return dict(
+            large=pick('large', self.recipe.large),
+            small=pick('small', self.recipe.small),
+            boxes=torch.zeros(0),
+            caption=caption,
+        )
 
     def collate(self, items): return self.pairs.collate(items)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..core import DataNotFound, DownloadError, Incompatible, atomic, say
 
-# %% ../../nbs/30_clip.checkpoints.ipynb #25a69b93
+# %% ../../nbs/30_clip.checkpoints.ipynb #6d9758e1
 WEIGHT_SUFFIXES = '.safetensors', '.bin', '.pt', '.pth'
 
 
@@ -21,10 +21,16 @@ def _unpickle(path): # contents of a .pt file; runs no code
     try: return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
         if name := re.search(r'GLOBAL (\S+)', str(e)):
-            raise Incompatible(f'refused to open {path}', f'the pickle asks for {name[1]}, which could run any code',
-                               'get safetensors from its author, or save only the state dict where you trust the file') from e
-        raise Incompatible(f'cannot read weights {path}', (str(e).strip().splitlines() or ['the file ends early'])[0][:120],
-                           'download it again; a TorchScript archive must be saved as a state dict first') from e
+            raise Incompatible(
+                f'refused to open {path}',
+                f'the pickle asks for {name[1]}, which could run any code',
+                'get safetensors from its author, or save only the state dict where you trust the file',
+            ) from e
+        raise Incompatible(
+            f'cannot read weights {path}',
+            (str(e).strip().splitlines() or ['the file ends early'])[0][:120],
+            'download it again; a TorchScript archive must be saved as a state dict first',
+        ) from e
 
 
 def _read(path): # raw contents: a state dict, or a checkpoint around one
@@ -35,7 +41,7 @@ def _read(path): # raw contents: a state dict, or a checkpoint around one
     except safetensors.SafetensorError as e:
         raise Incompatible(f'cannot read weights {path}', str(e), 'download it again') from e
 
-# %% ../../nbs/30_clip.checkpoints.ipynb #1476d91a
+# %% ../../nbs/30_clip.checkpoints.ipynb #9445c9e1
 FORMATS = dict(
     flat='a pickle of names and tensors',
     open_clip_train='a training checkpoint: state_dict beside epoch and optimiser, often under module.',
@@ -43,12 +49,17 @@ FORMATS = dict(
     safetensors='names and tensors, no pickle',
     bundle='a folder with open_clip_config.json, weights, and often tokenizer and text config',
 )
-_WRAPPERS, _PREFIXES = ('state_dict', 'model'), ('module.', '_orig_mod.')
+_WRAPPERS = ('state_dict', 'model')
+_PREFIXES = ('module.', '_orig_mod.')
 _ITRA = {'text_backbone.': '', 'image_backbone.': 'visual.'}
 
 
 def _unwrap(raw, path): # raw contents -> state dict with its names as they are
-    state = next((raw[k] for k in _WRAPPERS if isinstance(raw.get(k), dict)), raw) if isinstance(raw, dict) else {}
+    state = (
+        next((raw[k] for k in _WRAPPERS if isinstance(raw.get(k), dict)), raw)
+        if isinstance(raw, dict)
+        else {}
+    )
     if not state or not all(hasattr(t, 'dtype') for t in state.values()):
         found = ', '.join(map(str, list(state)[:4])) or type(raw).__name__
         raise Incompatible(f'no state dict in {path}', f'found {found}', 'save model.state_dict()')
@@ -69,7 +80,11 @@ def _from_itra(state, path): # names of ITRA -> names of open_clip
     named = {rename(k): t for k, t in state.items()}
     if len(named) == len(state): return named
     twice = sorted(k for k in state if rename(k) != k and rename(k) in state)
-    raise Incompatible(f'cannot rename the tensors of {path}', f'it holds {twice[0] if twice else "a name"} with and without its prefix', 'save one net only')
+    raise Incompatible(
+        f'cannot rename the tensors of {path}',
+        f'it holds {twice[0] if twice else "a name"} with and without its prefix',
+        'save one net only',
+    )
 
 
 def read_weights(
@@ -87,14 +102,27 @@ def detect_format(
     is_path = isinstance(source, (str, Path))
     if is_path and Path(source).is_dir():
         if (Path(source)/'open_clip_config.json').is_file(): return 'bundle'
-        raise DataNotFound(f'no open_clip_config.json in {source}', '', 'point to a weight file, or to a folder that open_clip saved')
+        raise DataNotFound(
+            f'no open_clip_config.json in {source}',
+            '',
+            'point to a weight file, or to a folder that open_clip saved',
+        )
     raw = _read(source) if is_path else source
     if _is_itra(_bare(_unwrap(raw, source if is_path else 'these contents'))): return 'itra'
     if is_path and Path(source).suffix == '.safetensors': return 'safetensors'
     return 'open_clip_train' if any(isinstance(raw.get(k), dict) for k in _WRAPPERS) else 'flat'
 
-# %% ../../nbs/30_clip.checkpoints.ipynb #7f4cfab2
-_CODES = dict(float16='F16', bfloat16='BF16', float32='F32', float64='F64', int64='I64', int32='I32', uint8='U8', bool='BOOL')
+# %% ../../nbs/30_clip.checkpoints.ipynb #97f812d9
+_CODES = dict(
+    float16='F16',
+    bfloat16='BF16',
+    float32='F32',
+    float64='F64',
+    int64='I64',
+    int32='I32',
+    uint8='U8',
+    bool='BOOL',
+)
 
 
 def _write_safetensors(path, state, cast, meta): # cast: tensor -> tensor; one tensor in memory at a time
@@ -102,8 +130,11 @@ def _write_safetensors(path, state, cast, meta): # cast: tensor -> tensor; one t
     header, end = {'__metadata__': meta}, 0
     for name, t in state.items():
         kind = cast(t[:0] if t.ndim else t).dtype
-        start, end = end, end + t.numel() * kind.itemsize
-        header[name] = dict(dtype=_CODES[str(kind).split('.')[1]], shape=list(t.shape), data_offsets=[start, end])
+        start = end
+        end = end + t.numel() * kind.itemsize
+        header[name] = dict(
+            dtype=_CODES[str(kind).split('.')[1]], shape=list(t.shape), data_offsets=[start, end]
+        )
     text = json.dumps(header).encode()
     text += b' ' * (-len(text) % 8)
     with open(path, 'wb') as f:
@@ -121,28 +152,41 @@ def strip_checkpoint(
     import hashlib, torch
     if Path(out).suffix != '.safetensors':
         raise Incompatible(f'cannot write {out}', 'expected a name that ends in .safetensors', 'rename it')
-    state, kind = read_weights(path), getattr(torch, dtype)
+    state = read_weights(path)
+    kind = getattr(torch, dtype)
     if sha256:
         with open(path, 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest()
         if found != sha256:
-            raise DownloadError(f'{path} is not the published file', f'sha256 {found}, expected {sha256}', 'download it again')
+            raise DownloadError(
+                f'{path} is not the published file', f'sha256 {found}, expected {sha256}', 'download it again'
+            )
     def cast(t): return t.to(kind) if t.is_floating_point() else t
     if dtype == 'float16' and any(t.is_floating_point() and t.abs().max() > 65504 for t in state.values() if t.numel()):
-        raise Incompatible(f'cannot store {path} as float16', 'some weights exceed 65504', "pass dtype='float32'")
+        raise Incompatible(
+            f'cannot store {path} as float16', 'some weights exceed 65504', "pass dtype='float32'"
+        )
     with atomic(out) as tmp: _write_safetensors(tmp, state, cast, {'format': 'pt', 'from': Path(path).name})
     report = dict(before=Path(path).stat().st_size, after=Path(out).stat().st_size, tensors=len(state))
-    say(f'{path}: {report["before"] / 1e6:.1f} MB -> {out}: {report["after"] / 1e6:.1f} MB, {len(state)} tensors')
+    say(
+        f'{path}: {report["before"] / 1e6:.1f} MB -> {out}: {report["after"] / 1e6:.1f} MB, {len(state)} tensors'
+    )
     return report
 
-# %% ../../nbs/30_clip.checkpoints.ipynb #66d35745
-def _count(state, pattern): return len({m[1] for k in state if (m := re.match(pattern, k))}) # number of different indices
+# %% ../../nbs/30_clip.checkpoints.ipynb #084ca6a6
+def _count(state, pattern):  # number of different indices
+    return len({m[1] for k in state if (m := re.match(pattern, k))})
 
 
 def _image_shape(state): # the image tower, or {} where it is neither a CLIP ViT nor a CLIP ResNet
     if 'visual.class_embedding' in state:
         width, _, _, patch = state['visual.conv1.weight'].shape
         grid = round((len(state['visual.positional_embedding']) - 1) ** 0.5)
-        return dict(width=width, patch=patch, layers=_count(state, r'visual\.transformer\.resblocks\.(\d+)\.'), image_size=grid * patch)
+        return dict(
+            width=width,
+            patch=patch,
+            layers=_count(state, r'visual\.transformer\.resblocks\.(\d+)\.'),
+            image_size=grid * patch,
+        )
     if 'visual.attnpool.c_proj.weight' in state:
         grid = round((len(state['visual.attnpool.positional_embedding']) - 1) ** 0.5)
         layers = tuple(_count(state, rf'visual\.layer{i}\.(\d+)\.') for i in range(1, 5))
@@ -155,11 +199,18 @@ def clip_shape(
 ) -> dict: # width, patch, layers, image_size, dim, text_width, text_layers, vocab, context; {} for other kinds of net
     "Read from a state dict what kind of CLIP it needs."
     state = {k.removeprefix('text.'): t for k, t in state.items()}
-    image, scale = _image_shape(state), state.get('visual.proj', state.get('visual.attnpool.c_proj.weight'))
-    if not image or scale is None or 'token_embedding.weight' not in state or 'positional_embedding' not in state: return {}
+    image = _image_shape(state)
+    scale = state.get('visual.proj', state.get('visual.attnpool.c_proj.weight'))
+    if not image or scale is None or 'token_embedding.weight' not in state or 'positional_embedding' not in state:
+        return {}
     vocab, width = state['token_embedding.weight'].shape
-    return image | dict(dim=scale.shape[1] if 'visual.proj' in state else scale.shape[0], text_width=width, vocab=vocab,
-                        text_layers=_count(state, r'transformer\.resblocks\.(\d+)\.'), context=len(state['positional_embedding']))
+    return image | dict(
+        dim=scale.shape[1] if 'visual.proj' in state else scale.shape[0],
+        text_width=width,
+        vocab=vocab,
+        text_layers=_count(state, r'transformer\.resblocks\.(\d+)\.'),
+        context=len(state['positional_embedding']),
+    )
 
 
 @functools.cache
@@ -169,11 +220,21 @@ def _open_clip_shapes(): # {architecture: the same dict}; configs that differ on
     for name in open_clip.list_models():
         cfg = open_clip.get_model_config(name)
         if name.endswith('-quickgelu') or 'multimodal_cfg' in cfg: continue
-        vision, text = open_clip.CLIPVisionCfg(**cfg['vision_cfg']), open_clip.CLIPTextCfg(**cfg['text_cfg'])
+        vision = open_clip.CLIPVisionCfg(**cfg['vision_cfg'])
+        text = open_clip.CLIPTextCfg(**cfg['text_cfg'])
         if vision.timm_model_name or text.hf_model_name: continue
         layers = tuple(vision.layers) if isinstance(vision.layers, list) else vision.layers
-        shapes[name] = dict(width=vision.width, patch=vision.patch_size if isinstance(layers, int) else None, layers=layers, image_size=vision.image_size,
-                            dim=cfg['embed_dim'], text_width=text.width, vocab=text.vocab_size, text_layers=text.layers, context=text.context_length)
+        shapes[name] = dict(
+            width=vision.width,
+            patch=vision.patch_size if isinstance(layers, int) else None,
+            layers=layers,
+            image_size=vision.image_size,
+            dim=cfg['embed_dim'],
+            text_width=text.width,
+            vocab=text.vocab_size,
+            text_layers=text.layers,
+            context=text.context_length,
+        )
     return shapes
 
 
@@ -184,23 +245,27 @@ def fitting_architectures(
     shape = clip_shape(state)
     return [name for name, known in _open_clip_shapes().items() if shape == known]
 
-# %% ../../nbs/30_clip.checkpoints.ipynb #994f945c
+# %% ../../nbs/30_clip.checkpoints.ipynb #c860f6a6
 def misfit_hint(
     state: dict, # name -> tensor of the file, open_clip's names
     net: dict, # name -> tensor of the net that was built
 ) -> str: # one sentence on what would fit
     "Say which architecture or image size a weight file needs."
-    have, need = clip_shape(state), clip_shape(net)
+    have = clip_shape(state)
+    need = clip_shape(net)
     differ = {k for k in have if need and have[k] != need[k]}
     if differ == {'image_size'}:
         net_of = f'of patch {have["patch"]}' if have['patch'] else 'of the ResNet kind'
         return f'this is a {have["image_size"]}-pixel net {net_of}: use image_size={have["image_size"]}'
-    if differ == {'context'}: return f'this text tower reads {have["context"]} tokens: set context_length={have["context"]} in text_cfg of its config'
-    if fits := fitting_architectures(state) if have and differ else []: return f'its shapes are those of open_clip {" or ".join(fits)}: name that architecture'
-    if have and differ: return f'no architecture of open_clip has its shapes ({", ".join(f"{k} {v}" for k, v in have.items())}); it needs a config of its own'
+    if differ == {'context'}:
+        return f'this text tower reads {have["context"]} tokens: set context_length={have["context"]} in text_cfg of its config'
+    if fits := fitting_architectures(state) if have and differ else []:
+        return f'its shapes are those of open_clip {" or ".join(fits)}: name that architecture'
+    if have and differ:
+        return f'no architecture of open_clip has its shapes ({", ".join(f"{k} {v}" for k, v in have.items())}); it needs a config of its own'
     return 'choose the architecture the weights were trained with'
 
-# %% ../../nbs/30_clip.checkpoints.ipynb #70ad5271
+# %% ../../nbs/30_clip.checkpoints.ipynb #06576f09
 def is_long(
     state: dict, # name -> tensor, open_clip's names
 ) -> bool:
@@ -226,7 +291,14 @@ def lengthen(
     "Stretch the position table of a CLIP by linear interpolation (Long-CLIP, Zhang et al., 2024)."
     import torch
     table = state['positional_embedding']
-    tail = torch.cat([table[keep:], 2 * table[-1:] - table[-2:-1]])                # one step beyond the end, by the last slope
+    # one step beyond the end, by the last slope
+    tail = torch.cat([table[keep:], 2 * table[-1:] - table[-2:-1]])
     part = torch.arange(times, dtype=table.dtype)[:, None] / times
-    stretched = torch.cat([table[:keep], (tail[:-1, None] * (1 - part) + tail[1:, None] * part).flatten(0, 1)])
-    return dict(state) | dict(positional_embedding=stretched, positional_embedding_res=stretched.clone()) | long_masks(len(stretched), keep)
+    stretched = torch.cat(
+        [table[:keep], (tail[:-1, None] * (1 - part) + tail[1:, None] * part).flatten(0, 1)]
+    )
+    return (
+        dict(state)
+        | dict(positional_embedding=stretched, positional_embedding_res=stretched.clone())
+        | long_masks(len(stretched), keep)
+    )

@@ -16,30 +16,71 @@ from .checkpoints import _write_safetensors, detect_format, lengthen
 from ..core import encoders, progress, write_json
 from .encoders import SPECS, EncoderSpec, _build, _net, check_encoder, load_encoder
 
-# %% ../../nbs/34_clip.conformance.ipynb #110dcf24
+# %% ../../nbs/34_clip.conformance.ipynb #4197fbac
 def tiny_multilingual(
     folder, # to write config.json, tokenizer.json and tokenizer_config.json into
 ) -> Path:
     "Write a tiny XLM-RoBERTa config and a tokenizer of bytes, as Hugging Face lays them out."
     import tokenizers, transformers
     words = ['<s>', '<pad>', '</s>', '<unk>', '▁', *(f'<0x{i:02X}>' for i in range(256))]
-    tok = tokenizers.Tokenizer(tokenizers.models.Unigram([(w, -float(i > 3)) for i, w in enumerate(words)], unk_id=3, byte_fallback=True))
+    tok = tokenizers.Tokenizer(
+        tokenizers.models.Unigram(
+            [(w, -float(i > 3)) for i, w in enumerate(words)], unk_id=3, byte_fallback=True
+        )
+    )
     tok.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    tok.post_processor = tokenizers.processors.TemplateProcessing(single='<s> $A </s>', special_tokens=[('<s>', 0), ('</s>', 2)])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token='<s>', pad_token='<pad>', eos_token='</s>', unk_token='<unk>', cls_token='<s>', sep_token='</s>')
+    tok.post_processor = tokenizers.processors.TemplateProcessing(
+        single='<s> $A </s>', special_tokens=[('<s>', 0), ('</s>', 2)]
+    )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        bos_token='<s>',
+        pad_token='<pad>',
+        eos_token='</s>',
+        unk_token='<unk>',
+        cls_token='<s>',
+        sep_token='</s>',
+    )
     fast.save_pretrained(folder)
-    transformers.XLMRobertaConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-                                  max_position_embeddings=80, type_vocab_size=1, pad_token_id=1).save_pretrained(folder)
+    transformers.XLMRobertaConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=80,
+        type_vocab_size=1,
+        pad_token_id=1,
+    ).save_pretrained(folder)
     return Path(folder)
 
-# %% ../../nbs/34_clip.conformance.ipynb #e1dd516c
+# %% ../../nbs/34_clip.conformance.ipynb #ff2727c9
 def _tiny_config(spec): # spec -> open_clip config of a few thousand weights, silent about the activation
     import open_clip
     real = open_clip.get_model_config(spec.architecture)
-    if isinstance(real['vision_cfg']['layers'], list): vision = dict(image_size=spec.image_size, layers=[1, 1, 1, 1], width=8, patch_size=None)
-    else: vision = dict(image_size=4 * (spec.image_size // real['vision_cfg']['patch_size']), patch_size=4, width=32, head_width=16, layers=2)
-    text = dict(hf_model_name='text', hf_tokenizer_name='text', hf_pooler_type=real['text_cfg']['hf_pooler_type']) if spec.multilingual \
-        else dict(context_length=real['text_cfg']['context_length'], vocab_size=real['text_cfg']['vocab_size'], width=16, heads=2, layers=2)
+    if isinstance(real['vision_cfg']['layers'], list):
+        vision = dict(image_size=spec.image_size, layers=[1, 1, 1, 1], width=8, patch_size=None)
+    else:
+        vision = dict(
+            image_size=4 * (spec.image_size // real['vision_cfg']['patch_size']),
+            patch_size=4,
+            width=32,
+            head_width=16,
+            layers=2,
+        )
+    text = (
+        dict(
+            hf_model_name='text', hf_tokenizer_name='text', hf_pooler_type=real['text_cfg']['hf_pooler_type']
+        )
+        if spec.multilingual
+        else dict(
+            context_length=real['text_cfg']['context_length'],
+            vocab_size=real['text_cfg']['vocab_size'],
+            width=16,
+            heads=2,
+            layers=2,
+        )
+    )
     return dict(embed_dim=16, vision_cfg=vision, text_cfg=text)
 
 
@@ -60,15 +101,31 @@ def write_format(
     "Write a state dict the way it is published."
     import torch
     moments = dict(state={0: dict(step=torch.tensor(3.0))}, param_groups=[dict(lr=1e-6)])
-    def itra(k): return f'image_backbone.{k[7:]}' if k.startswith('visual.') else k if k == 'logit_scale' else f'text_backbone.{k}'
+    def itra(k):
+        return (
+            f'image_backbone.{k[7:]}'
+            if k.startswith('visual.')
+            else k
+            if k == 'logit_scale'
+            else f'text_backbone.{k}'
+        )
     if format == 'bundle': path = Path(path)/'open_clip_model.safetensors'
     if format in ('bundle', 'safetensors'): _write_safetensors(path, state, lambda t: t, {'format': 'pt'})
     if format == 'flat': torch.save(dict(state), path)
     if format == 'itra': torch.save({itra(k): t for k, t in state.items()}, path)
-    if format == 'open_clip_train': torch.save(dict(epoch=20, name='run', state_dict={f'module.{k}': t for k, t in state.items()}, optimizer=moments), path)
+    if format == 'open_clip_train':
+        torch.save(
+            dict(
+                epoch=20,
+                name='run',
+                state_dict={f'module.{k}': t for k, t in state.items()},
+                optimizer=moments,
+            ),
+            path,
+        )
     return Path(path)
 
-# %% ../../nbs/34_clip.conformance.ipynb #3417f9bb
+# %% ../../nbs/34_clip.conformance.ipynb #b51c8127
 def activation_of(
     net, # any net of open_clip
 ) -> str: # 'QuickGELU', 'GELU', or both
@@ -92,36 +149,58 @@ def _full_size(spec): # activation and grid of the real architecture, whose weig
 def _gap(encoder, net): # largest difference between an encoder and the net that wrote its file
     import torch
     from torch.nn.functional import normalize
-    x, words = torch.rand(2, 3, 40, 56, generator=torch.Generator().manual_seed(1)), ['a harbour with boats', 'ein Hafen', 'un puerto con barcos']
+    x = torch.rand(2, 3, 40, 56, generator=torch.Generator().manual_seed(1))
+    words = ['a harbour with boats', 'ein Hafen', 'un puerto con barcos']
     with torch.no_grad():
-        image, text = net.encode_image(encoder.prepare(x)), net.encode_text(encoder.tokenizer(words)[:, :net.context_length])
+        image = net.encode_image(encoder.prepare(x))
+        text = net.encode_text(encoder.tokenizer(words)[:, :net.context_length])
     pairs = ((encoder.encode_image(x).pooled, image), (encoder.encode_text(words), text))
     return max((ours - normalize(theirs, dim=-1)).abs().max().item() for ours, theirs in pairs)
 
 
 def _row(spec, folder): # plays one spec through
-    cfg, long = _tiny_config(spec), spec.context_length > 77           # published as a Long-CLIP
+    # published as a Long-CLIP
+    cfg = _tiny_config(spec)
+    long = spec.context_length > 77
     write_json(Path(folder)/'open_clip_config.json', dict(model_cfg=cfg))
     if spec.multilingual: tiny_multilingual(Path(folder)/'text')
     net = _tiny_net(spec, cfg, folder)
     state = lengthen(net.state_dict()) if long else net.state_dict()
-    bundle, name = spec.format == 'bundle', 'w.safetensors' if spec.format == 'safetensors' else 'w.pt'
+    bundle = spec.format == 'bundle'
+    name = 'w.safetensors' if spec.format == 'safetensors' else 'w.pt'
     path = write_format(folder if bundle else Path(folder)/name, state, spec.format)
     tiny = replace(spec, architecture=str(folder), dim=16, image_size=cfg['vision_cfg']['image_size'])
     e = load_encoder(tiny, weights=folder if bundle else path, device='cpu', dtype='float32')
     activation, grid = _full_size(spec)
-    row = dict(format=detect_format(folder if bundle else path), activation=activation_of(e.net), grid='x'.join(map(str, _grid(e.net.visual))),
-               tokenizer=type(e.tokenizer).__name__, context=e.tokenizer(['a town']).shape[1], promises=len(check_encoder(e)), gap=_gap(e, net))
-    right = dict(format=spec.format, activation='QuickGELU' if spec.quick_gelu else 'GELU', grid='x'.join(map(str, grid)),
-                 tokenizer='HFTokenizer' if spec.multilingual else 'SimpleTokenizer', context=spec.context_length)
-    return row | dict(ok=row['gap'] < 1e-5 and row['activation'] == activation and all(row[k] == v for k, v in right.items()))
+    row = dict(
+        format=detect_format(folder if bundle else path),
+        activation=activation_of(e.net),
+        grid='x'.join(map(str, _grid(e.net.visual))),
+        tokenizer=type(e.tokenizer).__name__,
+        context=e.tokenizer(['a town']).shape[1],
+        promises=len(check_encoder(e)),
+        gap=_gap(e, net),
+    )
+    right = dict(
+        format=spec.format,
+        activation='QuickGELU' if spec.quick_gelu else 'GELU',
+        grid='x'.join(map(str, grid)),
+        tokenizer='HFTokenizer' if spec.multilingual else 'SimpleTokenizer',
+        context=spec.context_length,
+    )
+    return row | dict(
+        ok=row['gap'] < 1e-5
+        and row['activation'] == activation
+        and all(row[k] == v for k, v in right.items())
+    )
 
 
 def conformance(
     names: list[str] | None = None, # of specs; None means all of SPECS
 ) -> pd.DataFrame: # one row per spec: what was found, and whether all of it is right
     "Load a tiny net in the format of every published encoder, and check what came out."
-    specs, rows = [encoders[n] for n in names] if names else SPECS, {}
+    specs = [encoders[n] for n in names] if names else SPECS
+    rows = {}
     for spec in progress(specs, 'conformance', unit='spec'):
         with tempfile.TemporaryDirectory() as folder: rows[spec.name] = _row(spec, folder)
     return pd.DataFrame(rows).T.rename_axis('encoder').infer_objects()

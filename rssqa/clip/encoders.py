@@ -6,7 +6,7 @@
 __all__ = ['SemOutput', 'SemanticEncoder', 'resize', 'fast_bf16', 'OpenClipEncoder', 'spec_from_folder', 'spec_from_hub',
            'spec_from_tag', 'load_encoder', 'encode', 'BackboneEncoder', 'check_encoder']
 
-# %% ../../nbs/33_clip.encoders.ipynb #6194a9d5
+# %% ../../nbs/33_clip.encoders.ipynb #6576f2e4
 import copy, os, shutil, tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,10 +15,37 @@ from typing import Any, Iterable, Protocol, runtime_checkable
 
 import numpy as np
 
-from .checkpoints import (WEIGHT_SUFFIXES, _write_safetensors, detect_format, fitting_architectures, is_long, long_masks, misfit_hint, read_weights,
-                              strip_checkpoint)
-from ..core import (BadImage, DataNotFound, DownloadError, Incompatible, as_image, cache_dir, digest, encoders, file_id,
-                        pick_device, progress, read_json, real_dir, say, state_digest, unknown, write_json, bundled)
+from rssqa.clip.checkpoints import (
+    WEIGHT_SUFFIXES,
+    _write_safetensors,
+    detect_format,
+    fitting_architectures,
+    is_long,
+    long_masks,
+    misfit_hint,
+    read_weights,
+    strip_checkpoint,
+)
+from rssqa.core import (
+    BadImage,
+    DataNotFound,
+    DownloadError,
+    Incompatible,
+    as_image,
+    cache_dir,
+    digest,
+    encoders,
+    file_id,
+    pick_device,
+    progress,
+    read_json,
+    real_dir,
+    say,
+    state_digest,
+    unknown,
+    write_json,
+    bundled,
+)
 from .towers import dense_map, long_clip, read_text, text_tokens
 from .specs import CLIP_MEAN, CLIP_STD, HALF, SPECS, EncoderSpec
 from ..data.synthetic import KINDS, SCENE_TYPES, degrade, scene
@@ -48,7 +75,7 @@ class SemanticEncoder(Protocol):
     def encode_image(self, x) -> SemOutput: ... # x (N,3,H,W) RGB 0..1, any size
     def encode_text(self, texts: list[str]): ... # (N,D) unit length
 
-# %% ../../nbs/33_clip.encoders.ipynb #8cf5837a
+# %% ../../nbs/33_clip.encoders.ipynb #7df88a19
 def resize(
     x, # (N,3,H,W) RGB 0..1
     size: int, # side of the result, pixels
@@ -64,15 +91,18 @@ def _checked(x): # (N,3,H,W) -> float32 tensor, or BadImage
     import torch
     x = torch.as_tensor(x)
     if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
-        raise BadImage('cannot encode this batch', f'found {x.dtype} of shape {tuple(x.shape)}, expected float (N,3,H,W)',
-                       'stack images made by as_image')
+        raise BadImage(
+            'cannot encode this batch',
+            f'found {x.dtype} of shape {tuple(x.shape)}, expected float (N,3,H,W)',
+            'stack images made by as_image',
+        )
     if not (x.numel() and 0 <= x.min() and x.max() <= 1): # NaN fails both comparisons
         found = f'found values {x.min().item():.3g}..{x.max().item():.3g}' if x.numel() else 'found no pixels'
         raise BadImage('cannot encode this batch', f'{found}, expected 0..1',
                        'pass images as as_image makes them: the encoder normalises by itself')
     return x.float()
 
-# %% ../../nbs/33_clip.encoders.ipynb #c055372e
+# %% ../../nbs/33_clip.encoders.ipynb #d12710e4
 def _stated(folder): # contents of open_clip_config.json, or {} where there is none
     path = Path(folder)/'open_clip_config.json'
     if not path.is_file(): return {}
@@ -84,23 +114,33 @@ def _agree(spec, stated, where): # a stated activation must be the spec's
     found = stated.get('quick_gelu', spec.quick_gelu)
     if found != spec.quick_gelu:
         names = {True: 'QuickGELU', False: 'GELU'}
-        raise Incompatible(f'{where} does not go with encoder {spec.name!r}',
-                           f'it states {names[found]}, the spec says {names[spec.quick_gelu]}',
-                           'use the spec that the weights were trained with; replace(spec, quick_gelu=...) makes one')
+        raise Incompatible(
+            f'{where} does not go with encoder {spec.name!r}',
+            f'it states {names[found]}, the spec says {names[spec.quick_gelu]}',
+            'use the spec that the weights were trained with; replace(spec, quick_gelu=...) makes one',
+        )
 
 
 def _config(spec): # spec -> open_clip model config with the spec's activation
     import open_clip
     local = Path(spec.architecture).is_dir()
-    cfg = _stated(spec.architecture).get('model_cfg') if local else open_clip.get_model_config(spec.architecture)
+    cfg = (
+        _stated(spec.architecture).get('model_cfg')
+        if local
+        else open_clip.get_model_config(spec.architecture)
+    )
     if cfg is None: raise unknown('open_clip architecture', spec.architecture, open_clip.list_models())
     _agree(spec, cfg, spec.architecture)
     cfg = copy.deepcopy(cfg) | dict(quick_gelu=spec.quick_gelu)
-    if 'timm_model_name' not in cfg['vision_cfg']: cfg['vision_cfg']['image_size'] = spec.image_size   # the weights' position grid will tell
+    if 'timm_model_name' not in cfg['vision_cfg']:  # the weights' position grid will tell
+        cfg['vision_cfg']['image_size'] = spec.image_size
     found = cfg['embed_dim'], cfg['vision_cfg'].get('image_size', 224)
     if found != (spec.dim, spec.image_size):
-        raise Incompatible(f'spec {spec.name!r} contradicts architecture {spec.architecture}',
-                           f'dim, image_size {found}, spec says {spec.dim, spec.image_size}', 'correct the spec')
+        raise Incompatible(
+            f'spec {spec.name!r} contradicts architecture {spec.architecture}',
+            f'dim, image_size {found}, spec says {spec.dim, spec.image_size}',
+            'correct the spec',
+        )
     return cfg
 
 
@@ -109,11 +149,20 @@ def _net(cfg, block='custom'): # open_clip config -> net with random weights
     cfg = copy.deepcopy(cfg)
     cfg['vision_cfg'] |= dict(block_type=block, timm_model_pretrained=False)
     cfg['text_cfg'] |= dict(block_type=block, hf_model_pretrained=False)
-    custom, long = cfg.pop('custom_text', False) or 'hf_model_name' in cfg['text_cfg'], cfg.pop('long_text', False)
-    kind = long_clip() if long else open_clip.CoCa if 'multimodal_cfg' in cfg else open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    custom = cfg.pop('custom_text', False) or 'hf_model_name' in cfg['text_cfg']
+    long = cfg.pop('long_text', False)
+    kind = (
+        long_clip()
+        if long
+        else open_clip.CoCa
+        if 'multimodal_cfg' in cfg
+        else open_clip.CustomTextCLIP
+        if custom
+        else open_clip.CLIP
+    )
     with torch.random.fork_rng(devices=[]): return kind(**cfg).eval().requires_grad_(False)
 
-# %% ../../nbs/33_clip.encoders.ipynb #6e55ebdd
+# %% ../../nbs/33_clip.encoders.ipynb #e3990b12
 def _spread(state, net): # vectors of some tokens -> the whole vocabulary, zero where nothing was learned
     name = next((k.removesuffix('.rows') for k in state if k.endswith('token_embedding.weight.rows')), None)
     if not name: return dict(state)
@@ -125,17 +174,25 @@ def _spread(state, net): # vectors of some tokens -> the whole vocabulary, zero 
 def _renamed(net, state): # names of older and foreign files -> names of this net
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
-    state, want = convert_state_dict(net, _spread(state, net)), net.state_dict()
-    if 'positional_embedding' in state and 'positional_embedding' not in want: state = convert_to_custom_text_state_dict(state)
-    state.pop('text.transformer.embeddings.position_ids', None)        # a counter that older transformers stored
-    return {k: t.reshape(want[k].shape) if k in want and t.numel() == want[k].numel() == 1 else t for k, t in state.items()}
+    state = convert_state_dict(net, _spread(state, net))
+    want = net.state_dict()
+    if 'positional_embedding' in state and 'positional_embedding' not in want:
+        state = convert_to_custom_text_state_dict(state)
+    # a counter that older transformers stored
+    state.pop('text.transformer.embeddings.position_ids', None)
+    return {
+        k: t.reshape(want[k].shape) if k in want and t.numel() == want[k].numel() == 1 else t
+        for k, t in state.items()
+    }
 
 
 def _fit(net, state, path, architecture): # load every tensor, or say what does not fit
-    state, want = _renamed(net, state), net.state_dict()
+    state = _renamed(net, state)
+    want = net.state_dict()
     shapes = [f'{k} is {tuple(state[k].shape)} in the file and {tuple(want[k].shape)} in the net'
               for k in want if k in state and state[k].shape != want[k].shape]
-    missing, extra = [k for k in want if k not in state], [k for k in state if k not in want]
+    missing = [k for k in want if k not in state]
+    extra = [k for k in state if k not in want]
     faults = {'of another shape': shapes, 'missing': missing, 'unexpected': extra}
     if any(faults.values()):
         found = '; '.join(f'{len(v)} {k}, first: {v[0]}' for k, v in faults.items() if v)
@@ -147,14 +204,21 @@ def _fit(net, state, path, architecture): # load every tensor, or say what does 
 def _long(config, state, path): # config and state of a Long-CLIP, or both as they are
     if not is_long(state): return config, state
     if 'hf_model_name' in config['text_cfg'] or config.get('custom_text'):
-        raise Incompatible(f'{path} is a Long-CLIP', 'its second position table belongs into CLIP\'s own text tower', 'choose an architecture of CLIP\'s own kind')
+        raise Incompatible(
+            f'{path} is a Long-CLIP',
+            'its second position table belongs into CLIP\'s own text tower',
+            'choose an architecture of CLIP\'s own kind',
+        )
     length = len(state['positional_embedding'])
     masks = {k: state[k].reshape(-1, 1) for k in ('mask1', 'mask2') if k in state}
-    if not masks: masks = {k: m.to(state['positional_embedding'].dtype) for k, m in long_masks(length).items()}
+    if not masks:
+        masks = {k: m.to(state['positional_embedding'].dtype) for k, m in long_masks(length).items()}
     say(f'{path}: its keys are those of a Long-CLIP, sentences may have {length} tokens')
-    return config | dict(long_text=True, text_cfg=config['text_cfg'] | dict(context_length=length)), state | masks
+    return config | dict(
+        long_text=True, text_cfg=config['text_cfg'] | dict(context_length=length)
+    ), state | masks
 
-# %% ../../nbs/33_clip.encoders.ipynb #0f5ef5ca
+# %% ../../nbs/33_clip.encoders.ipynb #1471c737
 _TOKENIZER_FILES = 'tokenizer.json', 'sentencepiece.bpe.model', 'vocab.txt'
 
 
@@ -171,7 +235,11 @@ def _tokenizer_home(folder, name): # the same for a tokenizer
 
 def _missing(folder, name, file, e): # the error for a file of transformers that is nowhere
     where = f'{Path(folder)/Path(name).name}' if folder else 'the cache of Hugging Face'
-    return DownloadError(f'no {file} of {name}', f'it is neither in {where} nor in the cache ({type(e).__name__})', f'go online once, or put {file} of {name} into {where}')
+    return DownloadError(
+        f'no {file} of {name}',
+        f'it is neither in {where} nor in the cache ({type(e).__name__})',
+        f'go online once, or put {file} of {name} into {where}',
+    )
 
 
 def _build(config, folder, block='custom'): # config -> net; the text config of Hugging Face is found in the folder
@@ -180,19 +248,26 @@ def _build(config, folder, block='custom'): # config -> net; the text config of 
     home = _text_home(folder, name)
     try: return _net(config | dict(text_cfg=config['text_cfg'] | dict(hf_model_name=str(home))), block)
     except (OSError, ValueError) as e:
-        if isinstance(home, Path): raise Incompatible(f'cannot read {home/"config.json"}', str(e).splitlines()[0][:120], 'copy it again') from e
+        if isinstance(home, Path):
+            raise Incompatible(
+                f'cannot read {home / "config.json"}', str(e).splitlines()[0][:120], 'copy it again'
+            ) from e
         raise _missing(folder, name, 'config.json', e) from e
     except RuntimeError as e:
         if 'transformers' not in str(e): raise
-        raise Incompatible(f'cannot build the text tower {name}', 'transformers is not installed', 'pip install transformers') from e
+        raise Incompatible(
+            f'cannot build the text tower {name}', 'transformers is not installed', 'pip install transformers'
+        ) from e
 
-# %% ../../nbs/33_clip.encoders.ipynb #e8652f87
+# %% ../../nbs/33_clip.encoders.ipynb #8d707e82
 def fast_bf16() -> bool:
     "Tell whether this processor computes in bfloat16 by hardware."
     import platform, torch
     if platform.machine().lower() in ('arm64', 'aarch64'):
         return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return any(getattr(torch.cpu, probe, bool)() for probe in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
+    return any(
+        getattr(torch.cpu, probe, bool)() for probe in ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
+    )
 
 
 def _pick_dtype(dtype, device, net): # 'auto' -> name of a torch dtype
@@ -200,29 +275,40 @@ def _pick_dtype(dtype, device, net): # 'auto' -> name of a torch dtype
     known = 'auto', 'float32', 'bfloat16', 'float16'
     if dtype not in known: raise unknown('dtype', dtype, known)
     if dtype != 'auto': return dtype
-    if not hasattr(net.visual, 'transformer'): return 'float32'        # convolutions gain little and their norms lose precision
+    if not hasattr(net.visual, 'transformer'):  # convolutions gain little and their norms lose precision
+        return 'float32'
     fast = torch.cuda.is_bf16_supported() if device.startswith('cuda') else device == 'cpu' and fast_bf16()
     return 'bfloat16' if fast else 'float32'
 
-# %% ../../nbs/33_clip.encoders.ipynb #3a506a57
+# %% ../../nbs/33_clip.encoders.ipynb #fc23a2cd
 def _see(visual, x, dtype): # (N,3,S,S) normalised -> pooled (N,D), dense (N,C,h,w)
-    trunk, x = getattr(visual, 'trunk', None), x.to(dtype)
+    trunk = getattr(visual, 'trunk', None)
+    x = x.to(dtype)
     if trunk is not None:
         maps = trunk.forward_features(x)
-        if maps.ndim == 4 and maps.shape[1] == trunk.num_features: return visual.head(trunk.forward_head(maps)), maps
-    norm = getattr(visual, 'attn_pool', None) is None                  # with attention pooling the final norm has another width
+        if maps.ndim == 4 and maps.shape[1] == trunk.num_features:
+            return visual.head(trunk.forward_head(maps)), maps
+    # with attention pooling the final norm has another width
+    norm = getattr(visual, 'attn_pool', None) is None
     out = visual.forward_intermediates(x, indices=1, normalize_intermediates=norm)
     return out['image_features'], out['image_intermediates'][0]
 
-# %% ../../nbs/33_clip.encoders.ipynb #702f9ac8
+# %% ../../nbs/33_clip.encoders.ipynb #7402ec38
 def _blank(texts, empty): # indices of the sentences without a word, which are refused unless empty='zero'
     if empty not in ('refuse', 'zero'): raise unknown('way with empty sentences', empty, ('refuse', 'zero'))
     if wrong := [t for t in texts if not isinstance(t, str)]:
-        raise Incompatible('cannot encode these sentences', f'found {type(wrong[0]).__name__}, expected text', 'pass a list of str')
+        raise Incompatible(
+            'cannot encode these sentences',
+            f'found {type(wrong[0]).__name__}, expected text',
+            'pass a list of str',
+        )
     blank = [i for i, t in enumerate(texts) if not t.strip()]
     if blank and empty == 'refuse':
-        raise Incompatible(f'cannot encode {len(blank)} of {len(texts)} sentences', f'nothing but blanks at index {", ".join(map(str, blank[:5]))}',
-                           "leave them out, or pass empty='zero' for vectors of zeros")
+        raise Incompatible(
+            f'cannot encode {len(blank)} of {len(texts)} sentences',
+            f'nothing but blanks at index {", ".join(map(str, blank[:5]))}',
+            "leave them out, or pass empty='zero' for vectors of zeros",
+        )
     return blank
 
 
@@ -235,20 +321,38 @@ def _too_long(tokenizer, text, room): # is this sentence cut? a token is at leas
 def _text_files(spec, text_cfg): # {name: identity} of the local files that decide what a Hugging Face text tower does
     folder = spec.architecture if Path(spec.architecture).is_dir() else ''
     homes = [_text_home(folder, n) for n in [text_cfg.get('hf_model_name')] if n]
-    homes += [spec.tokenizer or _tokenizer_home(folder, n) for n in [spec.tokenizer or text_cfg.get('hf_tokenizer_name')] if n]
-    return {n: file_id(p) for home in homes for n in ('config.json', *_TOKENIZER_FILES) if (p := Path(home)/n).is_file()}
+    homes += [
+        spec.tokenizer or _tokenizer_home(folder, n)
+        for n in [spec.tokenizer or text_cfg.get('hf_tokenizer_name')]
+        if n
+    ]
+    return {
+        n: file_id(p)
+        for home in homes
+        for n in ('config.json', *_TOKENIZER_FILES)
+        if (p := Path(home) / n).is_file()
+    }
 
 
 def _tokenizer(spec, text_cfg, room): # spec, text part of the config, tokens -> tokenizer
     import open_clip
     folder = spec.architecture if Path(spec.architecture).is_dir() else ''
     name = spec.tokenizer or text_cfg.get('hf_tokenizer_name')
-    if not name: return open_clip.get_tokenizer(('local-dir:' if folder else '') + spec.architecture, context_length=room)
+    if not name:
+        return open_clip.get_tokenizer(
+            ('local-dir:' if folder else '') + spec.architecture, context_length=room
+        )
     home = spec.tokenizer or _tokenizer_home(folder, name)
-    try: return open_clip.tokenizer.HFTokenizer(str(home), room, tokenizer_mode=text_cfg.get('tokenizer_mode'), **text_cfg.get('tokenizer_kwargs', {}))
+    try:
+        return open_clip.tokenizer.HFTokenizer(
+            str(home),
+            room,
+            tokenizer_mode=text_cfg.get('tokenizer_mode'),
+            **text_cfg.get('tokenizer_kwargs', {}),
+        )
     except (OSError, ValueError) as e: raise _missing(folder, name, 'tokenizer.json', e) from e
 
-# %% ../../nbs/33_clip.encoders.ipynb #b58a6cfa
+# %% ../../nbs/33_clip.encoders.ipynb #f19bd001
 class OpenClipEncoder:
     "A CLIP from open_clip behind rssqa's interface."
     def __init__(self,
@@ -259,18 +363,30 @@ class OpenClipEncoder:
         dtype: str = 'float32', # of weights and arithmetic; results are float32
     ):
         import torch
-        layout = torch.channels_last if hasattr(net.visual, 'trunk') else torch.preserve_format         # convolutions are faster with channels last
+        # convolutions are faster with channels last
+        layout = torch.channels_last if hasattr(net.visual, 'trunk') else torch.preserve_format
         self.net = net.to(device, getattr(torch, dtype), memory_format=layout).eval().requires_grad_(False)
-        self.spec, self.config, self.device, self.dtype, self._memo = spec, config, device, dtype, (None, '')
-        self.name, self.dim, self.image_size = spec.name, spec.dim, spec.image_size
+        self.spec = spec
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        self._memo = (None, '')
+        self.name = spec.name
+        self.dim = spec.dim
+        self.image_size = spec.image_size
 
-    def __repr__(self): return f'{self.name}: {self.dim} numbers from {self.image_size} pixels, {self.dtype}, {self.fingerprint}'
+    def __repr__(self):
+        return (
+            f'{self.name}: {self.dim} numbers from {self.image_size} pixels, {self.dtype}, {self.fingerprint}'
+        )
 
     def prepare(self, x): # (N,3,H,W) 0..1 -> (N,3,S,S) normalised
         "Check, squash and normalise images."
         import torch
         x = resize(_checked(x).to(self.device), self.image_size, self.spec.interpolation)
-        mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.spec.mean, self.spec.std))
+        mean, std = (
+            torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.spec.mean, self.spec.std)
+        )
         return (x - mean) / std
 
     def encode_image(self, x) -> SemOutput: # x (N,3,H,W) RGB 0..1, any size
@@ -289,7 +405,13 @@ class OpenClipEncoder:
         "Encode every patch, comparable with sentences."
         import torch
         from torch.nn.functional import normalize
-        with torch.no_grad(): return normalize(dense_map(self.net.visual, self.prepare(x).to(getattr(torch, self.dtype)), mode, project).float(), dim=1)
+        with torch.no_grad():
+            return normalize(
+                dense_map(
+                    self.net.visual, self.prepare(x).to(getattr(torch, self.dtype)), mode, project
+                ).float(),
+                dim=1,
+            )
 
     def encode_text(self,
         texts: list[str],
@@ -315,7 +437,9 @@ class OpenClipEncoder:
 
     def _tokens(self, texts): # (N,L) on the net's device
         if cut := sum(_too_long(self.tokenizer, t, self.context_length) for t in texts):
-            say(f'{self.name}: {cut} of {len(texts)} sentences have more than {self.context_length} tokens; their ends were cut')
+            say(
+                f'{self.name}: {cut} of {len(texts)} sentences have more than {self.context_length} tokens; their ends were cut'
+            )
         return self.tokenizer(texts).to(self.device)
 
     @property
@@ -330,7 +454,8 @@ class OpenClipEncoder:
     def _text_files(self): return _text_files(self.spec, self.config['text_cfg'])
 
     @cached_property
-    def dense_dim(self) -> int: return self.encode_image(np.full((1, 3, 8, 8), 0.5, np.float32)).dense.shape[1]
+    def dense_dim(self) -> int:
+        return self.encode_image(np.full((1, 3, 8, 8), 0.5, np.float32)).dense.shape[1]
 
     @property
     def fingerprint(self) -> str:
@@ -341,21 +466,39 @@ class OpenClipEncoder:
         s = self.spec
         how = dict(size=s.image_size, mean=s.mean, std=s.std, interpolation=s.interpolation, resize='squash')
         if self._text_files: how |= dict(text=self._text_files)
-        return digest(self.config, s.quick_gelu, self._memo[1], how, self.dtype, 'pooled unit, dense last block')
+        return digest(
+            self.config, s.quick_gelu, self._memo[1], how, self.dtype, 'pooled unit, dense last block'
+        )
 
-# %% ../../nbs/33_clip.encoders.ipynb #f1b3555a
+# %% ../../nbs/33_clip.encoders.ipynb #511cc89c
 def spec_from_folder(
     path, # folder with open_clip_config.json and weights, as open_clip writes it
 ) -> EncoderSpec:
     "Read the spec of a local model folder."
     stated = _stated(path)
-    if not stated: raise DataNotFound(f'no open_clip_config.json in {path}', '', 'point to a folder that open_clip saved')
-    cfg, pre = stated['model_cfg'], stated.get('preprocess_cfg', {})
-    mean, std = tuple(pre.get('mean', CLIP_MEAN)), tuple(pre.get('std', CLIP_STD))
+    if not stated:
+        raise DataNotFound(
+            f'no open_clip_config.json in {path}', '', 'point to a folder that open_clip saved'
+        )
+    cfg = stated['model_cfg']
+    pre = stated.get('preprocess_cfg', {})
+    mean = tuple(pre.get('mean', CLIP_MEAN))
+    std = tuple(pre.get('std', CLIP_STD))
     text = cfg['text_cfg']
-    return EncoderSpec(Path(path).name, str(path), cfg.get('quick_gelu', False), cfg['embed_dim'], '',
-                       cfg['vision_cfg'].get('image_size', 224), mean, std, pre.get('interpolation', 'bicubic'), text.get('context_length', 77),
-                       multilingual=any(w in text.get('hf_model_name', '') for w in ('xlm', 'mt5', 'multilingual')), format='bundle')
+    return EncoderSpec(
+        Path(path).name,
+        str(path),
+        cfg.get('quick_gelu', False),
+        cfg['embed_dim'],
+        '',
+        cfg['vision_cfg'].get('image_size', 224),
+        mean,
+        std,
+        pre.get('interpolation', 'bicubic'),
+        text.get('context_length', 77),
+        multilingual=any(w in text.get('hf_model_name', '') for w in ('xlm', 'mt5', 'multilingual')),
+        format='bundle',
+    )
 
 
 def spec_from_hub(
@@ -365,12 +508,17 @@ def spec_from_hub(
     import open_clip
     owner = name.removeprefix('hf-hub:')
     try:
-        folder = Path(open_clip.pretrained.download_pretrained_from_hf(owner, filename='open_clip_config.json')).parent
+        folder = Path(
+            open_clip.pretrained.download_pretrained_from_hf(owner, filename='open_clip_config.json')
+        ).parent
         open_clip.pretrained.download_pretrained_from_hf(owner)
         if _stated(folder)['model_cfg']['text_cfg'].get('hf_tokenizer_name'): open_clip.get_tokenizer(name)
     except (OSError, ValueError) as e:
-        raise DownloadError(f'cannot fetch {name}', f'{type(e).__name__}: {str(e).strip().splitlines()[0][:120]}',
-                            'go online once, or download its files into a folder and pass that folder') from e
+        raise DownloadError(
+            f'cannot fetch {name}',
+            f'{type(e).__name__}: {str(e).strip().splitlines()[0][:120]}',
+            'go online once, or download its files into a folder and pass that folder',
+        ) from e
     return replace(spec_from_folder(folder), name=owner, source=owner)
 
 
@@ -382,13 +530,25 @@ def spec_from_tag(
     architecture, _, tag = name.rpartition('/')
     if not open_clip.is_pretrained_cfg(architecture, tag):
         raise unknown('encoder', name, [*encoders, *('/'.join(p) for p in open_clip.list_pretrained())])
-    cfg, pre = open_clip.get_model_config(architecture), open_clip.get_pretrained_cfg(architecture, tag)
+    cfg = open_clip.get_model_config(architecture)
+    pre = open_clip.get_pretrained_cfg(architecture, tag)
     quick = bool(pre.get('quick_gelu', cfg.get('quick_gelu', False)))
-    return EncoderSpec(name, architecture, quick, cfg['embed_dim'], tag, cfg['vision_cfg'].get('image_size', 224),
-                       tuple(pre['mean']), tuple(pre['std']), pre['interpolation'], cfg['text_cfg'].get('context_length', 77),
-                       multilingual='xlm' in cfg['text_cfg'].get('hf_model_name', ''), source=pre.get('hf_hub') or pre.get('url', ''))
+    return EncoderSpec(
+        name,
+        architecture,
+        quick,
+        cfg['embed_dim'],
+        tag,
+        cfg['vision_cfg'].get('image_size', 224),
+        tuple(pre['mean']),
+        tuple(pre['std']),
+        pre['interpolation'],
+        cfg['text_cfg'].get('context_length', 77),
+        multilingual='xlm' in cfg['text_cfg'].get('hf_model_name', ''),
+        source=pre.get('hf_hub') or pre.get('url', ''),
+    )
 
-# %% ../../nbs/33_clip.encoders.ipynb #6342a3c4
+# %% ../../nbs/33_clip.encoders.ipynb #5f15941b
 def _resolve(name): # name, path or spec -> EncoderSpec, or a ready encoder from a plugin
     if isinstance(name, EncoderSpec) or hasattr(name, 'encode_image'): return name
     name = str(name).removeprefix('local-dir:')
@@ -405,9 +565,14 @@ def _no_spec(path): # the error for a weight file by itself; what can be read fr
     known = ''
     if Path(path).is_file():
         fits = fitting_architectures(read_weights(path))
-        known = f'; this one is of kind {detect_format(path)!r}' + (f' and has the shapes of {", ".join(fits)}' if fits else '')
-    return Incompatible(f'cannot load {path} by itself', f'a weight file does not state its activation{known}',
-                        'call load_encoder(name_or_spec, weights=path); the spec says quick_gelu=True or False')
+        known = f'; this one is of kind {detect_format(path)!r}' + (
+            f' and has the shapes of {", ".join(fits)}' if fits else ''
+        )
+    return Incompatible(
+        f'cannot load {path} by itself',
+        f'a weight file does not state its activation{known}',
+        'call load_encoder(name_or_spec, weights=path); the spec says quick_gelu=True or False',
+    )
 
 
 def _in_folder(folder): # the weight file of a folder, safetensors first
@@ -416,27 +581,40 @@ def _in_folder(folder): # the weight file of a folder, safetensors first
 
 
 def _weights(spec, given): # path of the weights; downloads only what a tag names
-    if given and not Path(given).is_dir(): path, home = Path(given), Path(given).parent
+    if given and not Path(given).is_dir():
+        path = Path(given)
+        home = Path(given).parent
     else:
         home = Path(given or spec.architecture)
         if not home.is_dir(): home = cache_dir('encoders', spec.name)
-        if not given and spec.weights and Path(spec.weights).suffix not in WEIGHT_SUFFIXES: return _download(spec)
+        if not given and spec.weights and Path(spec.weights).suffix not in WEIGHT_SUFFIXES:
+            return _download(spec)
         path = _in_folder(home)
     if path is None or not path.is_file():
         get = f'get {spec.weights} from {spec.source}, then pass weights=<path> or put it into {home}'
-        raise DataNotFound(f'no weights for encoder {spec.name!r}', f'looked for {path or home}', get if spec.source else 'check the path')
+        raise DataNotFound(
+            f'no weights for encoder {spec.name!r}',
+            f'looked for {path or home}',
+            get if spec.source else 'check the path',
+        )
     _agree(spec, _stated(home).get('model_cfg', {}), home)
     return path
 
 
 def _download(spec):
     import open_clip
-    try: return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(spec.architecture, spec.weights)))
+    try:
+        return Path(
+            open_clip.download_pretrained(open_clip.get_pretrained_cfg(spec.architecture, spec.weights))
+        )
     except Exception as e:
-        raise DownloadError(f'cannot download the weights of {spec.name!r}', f'{type(e).__name__}: {str(e)[:120]}',
-                            'go online once, or pass weights=<path> of a copy') from e
+        raise DownloadError(
+            f'cannot download the weights of {spec.name!r}',
+            f'{type(e).__name__}: {str(e)[:120]}',
+            'go online once, or pass weights=<path> of a copy',
+        ) from e
 
-# %% ../../nbs/33_clip.encoders.ipynb #8f7a815c
+# %% ../../nbs/33_clip.encoders.ipynb #b6b0ed1d
 def load_encoder(
     name, # registry name, EncoderSpec, folder, 'architecture/tag', or an encoder (returned as it is)
     weights=None, # file or folder that replaces the spec's own weights
@@ -447,7 +625,8 @@ def load_encoder(
     import torch
     spec = _resolve(name)
     if not isinstance(spec, EncoderSpec): return spec
-    config, device = _config(spec), pick_device(device)
+    config = _config(spec)
+    device = pick_device(device)
     path = _weights(spec, weights)
     if spec.format == 'bundle' and not Path(spec.architecture).is_dir() and _stated(path.parent):   # the folder has config, tokenizer, text config
         spec = replace(spec, architecture=str(path.parent))
@@ -457,27 +636,47 @@ def load_encoder(
         config, state = _long(config, read_weights(path), path)
         net = _build(config, home)
         _fit(net, state, path, spec.architecture)
-        return OpenClipEncoder(net, replace(spec, context_length=config['text_cfg'].get('context_length', 77)), config, device, _pick_dtype(dtype, device, net))
+        return OpenClipEncoder(
+            net,
+            replace(spec, context_length=config['text_cfg'].get('context_length', 77)),
+            config,
+            device,
+            _pick_dtype(dtype, device, net),
+        )
 
-# %% ../../nbs/33_clip.encoders.ipynb #4f6d30f2
-def _clip_rs_mini(): return replace(spec_from_folder(bundled('clip_rs_mini')), name='clip-rs-mini', licence='research use', source='trained here, see its card')
+# %% ../../nbs/33_clip.encoders.ipynb #857aacbc
+def _clip_rs_mini():
+    return replace(
+        spec_from_folder(bundled('clip_rs_mini')),
+        name='clip-rs-mini',
+        licence='research use',
+        source='trained here, see its card',
+    )
 
 
 def _clip_rs_frozen():
     path = real_dir('weights', 'clip_rs_mini')
     if not path:
-        raise DataNotFound("no weights for encoder 'clip-rs-frozen'", 'RSSQA_REAL names no folder that holds weights/clip_rs_mini',
-                           'set RSSQA_REAL, or pass the folder itself')
+        raise DataNotFound(
+            "no weights for encoder 'clip-rs-frozen'",
+            'RSSQA_REAL names no folder that holds weights/clip_rs_mini',
+            'set RSSQA_REAL, or pass the folder itself',
+        )
     return replace(spec_from_folder(path), name='clip-rs-frozen', licence='research use')
 
 
 encoders.register('clip-rs-mini', _clip_rs_mini, replace=True)
 encoders.register('clip-rs-frozen', _clip_rs_frozen, replace=True)
 
-# %% ../../nbs/33_clip.encoders.ipynb #d4a66028
-_TINY = dict(embed_dim=64, quick_gelu=False,
-             vision_cfg=dict(image_size=64, patch_size=8, width=64, head_width=32, layers=3, pool_type='avg', no_ln_pre=True),
-             text_cfg=dict(context_length=32, vocab_size=49408, width=64, heads=2, layers=1))
+# %% ../../nbs/33_clip.encoders.ipynb #7aa43f95
+_TINY = dict(
+    embed_dim=64,
+    quick_gelu=False,
+    vision_cfg=dict(
+        image_size=64, patch_size=8, width=64, head_width=32, layers=3, pool_type='avg', no_ln_pre=True
+    ),
+    text_cfg=dict(context_length=32, vocab_size=49408, width=64, heads=2, layers=1),
+)
 _RECIPE = dict(version=1, seed=0, scenes=32, size=128, steps=200, lr=1e-3)
 _CASES = [(scene_type, kind) for scene_type in SCENE_TYPES for kind in (None, *KINDS)]
 
@@ -485,7 +684,9 @@ _CASES = [(scene_type, kind) for scene_type in SCENE_TYPES for kind in (None, *K
 def _case(s, kind, seed): # scene -> image (3,size,size), caption
     if kind is None: return s.image, f'a clear image of {s.caption}'
     level = np.random.default_rng([seed, list(KINDS).index(kind)]).uniform(0.3, 1)
-    return degrade(s.image, kind, level, seed), f'a {"slight" if level < 0.6 else "heavy"} {kind} image of {s.caption}'
+    return degrade(
+        s.image, kind, level, seed
+    ), f'a {"slight" if level < 0.6 else "heavy"} {kind} image of {s.caption}'
 
 
 def _tiny_data(tokenizer, scenes, size): # -> images (scenes,cases,3,64,64), tokens (2,scenes,cases,32)
@@ -495,16 +696,19 @@ def _tiny_data(tokenizer, scenes, size): # -> images (scenes,cases,3,64,64), tok
         drawn = {scene_type: scene(scene_type, i, size) for scene_type in SCENE_TYPES}
         pairs += [_case(drawn[scene_type], kind, i) for scene_type, kind in _CASES]
     images = resize(torch.from_numpy(np.stack([im for im, _ in pairs])), 64)
-    plain = [f'a {kind or "clear"} image of {SCENE_TYPES[scene_type]}' for scene_type, kind in _CASES] * scenes
+    plain = [
+        f'a {kind or "clear"} image of {SCENE_TYPES[scene_type]}' for scene_type, kind in _CASES
+    ] * scenes
     tokens = tokenizer([text for _, text in pairs] + plain)
     return images.view(scenes, len(_CASES), 3, 64, 64), tokens.view(2, scenes, len(_CASES), -1)
 
-# %% ../../nbs/33_clip.encoders.ipynb #515a7c63
+# %% ../../nbs/33_clip.encoders.ipynb #2a16bd20
 def _train_tiny(encoder, seed, scenes, size, steps, lr, **_): # trains encoder.net in place
     import torch
     from torch.nn.functional import cross_entropy
     images, tokens = _tiny_data(encoder.tokenizer, scenes, size)
-    images, net = encoder.prepare(images.flatten(0, 1)).view_as(images), encoder.net.train().requires_grad_(True)
+    images = encoder.prepare(images.flatten(0, 1)).view_as(images)
+    net = encoder.net.train().requires_grad_(True)
     target = torch.arange(len(_CASES))
     optimiser = torch.optim.AdamW(net.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
@@ -512,13 +716,18 @@ def _train_tiny(encoder, seed, scenes, size, steps, lr, **_): # trains encoder.n
     for step in progress(range(steps), 'training tiny-clip', unit='step'):
         pick = torch.randint(scenes, (len(_CASES),), generator=rng)
         x = images[pick, target]
-        u, v, scale = net(x.flip(-1) if step % 2 else x, tokens[int(torch.rand((), generator=rng) < 0.5), pick, target])
+        u, v, scale = net(
+            x.flip(-1) if step % 2 else x, tokens[int(torch.rand((), generator=rng) < 0.5), pick, target]
+        )
         logits = scale * u @ v.T                                       # (cases,cases)
         loss = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
-        optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
     net.eval().requires_grad_(False)
 
-# %% ../../nbs/33_clip.encoders.ipynb #fbe726db
+# %% ../../nbs/33_clip.encoders.ipynb #afa3933f
 def _make_tiny(folder): # train and write a model folder in open_clip's layout
     import torch
     from safetensors.torch import save_file
@@ -535,7 +744,9 @@ def _make_tiny(folder): # train and write a model folder in open_clip's layout
 
 def _tiny_version(): # changes with the recipe and with what synth draws
     sample = [_case(scene(scene_type, 0, 32), kind, 0) for scene_type, kind in _CASES]
-    return digest(_TINY, _RECIPE, np.round(np.stack([im for im, _ in sample]), 3), [text for _, text in sample])
+    return digest(
+        _TINY, _RECIPE, np.round(np.stack([im for im, _ in sample]), 3), [text for _, text in sample]
+    )
 
 
 def _tiny_clip():
@@ -546,11 +757,13 @@ def _tiny_clip():
             _make_tiny(tmp)
             try: os.replace(shutil.copytree(tmp, f'{tmp}.done'), folder)
             except OSError: shutil.rmtree(f'{tmp}.done')               # another process was faster
-    return replace(spec_from_folder(folder), name='tiny-clip', licence='Apache-2.0', source='trained on first use')
+    return replace(
+        spec_from_folder(folder), name='tiny-clip', licence='Apache-2.0', source='trained on first use'
+    )
 
 encoders.register('tiny-clip', _tiny_clip, replace=True)
 
-# %% ../../nbs/33_clip.encoders.ipynb #b789d020
+# %% ../../nbs/33_clip.encoders.ipynb #f9484a61
 def encode(
     encoder, # SemanticEncoder or its name
     images: Iterable, # anything as_image takes: paths, PIL images, arrays; sizes may differ
@@ -560,16 +773,20 @@ def encode(
     "Encode any number of images in batches."
     import torch
     from torch.nn.functional import adaptive_avg_pool2d
-    encoder, images, parts = load_encoder(encoder), list(images), []
+    encoder = load_encoder(encoder)
+    images = list(images)
+    parts = []
     for i in progress(range(0, len(images), batch), f'encoding, {encoder.name}', unit='batch'):
-        x = torch.cat([resize(torch.from_numpy(as_image(im))[None], encoder.image_size) for im in images[i:i + batch]])
+        x = torch.cat(
+            [resize(torch.from_numpy(as_image(im))[None], encoder.image_size) for im in images[i : i + batch]]
+        )
         out = encoder.encode_image(x)
         dense = out.dense if grid is None else adaptive_avg_pool2d(out.dense, grid)
         parts.append((out.pooled.cpu(), dense.cpu()))
     if not parts: raise BadImage('nothing to encode', 'found no images', 'pass at least one')
     return SemOutput(*(torch.cat(p) for p in zip(*parts)))
 
-# %% ../../nbs/33_clip.encoders.ipynb #c8b1664d
+# %% ../../nbs/33_clip.encoders.ipynb #650f56d0
 class BackboneEncoder:
     "A convolutional backbone of timm behind rssqa's interface; it sees and does not read."
     def __init__(self,
@@ -580,40 +797,67 @@ class BackboneEncoder:
         import timm
         from safetensors.torch import load_file
         self.name, self.image_size = architecture, image_size
-        self.net = timm.create_model(architecture, pretrained=weights == 'timm', num_classes=0).eval().requires_grad_(False)
+        self.net = (
+            timm.create_model(architecture, pretrained=weights == 'timm', num_classes=0)
+            .eval()
+            .requires_grad_(False)
+        )
         if weights != 'timm': _fit_backbone(self.net, load_file(weights), weights)
         out = self.encode_image(np.full((1, 3, 8, 8), 0.5, np.float32))
         self.dim, self.dense_dim = out.pooled.shape[1], out.dense.shape[1]
-        if out.dense.ndim != 4 or out.dense.shape[2] != out.dense.shape[3]: raise Incompatible(f'{architecture} cannot serve as encoder', f'found a feature map of shape {tuple(out.dense.shape)}, expected (1,C,h,h)', 'choose a convolutional network')
+        if out.dense.ndim != 4 or out.dense.shape[2] != out.dense.shape[3]:
+            raise Incompatible(
+                f'{architecture} cannot serve as encoder',
+                f'found a feature map of shape {tuple(out.dense.shape)}, expected (1,C,h,h)',
+                'choose a convolutional network',
+            )
 
     def encode_image(self, x) -> SemOutput: # x (N,3,H,W) RGB 0..1, any size
         "Encode images."
         import torch
         from torch.nn.functional import normalize
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.net.pretrained_cfg['mean'], self.net.pretrained_cfg['std']))
+        mean, std = (
+            torch.tensor(v).view(3, 1, 1)
+            for v in (self.net.pretrained_cfg['mean'], self.net.pretrained_cfg['std'])
+        )
         with torch.no_grad():
             dense = self.net.forward_features((resize(_checked(x), self.image_size) - mean) / std)
             return SemOutput(normalize(self.net.forward_head(dense, pre_logits=True), dim=-1), dense)
 
     def encode_text(self, texts: list[str]):
         "Refuse: a backbone has no text tower."
-        raise Incompatible(f'{self.name} cannot encode sentences', 'it has no text tower', 'use a CLIP, see rssqa.core.encoders')
+        raise Incompatible(
+            f'{self.name} cannot encode sentences',
+            'it has no text tower',
+            'use a CLIP, see rssqa.core.encoders',
+        )
 
     @cached_property
     def fingerprint(self) -> str:
         "Digest of architecture, weights and preprocessing."
-        return digest(self.name, self.image_size, state_digest(self.net.state_dict()), 'pooled unit, dense last map')
+        return digest(
+            self.name, self.image_size, state_digest(self.net.state_dict()), 'pooled unit, dense last map'
+        )
 
 
 def _fit_backbone(net, state, path): # the classifier is left out, and counters may be missing
     wanted = net.state_dict()
-    if missing := [k for k, v in wanted.items() if state.get(k, v).shape != v.shape or k not in state and not k.endswith('num_batches_tracked')]: raise Incompatible(f'{path} does not fit the backbone', f'{missing[0]} is missing or has another shape', 'use weights of the same architecture')
+    if missing := [k for k, v in wanted.items() if state.get(k, v).shape != v.shape or k not in state and not k.endswith('num_batches_tracked')]:
+        raise Incompatible(
+            f'{path} does not fit the backbone',
+            f'{missing[0]} is missing or has another shape',
+            'use weights of the same architecture',
+        )
     net.load_state_dict({k: state.get(k, v) for k, v in wanted.items()})
 
-# %% ../../nbs/33_clip.encoders.ipynb #9d3b2134
+# %% ../../nbs/33_clip.encoders.ipynb #85b6b00e
 def _modules(encoder): # the nets an encoder holds
     from torch import nn
-    return [encoder] if isinstance(encoder, nn.Module) else [v for v in vars(encoder).values() if isinstance(v, nn.Module)]
+    return (
+        [encoder]
+        if isinstance(encoder, nn.Module)
+        else [v for v in vars(encoder).values() if isinstance(v, nn.Module)]
+    )
 
 
 def _unit(v): return bool(v.isfinite().all() and ((v.float().norm(dim=-1) - 1).abs() < 1e-3).all())
@@ -627,11 +871,14 @@ def _check_attributes(e, x):
 
 def _check_shapes(e, x):
     out = e.encode_image(x)
-    if tuple(out.pooled.shape) != (len(x), e.dim): return f'pooled is {tuple(out.pooled.shape)}, expected {(len(x), e.dim)}'
+    if tuple(out.pooled.shape) != (len(x), e.dim):
+        return f'pooled is {tuple(out.pooled.shape)}, expected {(len(x), e.dim)}'
     if out.dense.ndim != 4 or tuple(out.dense.shape[:2]) != (len(x), e.dense_dim):
         return f'dense is {tuple(out.dense.shape)}, expected {(len(x), e.dense_dim)} and a map'
     kinds = {str(out.pooled.dtype), str(out.dense.dtype)}
-    return '' if kinds == {'torch.float32'} else f'results are {" and ".join(sorted(kinds))}, expected float32'
+    return (
+        '' if kinds == {'torch.float32'} else f'results are {" and ".join(sorted(kinds))}, expected float32'
+    )
 
 
 def _check_unit(e, x): return '' if _unit(e.encode_image(x).pooled) else 'pooled vectors are not of length 1'
@@ -640,7 +887,11 @@ def _check_unit(e, x): return '' if _unit(e.encode_image(x).pooled) else 'pooled
 def _check_constant(e, x):
     import torch
     out = e.encode_image(torch.stack([torch.full_like(x[0], v) for v in (0.0, 0.5, 1.0)]))
-    return '' if _unit(out.pooled) and out.dense.isfinite().all() else 'black, grey or white images give no finite unit vector'
+    return (
+        ''
+        if _unit(out.pooled) and out.dense.isfinite().all()
+        else 'black, grey or white images give no finite unit vector'
+    )
 
 
 def _check_sight(e, x):
@@ -648,9 +899,11 @@ def _check_sight(e, x):
     same = (out.pooled[0] - out.pooled[1]).abs().max() == 0 or (out.dense[0] - out.dense[1]).abs().max() == 0
     return 'different images give the same result' if same else ''
 
-# %% ../../nbs/33_clip.encoders.ipynb #0b9681af
+# %% ../../nbs/33_clip.encoders.ipynb #fea1276a
 def _check_repeat(e, x):
-    kept, one, two = x.clone(), e.encode_image(x), e.encode_image(x)
+    kept = x.clone()
+    one = e.encode_image(x)
+    two = e.encode_image(x)
     if not bool((x == kept).all()): return 'the input was changed in place'
     same = (one.pooled - two.pooled).abs().max() < 1e-6 and (one.dense - two.dense).abs().max() < 1e-4
     return '' if same else 'the same images give different results: dropout or chance'
@@ -659,8 +912,17 @@ def _check_repeat(e, x):
 def _check_batch(e, x):
     import torch
     tol = 1e-5 if getattr(e, 'dtype', 'float32') == 'float32' else 2e-2
-    gap = (torch.cat([e.encode_image(x[i:i + 1]).pooled for i in range(len(x))]) - e.encode_image(x).pooled).abs().max().item()
-    return '' if gap < tol else f'results depend on the batch: {gap:.2g} between one by one and together, allowed {tol:g}'
+    gap = (
+        (torch.cat([e.encode_image(x[i : i + 1]).pooled for i in range(len(x))]) - e.encode_image(x).pooled)
+        .abs()
+        .max()
+        .item()
+    )
+    return (
+        ''
+        if gap < tol
+        else f'results depend on the batch: {gap:.2g} between one by one and together, allowed {tol:g}'
+    )
 
 
 def _check_quiet(e, x):
@@ -668,7 +930,7 @@ def _check_quiet(e, x):
     if out.pooled.requires_grad or out.dense.requires_grad: return 'results carry gradients'
     return 'the net is in training mode' if any(m.training for m in _modules(e)) else ''
 
-# %% ../../nbs/33_clip.encoders.ipynb #b8bc3df6
+# %% ../../nbs/33_clip.encoders.ipynb #23ab0785
 def _check_range(e, x):
     try: e.encode_image(x * 255)
     except ValueError: return ''
@@ -681,7 +943,11 @@ def _check_text(e, x):
     if tuple(t.shape) != (3, e.dim) or not _unit(t):
         return f'text vectors are {tuple(t.shape)}, expected {(3, e.dim)} of length 1'
     tol = 1e-5 if getattr(e, 'dtype', 'float32') == 'float32' else 2e-2
-    return '' if (e.encode_text(texts[1:2]) - t[1:2]).abs().max() < tol else 'a text vector depends on the other texts'
+    return (
+        ''
+        if (e.encode_text(texts[1:2]) - t[1:2]).abs().max() < tol
+        else 'a text vector depends on the other texts'
+    )
 
 
 def _check_fingerprint(e, x):
@@ -697,9 +963,20 @@ def _check_fingerprint(e, x):
         if changed == before: return 'the fingerprint stays when weights change'
     return '' if e.fingerprint == before else 'the fingerprint of the same weights varies'
 
-# %% ../../nbs/33_clip.encoders.ipynb #18e2b539
-_CHECKS = dict(attributes=_check_attributes, shapes=_check_shapes, unit=_check_unit, constant=_check_constant, sight=_check_sight,
-               repeat=_check_repeat, batch=_check_batch, quiet=_check_quiet, range=_check_range, text=_check_text, fingerprint=_check_fingerprint)
+# %% ../../nbs/33_clip.encoders.ipynb #9a7e31e2
+_CHECKS = dict(
+    attributes=_check_attributes,
+    shapes=_check_shapes,
+    unit=_check_unit,
+    constant=_check_constant,
+    sight=_check_sight,
+    repeat=_check_repeat,
+    batch=_check_batch,
+    quiet=_check_quiet,
+    range=_check_range,
+    text=_check_text,
+    fingerprint=_check_fingerprint,
+)
 
 
 def check_encoder(
@@ -707,13 +984,16 @@ def check_encoder(
 ) -> list[str]: # the promises that were checked
     "Try every promise of the interface; raise one error that lists all broken ones."
     import torch
-    encoder, faults = load_encoder(encoder), []
+    encoder = load_encoder(encoder)
+    faults = []
     x = torch.rand(3, 3, 40, 56, generator=torch.Generator().manual_seed(0))
     for promise, check in _CHECKS.items():
         try: fault = check(encoder, x.clone())
         except Exception as e: fault = f'{type(e).__name__}: {e}'
         if fault: faults.append(f'{promise}: {fault}')
     if faults:
-        what = f'encoder {getattr(encoder, "name", encoder)!r} breaks {len(faults)} of {len(_CHECKS)} promises'
+        what = (
+            f'encoder {getattr(encoder, "name", encoder)!r} breaks {len(faults)} of {len(_CHECKS)} promises'
+        )
         raise Incompatible(what, '; '.join(faults), 'see SemanticEncoder')
     return list(_CHECKS)

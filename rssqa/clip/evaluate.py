@@ -17,8 +17,10 @@ from ..core import Incompatible, as_image, progress, unknown
 from .encoders import SemanticEncoder, encode, load_encoder
 from ..data.pairs import open_image
 
-# %% ../../nbs/39_clip.evaluate.ipynb #df104909
-PROTOCOLS = dict(owner='each caption is a text of its own', unique='equal captions are one text, behind a prompt')
+# %% ../../nbs/39_clip.evaluate.ipynb #36c4bc89
+PROTOCOLS = dict(
+    owner='each caption is a text of its own', unique='equal captions are one text, behind a prompt'
+)
 
 
 def texts_of(
@@ -30,7 +32,11 @@ def texts_of(
     "Lay out the texts of a protocol."
     if protocol not in PROTOCOLS: raise unknown('protocol', protocol, PROTOCOLS)
     texts = list(captions) if protocol == 'owner' else list(dict.fromkeys(captions))
-    row = np.arange(len(captions)) if protocol == 'owner' else np.array([{t: i for i, t in enumerate(texts)}[c] for c in captions])
+    row = (
+        np.arange(len(captions))
+        if protocol == 'owner'
+        else np.array([{t: i for i, t in enumerate(texts)}[c] for c in captions])
+    )
     belongs = np.zeros((len(texts), max(images) + 1), bool)
     belongs[row, images] = True
     return texts if protocol == 'owner' else [prompt + t for t in texts], belongs
@@ -43,13 +49,20 @@ def recall(
 ) -> float: # 0..1
     "Return recall@k, the share of queries with an answer among their k best candidates; equal scores stand in random order, and the expected value is given."
     best = np.where(belongs, scores, -np.inf).max(1, keepdims=True)
-    ahead, level = (~belongs & (scores > best)).sum(1), scores == best                   # wrong ones before the answer, and those beside it
-    right, wrong = (belongs & level).sum(1), (~belongs & level).sum(1)
-    none = np.ones(len(scores))                                                          # chance that none of the first k is right
+    # wrong ones before the answer, and those beside it
+    ahead = (~belongs & (scores > best)).sum(1)
+    level = scores == best
+    right = (belongs & level).sum(1)
+    wrong = (~belongs & level).sum(1)
+    # chance that none of the first k is right
+    none = np.ones(len(scores))
     for j in range(k):
-        free = j >= ahead                                                                # this place goes to one of the equals
+        # this place goes to one of the equals
+        free = j >= ahead
         drawn = np.maximum(j - ahead, 0)
-        none = np.where(free, none * np.maximum(wrong - drawn, 0) / np.maximum(wrong + right - drawn, 1), none)
+        none = np.where(
+            free, none * np.maximum(wrong - drawn, 0) / np.maximum(wrong + right - drawn, 1), none
+        )
     return float(1 - none.mean())
 
 
@@ -60,19 +73,34 @@ def retrieval(
     at: tuple = (1, 5, 10),
 ) -> dict: # 'i2t@1', …, 't2i@1', …, and their mean, 0..1
     "Return recall in both directions, and the mean recall."
-    if belongs.shape != (len(text), len(image)): raise Incompatible('cannot measure retrieval', f'found {len(text)} texts, {len(image)} images and a table of {belongs.shape}', 'lay them out with texts_of')
+    if belongs.shape != (len(text), len(image)):
+        raise Incompatible(
+            'cannot measure retrieval',
+            f'found {len(text)} texts, {len(image)} images and a table of {belongs.shape}',
+            'lay them out with texts_of',
+        )
     scores = text @ image.T
-    told = {f'i2t@{k}': recall(scores.T, belongs.T, k) for k in at} | {f't2i@{k}': recall(scores, belongs, k) for k in at}
+    told = {f'i2t@{k}': recall(scores.T, belongs.T, k) for k in at} | {
+        f't2i@{k}': recall(scores, belongs, k) for k in at
+    }
     return told | dict(mean_recall=float(np.mean(list(told.values()))))
 
-# %% ../../nbs/39_clip.evaluate.ipynb #cf39812e
-def _array(vectors): return vectors.cpu().numpy() if hasattr(vectors, 'cpu') else np.asarray(vectors)       # of a tensor on any device
+# %% ../../nbs/39_clip.evaluate.ipynb #9264410a
+def _array(vectors):  # of a tensor on any device
+    return vectors.cpu().numpy() if hasattr(vectors, 'cpu') else np.asarray(vectors)
 
 
 PROMPTS = dict(
     plain=['{}'],
     satellite=['a satellite photo of {}.', 'a satellite image of {}.'],
-    above=['a satellite image of {}.', 'an aerial photo of {}.', '{} seen from above.', 'a picture of {} taken from a plane.', 'an overhead view of {}.', 'a remote sensing image that shows {}.'],
+    above=[
+        'a satellite image of {}.',
+        'an aerial photo of {}.',
+        '{} seen from above.',
+        'a picture of {} taken from a plane.',
+        'an overhead view of {}.',
+        'a remote sensing image that shows {}.',
+    ],
 )
 
 
@@ -85,7 +113,13 @@ def class_vectors(
     "Turn class names into vectors."
     if average not in ('before', 'after'): raise unknown('way to average', average, ['before', 'after'])
     if isinstance(prompts, str) and prompts not in PROMPTS: raise unknown('prompt set', prompts, PROMPTS)
-    sentences = [[p.replace('{}', ' '.join(n.replace('_', ' ').replace('/', ' ').lower().split())) for p in (PROMPTS[prompts] if isinstance(prompts, str) else prompts)] for n in names]
+    sentences = [
+        [
+            p.replace('{}', ' '.join(n.replace('_', ' ').replace('/', ' ').lower().split()))
+            for p in (PROMPTS[prompts] if isinstance(prompts, str) else prompts)
+        ]
+        for n in names
+    ]
     how = dict(unit=False) if average == 'before' else {}
     vectors = np.stack([_array(encoder.encode_text(s, **how)).mean(0) for s in sentences])
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -103,7 +137,7 @@ def zero_shot(
     right = pd.Series(said == np.asarray(labels)).groupby(np.asarray(labels)).mean()
     return dict(top1=float((said == np.asarray(labels)).mean()), mean_class=float(right.mean()))
 
-# %% ../../nbs/39_clip.evaluate.ipynb #49b664bd
+# %% ../../nbs/39_clip.evaluate.ipynb #6ee9e3ef
 def crops_of(
     image: np.ndarray, # (3,H,W) 0..1
     n: int, # crops
@@ -114,7 +148,9 @@ def crops_of(
     "Cut random parts out of an image, turned at random."
     import torch
     rng = np.random.default_rng(seed)
-    return torch.stack([cut_view(torch.from_numpy(image), draw_box(rng, area), size, int(rng.integers(8))) for _ in range(n)])
+    return torch.stack(
+        [cut_view(torch.from_numpy(image), draw_box(rng, area), size, int(rng.integers(8))) for _ in range(n)]
+    )
 
 
 def crop_retrieval(
@@ -127,16 +163,21 @@ def crop_retrieval(
 ) -> dict: # 'crop@1', …: share of crops whose image is among the k nearest, 0..1
     "Find the image that a crop comes from."
     import torch
-    encoder, images, parts = load_encoder(encoder), list(images), []
+    encoder = load_encoder(encoder)
+    images = list(images)
+    parts = []
     whole = encode(encoder, images).pooled.numpy()
     for i in progress(range(0, len(images), 16), 'looking at parts', unit='16 images'):
-        crops = [crops_of(as_image(im), n, area, seed * 100003 + j, encoder.image_size) for j, im in enumerate(images[i:i + 16], i)]
+        crops = [
+            crops_of(as_image(im), n, area, seed * 100003 + j, encoder.image_size)
+            for j, im in enumerate(images[i : i + 16], i)
+        ]
         parts.append(_array(encoder.encode_image(torch.cat(crops)).pooled))
     part = np.concatenate(parts)
     belongs = np.arange(len(images))[None] == np.arange(len(images)).repeat(n)[:, None]
     return {f'crop@{k}': recall(part @ whole.T, belongs, k) for k in at}
 
-# %% ../../nbs/39_clip.evaluate.ipynb #49cefc71
+# %% ../../nbs/39_clip.evaluate.ipynb #4aaf1d0f
 def patch_classes(
     mask: np.ndarray, # (H,W) class ids, 255 is ignored
     grid: tuple, # h, w of the feature map
@@ -145,7 +186,9 @@ def patch_classes(
     "Reduce a mask to the grid of a feature map."
     import torch
     from torch.nn.functional import adaptive_avg_pool2d
-    shares = adaptive_avg_pool2d(torch.stack([torch.from_numpy(mask == c).float() for c in range(classes)])[None], grid)[0]
+    shares = adaptive_avg_pool2d(
+        torch.stack([torch.from_numpy(mask == c).float() for c in range(classes)])[None], grid
+    )[0]
     return np.where(shares.sum(0) > 0, shares.argmax(0), 255)
 
 
@@ -162,18 +205,31 @@ def dense_probe(
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    encoder, train = load_encoder(encoder), np.asarray(train, bool)
-    if train.all() or not train.any(): raise Incompatible('cannot probe', f'{train.sum()} of {len(train)} images are for training', 'keep some scenes for the test')
+    encoder = load_encoder(encoder)
+    train = np.asarray(train, bool)
+    if train.all() or not train.any():
+        raise Incompatible(
+            'cannot probe',
+            f'{train.sum()} of {len(train)} images are for training',
+            'keep some scenes for the test',
+        )
     maps = encode(encoder, images, batch, grid=None).dense                # (N,C,h,w)
     truth = np.stack([patch_classes(m, maps.shape[-2:], classes) for m in masks])
-    x, known = maps.permute(0, 2, 3, 1).numpy(), truth < 255
+    x = maps.permute(0, 2, 3, 1).numpy()
+    known = truth < 255
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200))
     probe.fit(x[train][known[train]], truth[train][known[train]])
-    said, real = probe.predict(x[~train][known[~train]]), truth[~train][known[~train]]
-    ious = [np.logical_and(said == c, real == c).sum() / max(np.logical_or(said == c, real == c).sum(), 1) for c in np.unique(real)]
-    return dict(accuracy=float((said == real).mean()), miou=float(np.mean(ious)), positions=int(known[~train].sum()))
+    said = probe.predict(x[~train][known[~train]])
+    real = truth[~train][known[~train]]
+    ious = [
+        np.logical_and(said == c, real == c).sum() / max(np.logical_or(said == c, real == c).sum(), 1)
+        for c in np.unique(real)
+    ]
+    return dict(
+        accuracy=float((said == real).mean()), miou=float(np.mean(ious)), positions=int(known[~train].sum())
+    )
 
-# %% ../../nbs/39_clip.evaluate.ipynb #84736a32
+# %% ../../nbs/39_clip.evaluate.ipynb #4d45614d
 def language_agreement(
     encoder: SemanticEncoder,
     image: np.ndarray, # (N,D) unit length
@@ -182,12 +238,20 @@ def language_agreement(
 ) -> dict: # language -> share of images that are named as in the first one, 0..1
     "Compare how images are named in several languages."
     lengths = {len(v) for v in names.values()}
-    if len(lengths) != 1: raise Incompatible('cannot compare languages', f'found lists of {sorted(lengths)} class names', 'translate every class')
-    said = {lang: (image @ class_vectors(encoder, list(ns), (prompts or {}).get(lang, ['{}'])).T).argmax(1) for lang, ns in names.items()}
+    if len(lengths) != 1:
+        raise Incompatible(
+            'cannot compare languages',
+            f'found lists of {sorted(lengths)} class names',
+            'translate every class',
+        )
+    said = {
+        lang: (image @ class_vectors(encoder, list(ns), (prompts or {}).get(lang, ['{}'])).T).argmax(1)
+        for lang, ns in names.items()
+    }
     first = next(iter(said.values()))
     return {lang: float((s == first).mean()) for lang, s in said.items()}
 
-# %% ../../nbs/39_clip.evaluate.ipynb #6cb139b1
+# %% ../../nbs/39_clip.evaluate.ipynb #0128f50b
 def evaluate_clip(
     encoder, # SemanticEncoder or its name
     table: pd.DataFrame, # columns key, caption, path, source, scene; one row an image and caption
@@ -198,19 +262,46 @@ def evaluate_clip(
     open=None, # row -> (3,H,W) array 0..1; by default the file at `path`
 ) -> pd.DataFrame: # columns task, source, protocol, measure, value (0..1), n
     "Measure retrieval, zero-shot naming and crop retrieval of each source."
-    encoder, open, rows = load_encoder(encoder), open or open_image, []
+    encoder = load_encoder(encoder)
+    open = open or open_image
+    rows = []
     firsts = table.drop_duplicates('key').reset_index(drop=True)
     images = [open(r) for _, r in firsts.iterrows()]
     seen = encode(encoder, images, batch).pooled.numpy()
     for source, part in firsts.groupby('source'):
-        at, own = part.index.to_numpy(), table[table.source == source]
+        at = part.index.to_numpy()
+        own = table[table.source == source]
         number = dict(zip(part.key, range(len(part))))
-        def note(task, protocol, told, n): rows.extend(dict(task=task, source=source, protocol=protocol, measure=k, value=v, n=n) for k, v in told.items())
+        def note(task, protocol, told, n):
+            rows.extend(
+                dict(task=task, source=source, protocol=protocol, measure=k, value=v, n=n)
+                for k, v in told.items()
+            )
         for protocol in PROTOCOLS if own.caption.nunique() > own.scene.nunique() * 3 else ():          # template captions name the scene: nothing to retrieve
             texts, belongs = texts_of(list(own.caption), [number[k] for k in own.key], protocol)
-            note('retrieval', protocol, retrieval(seen[at], _array(encoder.encode_text(texts)), belongs), len(texts))
+            note(
+                'retrieval',
+                protocol,
+                retrieval(seen[at], _array(encoder.encode_text(texts)), belongs),
+                len(texts),
+            )
         for average in 'before', 'after':
             names = sorted(own.scene.unique())
-            note('zero-shot', f'averaged {average}', zero_shot(seen[at], list(part.scene), dict(zip(names, class_vectors(encoder, names, prompts, average)))), len(part))
-        if crops: note('crops', f'{crops} an image', crop_retrieval(encoder, [images[i] for i in at], crops, seed=seed), crops * len(part))
+            note(
+                'zero-shot',
+                f'averaged {average}',
+                zero_shot(
+                    seen[at],
+                    list(part.scene),
+                    dict(zip(names, class_vectors(encoder, names, prompts, average))),
+                ),
+                len(part),
+            )
+        if crops:
+            note(
+                'crops',
+                f'{crops} an image',
+                crop_retrieval(encoder, [images[i] for i in at], crops, seed=seed),
+                crops * len(part),
+            )
     return pd.DataFrame(rows)

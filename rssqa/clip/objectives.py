@@ -18,7 +18,7 @@ from ..core import Incompatible, Registry, digest
 # %% ../../nbs/36_clip.objectives.ipynb #afb9af2b
 objectives = Registry('objective', 'rssqa.objectives')
 
-# %% ../../nbs/36_clip.objectives.ipynb #486b1064
+# %% ../../nbs/36_clip.objectives.ipynb #1755f9d0
 def clamped(
     log_scale, # scalar parameter
 ): # scalar, 1..100
@@ -27,7 +27,12 @@ def clamped(
 
 
 def _matched(image, text): # the two must be vectors of pairs
-    if image.shape != text.shape or image.ndim != 2: raise Incompatible('cannot pair images and sentences', f'found {tuple(image.shape)} and {tuple(text.shape)}', 'pass two tensors of shape (B,D), one row a pair')
+    if image.shape != text.shape or image.ndim != 2:
+        raise Incompatible(
+            'cannot pair images and sentences',
+            f'found {tuple(image.shape)} and {tuple(text.shape)}',
+            'pass two tensors of shape (B,D), one row a pair',
+        )
 
 
 def info_nce(
@@ -37,13 +42,14 @@ def info_nce(
 ): # scalar
     "Average the cross entropies of finding the text of each image and the image of each text (van den Oord et al. 2018; Radford et al. 2021)."
     _matched(image, text)
-    logits, own = scale * image @ text.T, torch.arange(len(image), device=image.device)
+    logits = scale * image @ text.T
+    own = torch.arange(len(image), device=image.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
 objectives.register('itc', info_nce, replace=True)
 
-# %% ../../nbs/36_clip.objectives.ipynb #8a2dd0ae
+# %% ../../nbs/36_clip.objectives.ipynb #2b555140
 def multi_positive(
     image, # (B,D) unit length
     text, # (B,D) unit length
@@ -56,7 +62,8 @@ def multi_positive(
     if not kept.any(): return (image.sum() + text.sum()) * 0
     image, text, ids = image[kept], text[kept], ids[kept]
     same = (ids[:, None] == ids).to(image.dtype)
-    target, logits = same / same.sum(1, keepdim=True), scale * image @ text.T
+    target = same / same.sum(1, keepdim=True)
+    logits = scale * image @ text.T
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
@@ -70,7 +77,7 @@ def caption_ids(
 
 objectives.register('multi-positive', multi_positive, replace=True)
 
-# %% ../../nbs/36_clip.objectives.ipynb #29fffbe2
+# %% ../../nbs/36_clip.objectives.ipynb #0cd9d18e
 def siglip(
     image, # (B,D) unit length
     text, # (B,D) unit length
@@ -80,13 +87,15 @@ def siglip(
 ): # scalar
     "Sum the log losses of all combinations of a batch, divided by its size (Zhai et al. 2023)."
     _matched(image, text)
-    same = torch.eye(len(image), device=image.device, dtype=torch.bool) if ids is None else ids[:, None] == ids
+    same = (
+        torch.eye(len(image), device=image.device, dtype=torch.bool) if ids is None else ids[:, None] == ids
+    )
     return -F.logsigmoid((2.0 * same - 1) * (scale * image @ text.T + bias)).sum() / len(image)
 
 
 objectives.register('siglip', siglip, replace=True)
 
-# %% ../../nbs/36_clip.objectives.ipynb #453e5424
+# %% ../../nbs/36_clip.objectives.ipynb #95b5775e
 class PrototypeHead(nn.Module):
     "Three layers, unit length, and the cosines with learned prototypes."
     def __init__(self,
@@ -96,10 +105,17 @@ class PrototypeHead(nn.Module):
         bottleneck: int = 256,
     ):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
+        self.layers = nn.Sequential(
+            nn.Linear(width, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bottleneck),
+        )
         self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck) * 0.02)
 
-    def forward(self, x): return F.normalize(self.layers(x), dim=-1) @ F.normalize(self.prototypes, dim=-1).T        # (B,width) -> (B,K)
+    def forward(self, x):  # (B,width) -> (B,K)
+        return F.normalize(self.layers(x), dim=-1) @ F.normalize(self.prototypes, dim=-1).T
 
 
 class EmaTeacher(nn.Module):
@@ -109,12 +125,14 @@ class EmaTeacher(nn.Module):
         momentum: float = 0.996, # 0..1
     ):
         super().__init__()
-        self.net, self.momentum = copy.deepcopy(student).eval().requires_grad_(False), momentum
+        self.net = copy.deepcopy(student).eval().requires_grad_(False)
+        self.momentum = momentum
 
     @torch.no_grad()
     def update(self, student: nn.Module):
         "Move the weights by 1 - momentum towards the student, and take over its buffers."
-        for mine, new in zip(self.net.parameters(), student.parameters(), strict=True): mine.lerp_(new.detach(), 1 - self.momentum)
+        for mine, new in zip(self.net.parameters(), student.parameters(), strict=True):
+            mine.lerp_(new.detach(), 1 - self.momentum)
         for mine, new in zip(self.net.buffers(), student.buffers(), strict=True): mine.copy_(new)
 
     @torch.no_grad()
@@ -142,7 +160,12 @@ def self_distill(
     teacher_temperature: float = 0.04,
 ): # scalar
     "Average the cross entropies between the teacher on each view and the student on every other view (Caron et al. 2021; Silva et al. 2024)."
-    if len(student) < 2 or len(teacher) > len(student): raise Incompatible('cannot distil between views', f'found {len(student)} views of the student and {len(teacher)} of the teacher', 'pass at least two views, the teacher\'s first')
+    if len(student) < 2 or len(teacher) > len(student):
+        raise Incompatible(
+            'cannot distil between views',
+            f'found {len(student)} views of the student and {len(teacher)} of the teacher',
+            'pass at least two views, the teacher\'s first',
+        )
     wanted = [((t.detach() - centre) / teacher_temperature).softmax(-1) for t in teacher]
     told = [(s / student_temperature).log_softmax(-1) for s in student]
     losses = [-(w * s).sum(-1).mean() for i, w in enumerate(wanted) for j, s in enumerate(told) if i != j]
@@ -164,7 +187,7 @@ def local_global(
 
 objectives.register('local-global', local_global, replace=True)
 
-# %% ../../nbs/36_clip.objectives.ipynb #e14b092a
+# %% ../../nbs/36_clip.objectives.ipynb #3d3ef93e
 def patch_distill(
     whole, # (B,D,h,w) feature maps of images
     crops, # (N,D,h,w) feature maps of crops
@@ -175,7 +198,12 @@ def patch_distill(
     "Average 1 - cosine between a box of the whole and the crop seen alone (Li et al. 2025)."
     from torchvision.ops import roi_align
     if not len(crops): return whole.sum() * 0
-    if (boxes[:, :2] >= boxes[:, 2:]).any() or boxes.min() < 0 or boxes.max() > 1: raise Incompatible('cannot cut out boxes', 'found a box that is empty or leaves its image', 'give left, top, right and bottom as shares from 0 to 1')
+    if (boxes[:, :2] >= boxes[:, 2:]).any() or boxes.min() < 0 or boxes.max() > 1:
+        raise Incompatible(
+            'cannot cut out boxes',
+            'found a box that is empty or leaves its image',
+            'give left, top, right and bottom as shares from 0 to 1',
+        )
     h, w = whole.shape[-2:]
     at = torch.cat([owner[:, None].to(whole), boxes.to(whole) * torch.tensor([w, h, w, h]).to(whole)], 1)
     inside = F.normalize(roi_align(whole, at, crops.shape[-2:], aligned=True).mean((2, 3)), dim=-1)
@@ -198,7 +226,7 @@ def region_category(
 
 objectives.register('region-category', region_category, replace=True)
 
-# %% ../../nbs/36_clip.objectives.ipynb #71f93cad
+# %% ../../nbs/36_clip.objectives.ipynb #38c964a7
 def total(
     weights: dict, # name of an objective -> weight
     **at_hand, # tensors and settings, by the names of the objectives' parameters
@@ -209,6 +237,10 @@ def total(
         f = objectives[name]
         takes = inspect.signature(f).parameters
         if lost := [k for k, p in takes.items() if p.default is p.empty and k not in at_hand]:
-            raise Incompatible(f'cannot compute {name}', f'found no {lost[0]} among {", ".join(at_hand)}', 'compute it in the training step, or leave the objective out')
+            raise Incompatible(
+                f'cannot compute {name}',
+                f'found no {lost[0]} among {", ".join(at_hand)}',
+                'compute it in the training step, or leave the objective out',
+            )
         told[name] = f(**{k: v for k, v in at_hand.items() if k in takes})
     return sum(w * told[n] for n, w in weights.items()), {n: v.item() for n, v in told.items()}

@@ -9,7 +9,7 @@ __all__ = ['COLUMNS', 'TIERS', 'KEEP', 'ACTIONS', 'RISKS', 'NOISES', 'check_pair
            'purify', 'apply_decisions', 'risk_rules', 'risk', 'review_table', 'agreement', 'inject_noise',
            'audit_noise']
 
-# %% ../../nbs/35_clip.purify.ipynb #65713ed9
+# %% ../../nbs/35_clip.purify.ipynb #d94dac36
 import html, re, unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -20,31 +20,56 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from ..core import BadImage, DataNotFound, Incompatible, Problem, SchemaError, as_image, atomic, digest, progress, read_json, say, unknown, write_json
+from rssqa.core import (
+    BadImage,
+    DataNotFound,
+    Incompatible,
+    Problem,
+    SchemaError,
+    as_image,
+    atomic,
+    digest,
+    progress,
+    read_json,
+    say,
+    unknown,
+    write_json,
+)
 from .encoders import load_encoder, resize
 from ..data.pairs import CONTEXT, image_bytes, open_image, token_count
 from ..segment.metrics import failure_auroc
 
-# %% ../../nbs/35_clip.purify.ipynb #665f54a8
-COLUMNS, TIERS = ('pair', 'key', 'caption', 'source', 'tier'), ('fine', 'coarse')
+# %% ../../nbs/35_clip.purify.ipynb #faa3eee1
+COLUMNS = ('pair', 'key', 'caption', 'source', 'tier')
+TIERS = ('fine', 'coarse')
 
 
 def check_pairs(
     table: pd.DataFrame, # one row an image and caption
 ) -> pd.DataFrame: # a copy with a plain index and captions that are text
     "Refuse a table that is no table of pairs."
-    if lost := [c for c in COLUMNS if c not in table]: raise SchemaError('this is no table of pairs', f'found no column {", ".join(lost)}', f'give it {", ".join(COLUMNS)}')
+    if lost := [c for c in COLUMNS if c not in table]:
+        raise SchemaError(
+            'this is no table of pairs', f'found no column {", ".join(lost)}', f'give it {", ".join(COLUMNS)}'
+        )
     table = table.reset_index(drop=True)
-    if (twice := table.pair.duplicated()).any(): raise SchemaError('a pair is named twice', f'found {table.pair[twice].iloc[0]!r} again', 'number the captions of an image, as in k#0, k#1')
-    if odd := sorted(set(table.tier.astype(str)) - set(TIERS)): raise SchemaError('a tier is unknown', f'found {", ".join(odd)}', f'expected {" or ".join(TIERS)}')
+    if (twice := table.pair.duplicated()).any():
+        raise SchemaError(
+            'a pair is named twice',
+            f'found {table.pair[twice].iloc[0]!r} again',
+            'number the captions of an image, as in k#0, k#1',
+        )
+    if odd := sorted(set(table.tier.astype(str)) - set(TIERS)):
+        raise SchemaError('a tier is unknown', f'found {", ".join(odd)}', f'expected {" or ".join(TIERS)}')
     return table.assign(caption=table.caption.astype(object).where(table.caption.notna(), '').astype(str))
 
-# %% ../../nbs/35_clip.purify.ipynb #c2e5173c
+# %% ../../nbs/35_clip.purify.ipynb #7b9d10a9
 def _picture(key, path, images): # key -> (3,H,W), or a Problem
     if images is not None:
         if key not in images: raise DataNotFound(f'no image {key}', '', 'add it to the images')
         return as_image(images[key], str(key))
-    if not isinstance(path, str) or not path: raise DataNotFound(f'no path of image {key}', '', 'fill the column path, or pass images')
+    if not isinstance(path, str) or not path:
+        raise DataNotFound(f'no path of image {key}', '', 'fill the column path, or pass images')
     return open_image(path)
 
 
@@ -54,10 +79,16 @@ def _seen(keys, paths, encoder, images, batch, problems): # (n,D) float32, NaN w
     for start in progress(range(0, len(keys), batch), f'images, {encoder.name}', unit='batch', leave=False):
         good, tiles = [], []
         for i in range(start, min(start + batch, len(keys))):
-            try: tiles.append(resize(torch.from_numpy(_picture(keys[i], paths[i], images))[None], encoder.image_size)); good.append(i)
+            try:
+                tiles.append(
+                    resize(torch.from_numpy(_picture(keys[i], paths[i], images))[None], encoder.image_size)
+                )
+                good.append(i)
             except (Problem, OSError) as e: problems[keys[i]] = str(e)
         if good: out[good] = encoder.encode_image(torch.cat(tiles)).pooled.float().cpu().numpy()
-        problems.update({keys[i]: 'the encoder gave no number' for i in good if not np.isfinite(out[i]).all()})
+        problems.update(
+            {keys[i]: 'the encoder gave no number' for i in good if not np.isfinite(out[i]).all()}
+        )
     return out
 
 
@@ -70,24 +101,40 @@ def similarity(
 ) -> np.ndarray: # (n,) float64 -1..1, NaN where there is no score
     "Return the cosine between the image and the caption of each pair (CLIP score: Hessel et al. 2021, without its factor and its cut at 0)."
     problems = {} if problems is None else problems
-    if images is None and 'path' not in table: raise SchemaError('cannot find the images of these pairs', 'found no column path', 'add it, or pass images')
+    if images is None and 'path' not in table:
+        raise SchemaError(
+            'cannot find the images of these pairs', 'found no column path', 'add it, or pass images'
+        )
     first = table.drop_duplicates('key')
     codes, words = pd.factorize(table.caption.astype(object))
     paths = first.path.tolist() if images is None else [''] * len(first)
-    seen = _seen(first.key.tolist(), paths, encoder, images, batch, problems)[pd.Index(first.key).get_indexer(table.key)]
+    seen = _seen(first.key.tolist(), paths, encoder, images, batch, problems)[
+        pd.Index(first.key).get_indexer(table.key)
+    ]
     full = [i for i, w in enumerate(words) if w.strip()]
     said = np.full((len(words), encoder.dim), np.nan, np.float32)
-    for i in range(0, len(full), batch): said[full[i:i + batch]] = encoder.encode_text([words[j] for j in full[i:i + batch]]).float().cpu().numpy()
+    for i in range(0, len(full), batch):
+        said[full[i : i + batch]] = (
+            encoder.encode_text([words[j] for j in full[i : i + batch]]).float().cpu().numpy()
+        )
     return np.einsum('nd,nd->n', seen.astype(float), said[codes].astype(float)) if len(table) else np.zeros(0)
 
-# %% ../../nbs/35_clip.purify.ipynb #03df9a66
+# %% ../../nbs/35_clip.purify.ipynb #3f06e777
 _SENTENCE = re.compile(r'.+?(?:[.!?](?=\s)|[。！？]|$)\s*', re.S)
-_STRONG = re.compile(r'\b(?:longitude|latitude|utm|lon|lat|cloud[- ]cover(?:age)?|ground sampl(?:e|ing) distance|gsd|off[- ]nadir|sun (?:elevation|azimuth)|epsg|wgs ?84|timestamp|met(?:re|er)s? per pixel'
-                     r'|country code|scan direction|acquisition (?:date|time)|local time|\d{4}-\d\d-\d\d|\d{1,2}:\d\d(?::\d\d)?)\b|\b\d+(?:\.\d+)?\s?°', re.I)
-_WEAK = re.compile(r'\b(?:(?:was |is )?(?:acquired|captured|recorded|collected|taken|imaged)\s+(?:at|on|in|over|by|during|with)|season|country|resolution|sensor|sentinel(?:-\d)?|landsat(?:-\d)?|worldview(?:-\d)?|quickbird'
-                   r'|(?:january|february|march|april|may|june|july|august|september|october|november|december)\s+\d{4})\b', re.I)
-_EMPTY = set('a an the this that it its is was are were of in at on with and by for from which has have here there image picture photo photograph scene tile view shot satellite aerial overhead remote sensing fmow bigearthnet '
-             'optical multispectral rgb data dataset functional map world located location'.split())
+_STRONG = re.compile(
+    r'\b(?:longitude|latitude|utm|lon|lat|cloud[- ]cover(?:age)?|ground sampl(?:e|ing) distance|gsd|off[- ]nadir|sun (?:elevation|azimuth)|epsg|wgs ?84|timestamp|met(?:re|er)s? per pixel'
+    r'|country code|scan direction|acquisition (?:date|time)|local time|\d{4}-\d\d-\d\d|\d{1,2}:\d\d(?::\d\d)?)\b|\b\d+(?:\.\d+)?\s?°',
+    re.I,
+)
+_WEAK = re.compile(
+    r'\b(?:(?:was |is )?(?:acquired|captured|recorded|collected|taken|imaged)\s+(?:at|on|in|over|by|during|with)|season|country|resolution|sensor|sentinel(?:-\d)?|landsat(?:-\d)?|worldview(?:-\d)?|quickbird'
+    r'|(?:january|february|march|april|may|june|july|august|september|october|november|december)\s+\d{4})\b',
+    re.I,
+)
+_EMPTY = set(
+    'a an the this that it its is was are were of in at on with and by for from which has have here there image picture photo photograph scene tile view shot satellite aerial overhead remote sensing fmow bigearthnet '
+    'optical multispectral rgb data dataset functional map world located location'.split()
+)
 
 
 def sentences(
@@ -97,18 +144,27 @@ def sentences(
     return _SENTENCE.findall(text)
 
 
-def _content(text): return [w for w in re.findall(r'[^\W\d_]+', text.lower()) if w not in _EMPTY] # words that tell something
+def _content(text):  # words that tell something
+    return [w for w in re.findall(r'[^\W\d_]+', text.lower()) if w not in _EMPTY]
 
 
 def _parted(sentence): # -> metadata, visual
     marks = [*_STRONG.finditer(sentence), *_WEAK.finditer(sentence)]
     if not _STRONG.search(sentence) and len(marks) < 2: return '', sentence
-    first, last = min(m.start() for m in marks), max(m.end() for m in marks)
-    head = re.sub(r'(?:[\s,;:(]+(?:at|in|on|with|and|of|the|an?|its|is|was|which|that|has|from|by|for))*[\s,;:(]*$', '', sentence[:first])
+    first = min(m.start() for m in marks)
+    last = max(m.end() for m in marks)
+    head = re.sub(
+        r'(?:[\s,;:(]+(?:at|in|on|with|and|of|the|an?|its|is|was|which|that|has|from|by|for))*[\s,;:(]*$',
+        '',
+        sentence[:first],
+    )
     tail = re.search(r'[,;]\s+((?:[^\s,;]+\s+){2}.*)$', sentence[last:])
-    head, tail = head if _content(head) else '', tail[1] if tail and len(_content(tail[1])) else ''
+    head = head if _content(head) else ''
+    tail = tail[1] if tail and len(_content(tail[1])) else ''
     middle = sentence[len(head):len(sentence) - len(tail)] if head else sentence[:len(sentence) - len(tail)]
-    return middle.strip(' ,;'), ' '.join(p for p in (head.strip() + ('.' if head and tail else ''), tail.strip()) if p) + (' ' if head or tail else '')
+    return middle.strip(' ,;'), ' '.join(
+        p for p in (head.strip() + ('.' if head and tail else ''), tail.strip()) if p
+    ) + (' ' if head or tail else '')
 
 
 def segment(
@@ -118,20 +174,42 @@ def segment(
     parts = [_parted(s) for s in sentences(' '.join(caption.split()))]
     return ' '.join(m for m, _ in parts if m).strip(), ''.join(v for _, v in parts).strip()
 
-# %% ../../nbs/35_clip.purify.ipynb #8e81e9d7
+# %% ../../nbs/35_clip.purify.ipynb #fa669d03
 _ADJ = r'(?:(?:satellite|aerial|overhead|remote[- ]sensing|high[- ]resolution|colou?r|rgb|optical|given)\s+){0,3}'
-_NOUN, _VERB = r'(?:image|picture|photo|photograph|snapshot)', r'(?:shows?|showing|depicts?|depicting|displays?|displaying|presents?|presenting|contains?|features?)'
-_LEAD = re.compile(rf"^(?:(?:this|it|here|that)(?: is|'s)\s+(?:an?|the|one)\s+{_ADJ}{_NOUN}\s+(?:(?:that|which)\s+{_VERB}|of|{_VERB})|(?:(?:this|the|that)\s+)?{_ADJ}{_NOUN}\s+(?:above |below |here )?{_VERB}"
-                   rf"|an?\s+{_NOUN}\s+(?:of|{_VERB}|(?:that|which)\s+{_VERB})|in\s+(?:this|the)\s+{_ADJ}{_NOUN}(?:,?\s+(?:(?:we|you|one) can (?:clearly )?see|there (?:is|are))|,)"
-                   r"|(?:we|you|one) can (?:clearly )?see(?: that)?|it can be seen that)(?:[\s,:]+|[.!?]?$)", re.I)
-_NOTICE = re.compile(r'copyright|©|all rights reserved|licen[cs]ed under|image credits?\b|terms of use|creative commons|click here|provided as is|\bwarranty|disclaimer|please (?:cite|note|visit|contact)|subscribe|file ?name'
-                     r'|for (?:illustration|reference|display|preview) (?:only|purposes)', re.I)
-_OFFICE = re.compile(r'\b(archive|catalog(?:ue)?|order (?:no|number)|delivered|processed|product|preview|supplied|provided|download(?:ed)?|data ?set|level[- ]\d|version|customer|provider|quality control|identifier)\b', re.I)
+_NOUN = r'(?:image|picture|photo|photograph|snapshot)'
+_VERB = r'(?:shows?|showing|depicts?|depicting|displays?|displaying|presents?|presenting|contains?|features?)'
+_LEAD = re.compile(
+    rf"^(?:(?:this|it|here|that)(?: is|'s)\s+(?:an?|the|one)\s+{_ADJ}{_NOUN}\s+(?:(?:that|which)\s+{_VERB}|of|{_VERB})|(?:(?:this|the|that)\s+)?{_ADJ}{_NOUN}\s+(?:above |below |here )?{_VERB}"
+    rf"|an?\s+{_NOUN}\s+(?:of|{_VERB}|(?:that|which)\s+{_VERB})|in\s+(?:this|the)\s+{_ADJ}{_NOUN}(?:,?\s+(?:(?:we|you|one) can (?:clearly )?see|there (?:is|are))|,)"
+    r"|(?:we|you|one) can (?:clearly )?see(?: that)?|it can be seen that)(?:[\s,:]+|[.!?]?$)",
+    re.I,
+)
+_NOTICE = re.compile(
+    r'copyright|©|all rights reserved|licen[cs]ed under|image credits?\b|terms of use|creative commons|click here|provided as is|\bwarranty|disclaimer|please (?:cite|note|visit|contact)|subscribe|file ?name'
+    r'|for (?:illustration|reference|display|preview) (?:only|purposes)',
+    re.I,
+)
+_OFFICE = re.compile(
+    r'\b(archive|catalog(?:ue)?|order (?:no|number)|delivered|processed|product|preview|supplied|provided|download(?:ed)?|data ?set|level[- ]\d|version|customer|provider|quality control|identifier)\b',
+    re.I,
+)
 _ABOUT = re.compile(rf'\b(?:{_NOUN}|tile|scene|file|data)s?\b', re.I)
-_CHARACTERS = {'entities': lambda t: re.sub(r'</?[a-z][^<>]{0,80}>', ' ', html.unescape(t), flags=re.I),
-               'web address': lambda t: re.sub(r'(?:\b(?:see|at|visit|via|from)\s+)?(?:https?://|www\.)\S+', ' ', t, flags=re.I),
-               'file name': lambda t: re.sub(r'\b[\w.-]*\w\.(?:jpe?g|png|tiff?|gif|bmp|webp|jp2)\b', ' ', t, flags=re.I),
-               'spacing': lambda t: re.sub(r'([.,;:!?])(?:\s*\1)+', r'\1', re.sub(r'\s+([.,;:!?])(?=\s|$)', r'\1', ' '.join(re.sub(r'[\x00-\x1f\x7f-\x9f\ud800-\udfff]|\(\s*\)', ' ', t).split()))).lstrip(' ,;:')}
+_CHARACTERS = {
+    'entities': lambda t: re.sub(r'</?[a-z][^<>]{0,80}>', ' ', html.unescape(t), flags=re.I),
+    'web address': lambda t: re.sub(
+        r'(?:\b(?:see|at|visit|via|from)\s+)?(?:https?://|www\.)\S+', ' ', t, flags=re.I
+    ),
+    'file name': lambda t: re.sub(r'\b[\w.-]*\w\.(?:jpe?g|png|tiff?|gif|bmp|webp|jp2)\b', ' ', t, flags=re.I),
+    'spacing': lambda t: re.sub(
+        r'([.,;:!?])(?:\s*\1)+',
+        r'\1',
+        re.sub(
+            r'\s+([.,;:!?])(?=\s|$)',
+            r'\1',
+            ' '.join(re.sub(r'[\x00-\x1f\x7f-\x9f\ud800-\udfff]|\(\s*\)', ' ', t).split()),
+        ),
+    ).lstrip(' ,;:'),
+}
 
 
 def fold(
@@ -141,7 +219,8 @@ def fold(
     return ' '.join(re.findall(r'\w+', unicodedata.normalize('NFKC', text).casefold().replace('_', ' ')))
 
 
-def _notice(s): return bool(_NOTICE.search(s) or len({m.lower() for m in _OFFICE.findall(s)}) > 1 and _ABOUT.search(s)) # a sentence about the file
+def _notice(s):  # a sentence about the file
+    return bool(_NOTICE.search(s) or len({m.lower() for m in _OFFICE.findall(s)}) > 1 and _ABOUT.search(s))
 
 
 def _bare(s): # a sentence without what leads in to it
@@ -154,7 +233,11 @@ def _once(parts): # the first of each sentence
     return [p for p in parts if not (f := fold(p)) or not (f in seen or seen.add(f))]
 
 
-_SENTENCES = {'notice': lambda parts: [p for p in parts if not _notice(p)], 'boilerplate': lambda parts: [_bare(p) for p in parts], 'repeated sentence': _once}
+_SENTENCES = {
+    'notice': lambda parts: [p for p in parts if not _notice(p)],
+    'boilerplate': lambda parts: [_bare(p) for p in parts],
+    'repeated sentence': _once,
+}
 
 
 def tidy(
@@ -162,9 +245,12 @@ def tidy(
 ) -> tuple[str, list[str]]: # text, names of the rules that fired
     "Strip what says nothing of the scene."
     fired = []
-    def ran(name, new, old): fired.extend([name] if new != old else []); return new
+    def ran(name, new, old):
+        fired.extend([name] if new != old else [])
+        return new
     for name, rule in _CHARACTERS.items(): caption = ran(name, rule(caption), caption)
-    for name, rule in _SENTENCES.items(): caption = ran(name, ''.join(rule(parts := sentences(caption))).strip(), ''.join(parts))
+    for name, rule in _SENTENCES.items():
+        caption = ran(name, ''.join(rule(parts := sentences(caption))).strip(), ''.join(parts))
     return caption, fired
 
 
@@ -175,14 +261,22 @@ def visible(
     text, _ = tidy(caption)
     return segment(text)[1] or text or caption
 
-# %% ../../nbs/35_clip.purify.ipynb #abb3f6d2
+# %% ../../nbs/35_clip.purify.ipynb #a659be5b
 def _longest(pieces, limit, join): # how many of the pieces fit; the count grows with them but for a token or two
-    low, high = 0, min(len(pieces), 8 * limit)
-    while low < high: low, high = (mid, high) if token_count(join(pieces[:(mid := (low + high + 1) // 2)])) <= limit else (low, mid - 1)
+    low = 0
+    high = min(len(pieces), 8 * limit)
+    while low < high:
+        low, high = (
+            (mid, high)
+            if token_count(join(pieces[: (mid := (low + high + 1) // 2)])) <= limit
+            else (low, mid - 1)
+        )
     return low
 
 
-_DANGLING = re.compile(r'(?:[\s,;:(-]+(?:and|or|of|the|an?|in|on|at|with|by|to|from|near|its|is|are))*[\s,;:(-]*$', re.I)
+_DANGLING = re.compile(
+    r'(?:[\s,;:(-]+(?:and|or|of|the|an?|in|on|at|with|by|to|from|near|its|is|are))*[\s,;:(-]*$', re.I
+)
 
 
 def cut_tokens(
@@ -197,11 +291,12 @@ def cut_tokens(
             return short if join == ''.join or not _DANGLING.sub('', short) else _DANGLING.sub('', short)
     return ''
 
-# %% ../../nbs/35_clip.purify.ipynb #9e3464ac
+# %% ../../nbs/35_clip.purify.ipynb #333078ee
 @runtime_checkable
 class Rewriter(Protocol):
     "What purification asks of a rewriter; a `fingerprint` names its settings."
-    def __call__(self, caption: str, row: Mapping) -> tuple[str, str]: ... # -> new text, reason ('' if nothing changed)
+    def __call__(self, caption: str, row: Mapping) -> tuple[str, str]: # -> new text, reason ('' if nothing changed)
+        ...
 
 
 @dataclass(frozen=True)
@@ -211,17 +306,28 @@ class RuleRewriter:
     metadata: str = 'drop' # or 'behind' the visual sentence
 
     def __post_init__(self):
-        if self.metadata not in ('drop', 'behind'): raise unknown('place of metadata', self.metadata, ('drop', 'behind'))
-        if self.max_tokens < 8: raise Incompatible('cannot write a caption', f'found room for {self.max_tokens} tokens', 'allow at least 8')
+        if self.metadata not in ('drop', 'behind'):
+            raise unknown('place of metadata', self.metadata, ('drop', 'behind'))
+        if self.max_tokens < 8:
+            raise Incompatible(
+                'cannot write a caption', f'found room for {self.max_tokens} tokens', 'allow at least 8'
+            )
 
     @property
-    def fingerprint(self) -> str: return digest('rules 1', self.max_tokens, self.metadata, *(p.pattern for p in (_STRONG, _WEAK, _LEAD, _NOTICE, _OFFICE)))
+    def fingerprint(self) -> str:
+        return digest(
+            'rules 1',
+            self.max_tokens,
+            self.metadata,
+            *(p.pattern for p in (_STRONG, _WEAK, _LEAD, _NOTICE, _OFFICE)),
+        )
 
     def _order(self, text): # the visual sentence, and metadata where it is wanted
         meta, seen = segment(text)
         if not (meta and seen): return text, []
         if self.metadata == 'drop': return seen, ['metadata dropped']
-        if seen.endswith(('.', '!', '?', '。', '！', '？')): return f'{seen} {meta}', ['visual sentence first'] * (f'{seen} {meta}' != text)
+        if seen.endswith(('.', '!', '?', '。', '！', '？')):
+            return f'{seen} {meta}', ['visual sentence first'] * (f'{seen} {meta}' != text)
         return f'{seen}. {meta}', ['visual sentence first, joined']
 
     def _pass(self, caption): # once through the rules
@@ -237,17 +343,26 @@ class RuleRewriter:
         for _ in range(50):                                        # two or three rounds do; the rest is for adversaries
             new, more = self._pass(caption)
             if new == caption: break
-            caption, fired = new, fired + more
+            caption = new
+            fired = fired + more
         return caption, '; '.join(dict.fromkeys(fired)) if caption != old else ''
 
-# %% ../../nbs/35_clip.purify.ipynb #b1ad09dd
-_FILES = {'config.json': ('config.json',), 'weights': ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin'),
-          'preprocessor_config.json': ('preprocessor_config.json', 'processor_config.json'), 'tokenizer': ('tokenizer.json', 'vocab.txt', 'vocab.json', 'tokenizer.model')}
+# %% ../../nbs/35_clip.purify.ipynb #6df8dc6a
+_FILES = {
+    'config.json': ('config.json',),
+    'weights': ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin'),
+    'preprocessor_config.json': ('preprocessor_config.json', 'processor_config.json'),
+    'tokenizer': ('tokenizer.json', 'vocab.txt', 'vocab.json', 'tokenizer.model'),
+}
 
 
 def _lost_files(model): # what a model of transformers needs and does not have here
     from huggingface_hub import try_to_load_from_cache
-    have = (lambda f: (Path(model)/f).is_file()) if Path(model).is_dir() else (lambda f: isinstance(try_to_load_from_cache(model, f), str))
+    have = (
+        (lambda f: (Path(model) / f).is_file())
+        if Path(model).is_dir()
+        else (lambda f: isinstance(try_to_load_from_cache(model, f), str))
+    )
     return [name for name, files in _FILES.items() if not any(map(have, files))]
 
 
@@ -257,16 +372,37 @@ def load_captioner(
 ) -> Callable: # image (3,H,W) 0..1 -> sentence
     "Load a network that describes images."
     try: from transformers import AutoModelForImageTextToText, AutoProcessor
-    except ImportError as e: raise Incompatible(f'cannot load captioner {model!r}', f'transformers is not here, or too old ({e})', "pip install 'transformers>=4.50'") from e
-    if Path(model).is_dir() and (lost := _lost_files(model)): raise DataNotFound(f'cannot load captioner {model}', f'missing: {", ".join(lost)}', 'save model and processor there')
-    try: processor, net = AutoProcessor.from_pretrained(model), AutoModelForImageTextToText.from_pretrained(model).eval()
+    except ImportError as e:
+        raise Incompatible(
+            f'cannot load captioner {model!r}',
+            f'transformers is not here, or too old ({e})',
+            "pip install 'transformers>=4.50'",
+        ) from e
+    if Path(model).is_dir() and (lost := _lost_files(model)):
+        raise DataNotFound(
+            f'cannot load captioner {model}', f'missing: {", ".join(lost)}', 'save model and processor there'
+        )
+    try:
+        processor = AutoProcessor.from_pretrained(model)
+        net = AutoModelForImageTextToText.from_pretrained(model).eval()
     except (OSError, ValueError) as e:
-        found = f'missing: {", ".join(lost)}' if (lost := _lost_files(model)) else str(e).splitlines()[0][:160]
-        raise DataNotFound(f'cannot load captioner {model!r}', found, 'go online once, or pass a folder that holds these files') from e
+        found = (
+            f'missing: {", ".join(lost)}' if (lost := _lost_files(model)) else str(e).splitlines()[0][:160]
+        )
+        raise DataNotFound(
+            f'cannot load captioner {model!r}',
+            found,
+            'go online once, or pass a folder that holds these files',
+        ) from e
     def describe(image):
         import torch
-        seen = processor(images=(np.moveaxis(image, 0, -1) * 255).round().astype(np.uint8), return_tensors='pt')
-        with torch.inference_mode(): return processor.batch_decode(net.generate(**seen, max_new_tokens=tokens, do_sample=False), skip_special_tokens=True)[0]
+        seen = processor(
+            images=(np.moveaxis(image, 0, -1) * 255).round().astype(np.uint8), return_tensors='pt'
+        )
+        with torch.inference_mode():
+            return processor.batch_decode(
+                net.generate(**seen, max_new_tokens=tokens, do_sample=False), skip_special_tokens=True
+            )[0]
     return describe
 
 
@@ -277,7 +413,10 @@ class CaptionerRewriter:
         images: Mapping = None, # key -> image; None opens the row's path
         max_tokens: int = CONTEXT, # with the two marks
     ):
-        self.model, self.images, self.rules, self._last = model, images, RuleRewriter(max_tokens), (None, '')
+        self.model = model
+        self.images = images
+        self.rules = RuleRewriter(max_tokens)
+        self._last = (None, '')
         self.name = model if isinstance(model, str) else getattr(model, '__name__', type(model).__name__)
 
     @property
@@ -285,22 +424,34 @@ class CaptionerRewriter:
 
     def __call__(self, caption: str, row: Mapping) -> tuple[str, str]:
         if isinstance(self.model, str): self.model = load_captioner(self.model)
-        if self._last[0] != row['key']: self._last = row['key'], self.rules(self.model(_picture(row['key'], row.get('path'), self.images)))[0]
+        if self._last[0] != row['key']:
+            self._last = (
+                row['key'],
+                self.rules(self.model(_picture(row['key'], row.get('path'), self.images)))[0],
+            )
         new = self._last[1]
         return (new, f'described by {self.name}') if new.strip() and new != caption else (caption, '')
 
-# %% ../../nbs/35_clip.purify.ipynb #d29f0724
+# %% ../../nbs/35_clip.purify.ipynb #5d3fc1c6
 def _joined(words, at_least): # list of word sets -> representative of each (near duplicates are one)
-    rarity, order = Counter(w for s in words for w in s), range(len(words))
-    root, seen = list(order), {}
+    rarity = Counter(w for s in words for w in s)
+    order = range(len(words))
+    root = list(order)
+    seen = {}
     def top(i):
         while root[i] != i: root[i] = i = root[root[i]]
         return i
     for i in sorted(order, key=lambda i: len(words[i])):
-        prefix = sorted(words[i], key=lambda w: (rarity[w], w))[:len(words[i]) - int(np.ceil(at_least * len(words[i]) - 1e-9)) + 1]
-        near = {j for w in prefix for j in seen.get(w, ()) if len(words[j]) >= at_least * len(words[i]) - 1e-9}
+        prefix = sorted(words[i], key=lambda w: (rarity[w], w))[
+            : len(words[i]) - int(np.ceil(at_least * len(words[i]) - 1e-9)) + 1
+        ]
+        near = {
+            j for w in prefix for j in seen.get(w, ()) if len(words[j]) >= at_least * len(words[i]) - 1e-9
+        }
         for j in near:
-            if len(words[i] & words[j]) >= at_least * len(words[i] | words[j]) - 1e-9: a, b = sorted((top(i), top(j))); root[b] = a
+            if len(words[i] & words[j]) >= at_least * len(words[i] | words[j]) - 1e-9:
+                a, b = sorted((top(i), top(j)))
+                root[b] = a
         for w in prefix: seen.setdefault(w, []).append(i)
     return np.array([top(i) for i in order], int)
 
@@ -312,7 +463,11 @@ def duplicate_groups(
     "Number captions so that equal ones have one number."
     codes, texts = pd.factorize(np.array([fold(c) for c in captions] or [''], object)[:len(captions)])
     if near is not None and len(texts): codes = _joined([frozenset(t.split()) for t in texts], near)[codes]
-    full = np.array([bool(texts[c]) for c in codes], bool) if near is None else np.array([bool(fold(c)) for c in captions], bool)
+    full = (
+        np.array([bool(texts[c]) for c in codes], bool)
+        if near is None
+        else np.array([bool(fold(c)) for c in captions], bool)
+    )
     out = np.full(len(codes), -1)
     out[full] = pd.factorize(codes[full])[0]
     return out
@@ -328,35 +483,74 @@ def image_groups(
     first = table.drop_duplicates('key')
     return pd.factorize(table.key.map(dict(zip(first.key, map(identity, first.key, first.path)))))[0]
 
-# %% ../../nbs/35_clip.purify.ipynb #ab22fc0c
+# %% ../../nbs/35_clip.purify.ipynb #d9e14bbf
 def _rewritten(rewriter, row): # -> text, reason
     try: text, why = rewriter(row['caption'], row)
     except Problem as e: return row['caption'], f'not rewritten: {e}'
-    if not isinstance(text, str): raise Incompatible('this is no rewriter', f'it returned {type(text).__name__}', 'return a text and a reason')
+    if not isinstance(text, str):
+        raise Incompatible(
+            'this is no rewriter', f'it returned {type(text).__name__}', 'return a text and a reason'
+        )
     return text, why
 
 
 def _no_scores(): # an empty frame of scores
-    kinds = dict(pair=str, key=str, score=float, whole=float, text=str, reason=str, new_score=float, problem=str, tokens=int, new_tokens=int)
+    kinds = dict(
+        pair=str,
+        key=str,
+        score=float,
+        whole=float,
+        text=str,
+        reason=str,
+        new_score=float,
+        problem=str,
+        tokens=int,
+        new_tokens=int,
+    )
     return pd.DataFrame({c: pd.Series(dtype=k) for c, k in kinds.items()})
 
 
 def _scored(table, encoder, rewriter, images, batch): # pairs -> scores
     problems = {}
-    new = [_rewritten(rewriter, r) if r['tier'] == 'coarse' and fold(r['caption']) else (r['caption'], '') for r in table.to_dict('records')]
+    new = [
+        _rewritten(rewriter, r) if r['tier'] == 'coarse' and fold(r['caption']) else (r['caption'], '')
+        for r in table.to_dict('records')
+    ]
     text = pd.Series([t for t, _ in new], dtype=object, index=table.index)
     seen = table.caption.map(visible)
-    whole, score, after = similarity(pd.concat([table, table.assign(caption=seen), table.assign(caption=text)], ignore_index=True), encoder, images, batch, problems).reshape(3, -1)
+    whole, score, after = similarity(
+        pd.concat([table, table.assign(caption=seen), table.assign(caption=text)], ignore_index=True),
+        encoder,
+        images,
+        batch,
+        problems,
+    ).reshape(3, -1)
     tokens = {t: token_count(t) for t in {*table.caption, *text}}
-    return pd.DataFrame(dict(pair=table.pair, key=table.key, score=score, whole=whole, text=text, reason=[w for _, w in new], new_score=after, problem=[problems.get(k, '') for k in table.key],
-                             tokens=[tokens[t] for t in table.caption], new_tokens=[tokens[t] for t in text]))
+    return pd.DataFrame(
+        dict(
+            pair=table.pair,
+            key=table.key,
+            score=score,
+            whole=whole,
+            text=text,
+            reason=[w for _, w in new],
+            new_score=after,
+            problem=[problems.get(k, '') for k in table.key],
+            tokens=[tokens[t] for t in table.caption],
+            new_tokens=[tokens[t] for t in text],
+        )
+    )
 
 
 def _parts(table, shard, every): # rows of each part: captions of an image stay together
     i, n = shard
     if not 0 <= i < n: raise Incompatible('there is no such shard', f'found {i} of {n}', 'count from 0')
     keys = pd.unique(table.key.astype(object))
-    mine = table.key.map({k: int(digest(str(k)), 16) % n == i for k in keys}).to_numpy(bool) if len(table) else np.zeros(0, bool)
+    mine = (
+        table.key.map({k: int(digest(str(k)), 16) % n == i for k in keys}).to_numpy(bool)
+        if len(table)
+        else np.zeros(0, bool)
+    )
     rows = np.flatnonzero(mine)
     if not len(rows): return []
     codes = pd.factorize(table.key.iloc[rows].astype(object))[0]
@@ -372,13 +566,19 @@ def _settle(store, settings, resume): # write settings.json, or refuse others
     path = Path(store)/'settings.json'
     old = read_json(path) if path.exists() else {}
     if other := [f'{k}: {old[k]} there, {v} now' for k, v in settings.items() if k in old and old[k] != v]:
-        if resume: raise Incompatible(f'{store} holds scores of another run', '; '.join(other), 'choose another store, or pass resume=False to begin anew')
+        if resume:
+            raise Incompatible(
+                f'{store} holds scores of another run',
+                '; '.join(other),
+                'choose another store, or pass resume=False to begin anew',
+            )
         for p in (Path(store)/'scores').glob('*.parquet'): p.unlink()
         old = {}
     write_json(path, old | settings)
 
 
-def _identity(table): return digest(pd.util.hash_pandas_object(table[list(COLUMNS)].astype(str), index=False).to_numpy())
+def _identity(table):
+    return digest(pd.util.hash_pandas_object(table[list(COLUMNS)].astype(str), index=False).to_numpy())
 
 
 def score_pairs(
@@ -394,13 +594,29 @@ def score_pairs(
     pinned: Mapping = None, # further settings that a second run must share
 ) -> pd.DataFrame: # one row a pair of this shard
     "Score and rewrite pairs; nothing is decided yet."
-    table, done = check_pairs(table), []
+    table = check_pairs(table)
+    done = []
     if store is not None:
-        name = getattr(rewriter, 'fingerprint', '') or getattr(rewriter, '__qualname__', type(rewriter).__qualname__)
-        _settle(store, dict(encoder=f'{encoder.name}@{encoder.fingerprint}', rewriter=name, table=_identity(table), shards=shard[1], every=every) | dict(pinned or {}), resume)
+        name = getattr(rewriter, 'fingerprint', '') or getattr(
+            rewriter, '__qualname__', type(rewriter).__qualname__
+        )
+        _settle(
+            store,
+            dict(
+                encoder=f'{encoder.name}@{encoder.fingerprint}',
+                rewriter=name,
+                table=_identity(table),
+                shards=shard[1],
+                every=every,
+            )
+            | dict(pinned or {}),
+            resume,
+        )
     for k, rows in enumerate(progress(_parts(table, shard, every), 'scoring pairs', unit='part')):
         path = None if store is None else _part_file(store, shard, k)
-        if path and resume and path.is_file(): done.append(pd.read_parquet(path)); continue
+        if path and resume and path.is_file():
+            done.append(pd.read_parquet(path))
+            continue
         done.append(_scored(table.iloc[rows].reset_index(drop=True), encoder, rewriter, images, batch))
         if path:
             with atomic(path) as tmp: done[-1].to_parquet(tmp, index=False)
@@ -412,21 +628,34 @@ def read_scores(
     store, # folder that all shards have written to
 ) -> pd.DataFrame: # one row a pair, in the order of the table
     "Merge the scores of all shards."
-    table, at = check_pairs(table), read_json(Path(store)/'settings.json')
-    if at['table'] != _identity(table): raise Incompatible(f'{store} holds scores of other pairs', '', 'pass the table that was scored')
+    table = check_pairs(table)
+    at = read_json(Path(store)/'settings.json')
+    if at['table'] != _identity(table):
+        raise Incompatible(f'{store} holds scores of other pairs', '', 'pass the table that was scored')
     n = at['shards']
-    files = [_part_file(store, (i, n), k) for i in range(n) for k in range(len(_parts(table, (i, n), at['every'])))]
-    if lost := [f.name for f in files if not f.is_file()]: raise DataNotFound(f'{store} is not complete', f'{len(lost)} of {len(files)} parts are missing, the first is {lost[0]}', 'run the other shards')
+    files = [
+        _part_file(store, (i, n), k) for i in range(n) for k in range(len(_parts(table, (i, n), at['every'])))
+    ]
+    if lost := [f.name for f in files if not f.is_file()]:
+        raise DataNotFound(
+            f'{store} is not complete',
+            f'{len(lost)} of {len(files)} parts are missing, the first is {lost[0]}',
+            'run the other shards',
+        )
     return _aligned(table, pd.concat([pd.read_parquet(f) for f in files] or [_no_scores()]))
 
 
 def _aligned(table, scores): # scores in the order of the pairs, or Incompatible
     at = pd.Index(scores.pair).get_indexer(table.pair)
     if len(table) != len(scores) or (at < 0).any():
-        raise Incompatible('these scores or decisions belong to other pairs', f'found {len(scores)} for {len(table)} pairs, {int((at < 0).sum())} of them unknown', 'make them from this table')
+        raise Incompatible(
+            'these scores or decisions belong to other pairs',
+            f'found {len(scores)} for {len(table)} pairs, {int((at < 0).sum())} of them unknown',
+            'make them from this table',
+        )
     return scores.iloc[at].reset_index(drop=True)
 
-# %% ../../nbs/35_clip.purify.ipynb #999ca4d0
+# %% ../../nbs/35_clip.purify.ipynb #3adc56fa
 KEEP = ('per source', 'pooled')
 ACTIONS = ('keep', 'rewrite', 'cut', 'drop-duplicate', 'drop-blank', 'drop-unreadable')
 
@@ -440,16 +669,23 @@ def thresholds(
 ) -> np.ndarray: # (n,) a score below it is cut; NaN where no pair of the group counts
     "Return the threshold that each pair must reach."
     if keep not in KEEP: raise unknown('kind of threshold', keep, KEEP)
-    if not 0 <= cut < 1: raise Incompatible('cannot cut this share', f'found {cut}', 'give one from 0 to below 1')
+    if not 0 <= cut < 1:
+        raise Incompatible('cannot cut this share', f'found {cut}', 'give one from 0 to below 1')
     def least(x): return np.sort(x.dropna())[int(cut * x.notna().sum() + 1e-9)] if x.notna().any() else np.nan
     s = pd.Series(np.asarray(score, float))
-    out = s.groupby(np.asarray(source, object) if keep == 'per source' else np.zeros(len(s), int), dropna=False).transform(least).to_numpy(float)
+    out = (
+        s.groupby(np.asarray(source, object) if keep == 'per source' else np.zeros(len(s), int), dropna=False)
+        .transform(least)
+        .to_numpy(float)
+    )
     return out if floor is None else np.maximum(out, floor)
 
 
 def _copies(table, group): # (pair that came first, or '' if it is the first itself), fine before coarse
     image = table['image'] if 'image' in table else table.key
-    known = pd.DataFrame(dict(pair=table.pair.astype(str), image=image, group=group, coarse=table.tier == 'coarse')).sort_values('coarse', kind='stable')
+    known = pd.DataFrame(
+        dict(pair=table.pair.astype(str), image=image, group=group, coarse=table.tier == 'coarse')
+    ).sort_values('coarse', kind='stable')
     first = known.groupby(['image', 'group'], dropna=False, sort=False).pair.transform('first')
     return first.where((first != known.pair) & (known.group >= 0), '').reindex(table.index).astype(object)
 
@@ -464,20 +700,43 @@ def cut_pairs(
 ) -> pd.DataFrame: # one row a pair: action and why
     "Decide what is cut or dropped; pure, in no time."
     table = check_pairs(table)
-    s, group, coarse = _aligned(table, scores), duplicate_groups(table.caption, near), (table.tier == 'coarse').to_numpy(bool)
-    bare, lost, first = s.text.map(fold).to_numpy(object) == '', s.score.isna().to_numpy(), _copies(table, group)
-    rules = [(group < 0, 'drop-blank', 'no letter or digit'), (bare, 'drop-blank', 'nothing but boilerplate'), (lost, 'drop-unreadable', s.problem.where(s.problem != '', 'no score').to_numpy(object)),
-             (first.to_numpy() != '', 'drop-duplicate', ('same sentence as ' + first).to_numpy(object))]
-    action, why = np.full(len(table), 'keep', object), np.full(len(table), '', object)
+    s = _aligned(table, scores)
+    group = duplicate_groups(table.caption, near)
+    coarse = (table.tier == 'coarse').to_numpy(bool)
+    bare = s.text.map(fold).to_numpy(object) == ''
+    lost = s.score.isna().to_numpy()
+    first = _copies(table, group)
+    rules = [
+        (group < 0, 'drop-blank', 'no letter or digit'),
+        (bare, 'drop-blank', 'nothing but boilerplate'),
+        (lost, 'drop-unreadable', s.problem.where(s.problem != '', 'no score').to_numpy(object)),
+        (first.to_numpy() != '', 'drop-duplicate', ('same sentence as ' + first).to_numpy(object)),
+    ]
+    action = np.full(len(table), 'keep', object)
+    why = np.full(len(table), '', object)
     for hit, what, reason in rules:
         hit = np.asarray(hit, bool) & (action == 'keep')
-        action[hit], why[hit] = what, np.broadcast_to(np.asarray(reason, object), len(hit))[hit]
+        action[hit] = what
+        why[hit] = np.broadcast_to(np.asarray(reason, object), len(hit))[hit]
     bar = thresholds(np.where(coarse & (action == 'keep'), s.score, np.nan), table.source, cut, keep, floor)
     low = coarse & (action == 'keep') & (s.score.to_numpy() < bar)
-    action[low], why[low] = 'cut', f'below the threshold {"of its source" if keep == "per source" else "of all"}'
-    return pd.DataFrame(dict(pair=table.pair, key=table.key, score=s.score, action=action, text=table.caption, new_score=np.nan, reason=why, group=group, threshold=np.where(coarse, bar, np.nan)))
+    action[low] = 'cut'
+    why[low] = f'below the threshold {"of its source" if keep == "per source" else "of all"}'
+    return pd.DataFrame(
+        dict(
+            pair=table.pair,
+            key=table.key,
+            score=s.score,
+            action=action,
+            text=table.caption,
+            new_score=np.nan,
+            reason=why,
+            group=group,
+            threshold=np.where(coarse, bar, np.nan),
+        )
+    )
 
-# %% ../../nbs/35_clip.purify.ipynb #4dab318f
+# %% ../../nbs/35_clip.purify.ipynb #755a2c33
 def take_rewrites(
     table: pd.DataFrame, # pairs
     decisions: pd.DataFrame, # of cut_pairs
@@ -486,23 +745,34 @@ def take_rewrites(
 ) -> pd.DataFrame: # decisions, complete
     "Replace captions by rewrites that match the image no worse; pure, in no time."
     table = check_pairs(table)
-    d, s = _aligned(table, decisions), _aligned(table, scores)
+    d = _aligned(table, decisions)
+    s = _aligned(table, scores)
     tried = (d.action == 'keep') & (table.tier == 'coarse') & (s.text != table.caption)
     won = tried & (s.new_score >= np.fmax(s.whole - tolerance, d.threshold))
-    d.loc[tried, 'new_score'], d.loc[tried, 'reason'] = s.new_score[tried], 'rewrite lost: ' + s.reason[tried]
-    d.loc[won, 'action'], d.loc[won, 'text'], d.loc[won, 'reason'] = 'rewrite', s.text[won], s.reason[won]
+    d.loc[tried, 'new_score'] = s.new_score[tried]
+    d.loc[tried, 'reason'] = 'rewrite lost: ' + s.reason[tried]
+    d.loc[won, 'action'] = 'rewrite'
+    d.loc[won, 'text'] = s.text[won]
+    d.loc[won, 'reason'] = s.reason[won]
     left = table[d.action.isin(['keep', 'rewrite'])]
     first = _copies(left, duplicate_groups(d.text[left.index]))
     twin = first.index[first != '']
-    d.loc[twin, 'text'], d.loc[twin, 'action'], d.loc[twin, 'reason'] = table.caption[twin], 'drop-duplicate', 'same sentence as ' + first[twin] + ' once rewritten'
+    d.loc[twin, 'text'] = table.caption[twin]
+    d.loc[twin, 'action'] = 'drop-duplicate'
+    d.loc[twin, 'reason'] = 'same sentence as ' + first[twin] + ' once rewritten'
     d.loc[s.reason.str.startswith('not rewritten') & (d.action == 'keep'), 'reason'] = s.reason
     return d
 
-# %% ../../nbs/35_clip.purify.ipynb #ca8e822b
+# %% ../../nbs/35_clip.purify.ipynb #56fb9d9c
 def _counts(table, d, scores): # the line that is said at the end
-    n, s = d.action.value_counts(), _aligned(table, scores)
-    stays, after = d.action.isin(['keep', 'rewrite']), s.new_tokens.where(d.action == 'rewrite', s.tokens)
-    told = ', '.join(f'{int(n.get(a, 0))} {word}' for a, word in zip(ACTIONS, ('kept', 'rewritten', 'cut', 'duplicates', 'blank', 'unreadable')))
+    n = d.action.value_counts()
+    s = _aligned(table, scores)
+    stays = d.action.isin(['keep', 'rewrite'])
+    after = s.new_tokens.where(d.action == 'rewrite', s.tokens)
+    told = ', '.join(
+        f'{int(n.get(a, 0))} {word}'
+        for a, word in zip(ACTIONS, ('kept', 'rewritten', 'cut', 'duplicates', 'blank', 'unreadable'))
+    )
     return f'{len(d)} pairs: {told}; longer than {CONTEXT} tokens: {int((s.tokens > CONTEXT).sum())} before, {int((after[stays] > CONTEXT).sum())} after'
 
 
@@ -523,13 +793,30 @@ def purify(
     resume: bool = True, # go on with the parts in the store
 ) -> pd.DataFrame | None: # pair, key, score, action, text, new_score, reason, group, threshold; None while other shards are missing
     "Score, cut and rewrite pairs of images and captions (after Zhang et al. 2025, arXiv 2502.13990)."
-    if shard[1] > 1 and store is None: raise Incompatible('cannot score a part of the pairs', 'found no store', 'name a folder that all shards share')
-    table, encoder = check_pairs(table), load_encoder(encoder)
+    if shard[1] > 1 and store is None:
+        raise Incompatible(
+            'cannot score a part of the pairs', 'found no store', 'name a folder that all shards share'
+        )
+    table = check_pairs(table)
+    encoder = load_encoder(encoder)
     thresholds([], [], cut, keep)                                      # refuse bad settings before the work
-    scores = score_pairs(table, encoder, rewriter, images, batch, store, shard, every, resume, dict(cut=cut, keep=keep, floor=floor, tolerance=tolerance, near=near))
+    scores = score_pairs(
+        table,
+        encoder,
+        rewriter,
+        images,
+        batch,
+        store,
+        shard,
+        every,
+        resume,
+        dict(cut=cut, keep=keep, floor=floor, tolerance=tolerance, near=near),
+    )
     if shard[1] > 1:
         try: scores = read_scores(table, store)
-        except DataNotFound as e: say(f'shard {shard[0]} of {shard[1]} is scored; {e}'); return None
+        except DataNotFound as e:
+            say(f'shard {shard[0]} of {shard[1]} is scored; {e}')
+            return None
     decisions = take_rewrites(table, cut_pairs(table, scores, cut, keep, floor, near), scores, tolerance)
     if store is not None:
         with atomic(Path(store)/'decisions.parquet') as tmp: decisions.to_parquet(tmp, index=False)
@@ -546,21 +833,69 @@ def apply_decisions(
     d = _aligned(table, decisions)
     if odd := sorted(set(d.action) - set(ACTIONS)): raise unknown('action', odd[0], ACTIONS)
     if (other := (d.text != table.caption) & (d.action != 'rewrite')).any():
-        raise Incompatible('these decisions belong to other captions', f'the first is {table.pair[other].iloc[0]!r}', 'make them from this table')
-    return table.assign(caption=d.text, original=table.caption, action=d.action)[d.action.isin(['keep', 'rewrite'])].reset_index(drop=True)
+        raise Incompatible(
+            'these decisions belong to other captions',
+            f'the first is {table.pair[other].iloc[0]!r}',
+            'make them from this table',
+        )
+    return table.assign(caption=d.text, original=table.caption, action=d.action)[
+        d.action.isin(['keep', 'rewrite'])
+    ].reset_index(drop=True)
 
-# %% ../../nbs/35_clip.purify.ipynb #e2776747
-_COLOURS = re.compile(r'\b(?:red|green|blue|yellow|orange|purple|pink|brown|black|white|gr[ae]y|beige|turquoise)\b', re.I)
-RISKS = {name: (weight, re.compile(pattern, re.I)) for name, weight, pattern in (
-    ('hedge', 0.35, r'\b(?:possibly|probably|perhaps|maybe|might|presumably|likely|(?:could|may) be|(?:appear|seem|look)s? (?:to|like|as)|suggest(?:s|ing)?|indicat(?:es|ing))\b'),
-    ('people', 0.5, r"\b(?:m[ae]n|wom[ae]n|boys?|girls?|child(?:ren)?(?!'s)|faces?|smil(?:es|ing)|wearing|shirts?|hats?|dress(?:es)?|holding|sitting|talking|waving)\b"),
-    ('writing', 0.5, r'\b(?:logos?|text|letters|brand(?:s|ed)?|watermark|number plates?|signs? (?:that )?(?:says?|reads?|reading)|reads|written|inscription)\b|["“][^"”]+["”]'),
-    ('not from above', 0.45, r'\b(?:close[- ]up|portrait|selfie|indoors?|kitchen|bedroom|horizon|sunset|sunrise|clear sky|blue sky|painting|drawing|cartoon|rendering|screenshot|video game|microscope|dogs?|cats?|birds?|flowers? in)\b'),
-    ('mood', 0.25, r'\b(?:beautiful|bustling|vibrant|serene|peaceful|tranquil|stunning|picturesque|charming|atmosphere|sense of|testament)\b'),
-    ('count', 0.25, r'\b(?:exactly|[6-9]|[1-9]\d+|six|seven|eight|nine|ten|eleven|twelve|thirteen|fifteen|twenty)\s+(?!percent|metres?|meters?|m\b|km\b|%)[a-z]+'),
-    ('measure', 0.3, r'\b\d+(?:[.,]\d+)+\b|\b\d{4,}\b|\b\d+\s?(?:mph|km/h|feet|ft|kg|tons?|years? old)\b'),
-    ('story', 0.3, r'\b(?:owned by|famous|historic(?:al)?|founded|named after|in order to|used to be|known as|popular|tourists|once)\b'))}
-_SMALL, _BLURRED = re.compile(r'\b(?:cars?|vehicles?|trucks?|people|persons?|boats?|benches|lamps?|crosswalks?|markings|windows|umbrellas?)\b', re.I), re.compile(r'ben\b|bigearthnet|eurosat|sentinel|landsat|modis', re.I)
+# %% ../../nbs/35_clip.purify.ipynb #a5c6024c
+_COLOURS = re.compile(
+    r'\b(?:red|green|blue|yellow|orange|purple|pink|brown|black|white|gr[ae]y|beige|turquoise)\b', re.I
+)
+RISKS = {
+    name: (weight, re.compile(pattern, re.I))
+    for name, weight, pattern in (
+        (
+            'hedge',
+            0.35,
+            r'\b(?:possibly|probably|perhaps|maybe|might|presumably|likely|(?:could|may) be|(?:appear|seem|look)s? (?:to|like|as)|suggest(?:s|ing)?|indicat(?:es|ing))\b',
+        ),
+        (
+            'people',
+            0.5,
+            r"\b(?:m[ae]n|wom[ae]n|boys?|girls?|child(?:ren)?(?!'s)|faces?|smil(?:es|ing)|wearing|shirts?|hats?|dress(?:es)?|holding|sitting|talking|waving)\b",
+        ),
+        (
+            'writing',
+            0.5,
+            r'\b(?:logos?|text|letters|brand(?:s|ed)?|watermark|number plates?|signs? (?:that )?(?:says?|reads?|reading)|reads|written|inscription)\b|["“][^"”]+["”]',
+        ),
+        (
+            'not from above',
+            0.45,
+            r'\b(?:close[- ]up|portrait|selfie|indoors?|kitchen|bedroom|horizon|sunset|sunrise|clear sky|blue sky|painting|drawing|cartoon|rendering|screenshot|video game|microscope|dogs?|cats?|birds?|flowers? in)\b',
+        ),
+        (
+            'mood',
+            0.25,
+            r'\b(?:beautiful|bustling|vibrant|serene|peaceful|tranquil|stunning|picturesque|charming|atmosphere|sense of|testament)\b',
+        ),
+        (
+            'count',
+            0.25,
+            r'\b(?:exactly|[6-9]|[1-9]\d+|six|seven|eight|nine|ten|eleven|twelve|thirteen|fifteen|twenty)\s+(?!percent|metres?|meters?|m\b|km\b|%)[a-z]+',
+        ),
+        (
+            'measure',
+            0.3,
+            r'\b\d+(?:[.,]\d+)+\b|\b\d{4,}\b|\b\d+\s?(?:mph|km/h|feet|ft|kg|tons?|years? old)\b',
+        ),
+        (
+            'story',
+            0.3,
+            r'\b(?:owned by|famous|historic(?:al)?|founded|named after|in order to|used to be|known as|popular|tourists|once)\b',
+        ),
+    )
+}
+_SMALL = re.compile(
+    r'\b(?:cars?|vehicles?|trucks?|people|persons?|boats?|benches|lamps?|crosswalks?|markings|windows|umbrellas?)\b',
+    re.I,
+)
+_BLURRED = re.compile(r'ben\b|bigearthnet|eurosat|sentinel|landsat|modis', re.I)
 
 
 def risk_rules(
@@ -572,7 +907,8 @@ def risk_rules(
     words = fold(caption).split()
     threes = list(zip(words, words[1:], words[2:]))
     if len({c.lower() for c in _COLOURS.findall(caption)}) > 3: fired['colours'] = 0.3
-    if any(a == b for a, b in zip(words, words[1:])) or len(set(threes)) < len(threes): fired['repetition'] = 0.4
+    if any(a == b for a, b in zip(words, words[1:])) or len(set(threes)) < len(threes):
+        fired['repetition'] = 0.4
     if _BLURRED.search(source) and _SMALL.search(caption): fired['smaller than a pixel'] = 0.35
     return fired
 
@@ -584,7 +920,7 @@ def risk(
     "Return how suspect a caption is by its words alone; not measured on human ratings yet."
     return float(1 - np.prod([1 - w for w in risk_rules(caption, source).values()]))
 
-# %% ../../nbs/35_clip.purify.ipynb #29b71902
+# %% ../../nbs/35_clip.purify.ipynb #c6a3539a
 def review_table(
     table: pd.DataFrame, # pairs
     decisions: pd.DataFrame, # of purify
@@ -594,11 +930,28 @@ def review_table(
     "Draw decisions for people to judge, evenly over actions and sources."
     table = check_pairs(table)
     d = _aligned(table, decisions)
-    view = pd.DataFrame(dict(pair=table.pair, key=table.key, path=table.get('path', pd.Series('', table.index)), source=table.source, action=d.action, before=table.caption, after=d.text.where(d.action.isin(['keep', 'rewrite']), ''),
-                             score=d.score, new_score=d.new_score, reason=d.reason, rating=''))
+    view = pd.DataFrame(
+        dict(
+            pair=table.pair,
+            key=table.key,
+            path=table.get('path', pd.Series('', table.index)),
+            source=table.source,
+            action=d.action,
+            before=table.caption,
+            after=d.text.where(d.action.isin(['keep', 'rewrite']), ''),
+            score=d.score,
+            new_score=d.new_score,
+            reason=d.reason,
+            rating='',
+        )
+    )
     view = view.iloc[np.random.default_rng(seed).permutation(len(view))]
     turn = view.groupby(['action', 'source'], dropna=False).cumcount()
-    return view.iloc[np.argsort(turn.to_numpy(), kind='stable')[:n]].sort_values(['action', 'source', 'pair'], kind='stable').reset_index(drop=True)
+    return (
+        view.iloc[np.argsort(turn.to_numpy(), kind='stable')[:n]]
+        .sort_values(['action', 'source', 'pair'], kind='stable')
+        .reset_index(drop=True)
+    )
 
 
 def _interval(right, n): # 95 % of a share (Wilson 1927)
@@ -610,23 +963,35 @@ def agreement(
 ) -> pd.DataFrame: # index action; judged, right, share, low, high
     "Return the share of right decisions by action."
     rating = reviewed.rating.fillna('').astype(str).str.strip().str.lower()
-    if odd := sorted(set(rating) - {'right', 'wrong', ''}): raise SchemaError('cannot read a rating', f'found {odd[0]!r}', "write 'right' or 'wrong', or leave it empty")
+    if odd := sorted(set(rating) - {'right', 'wrong', ''}):
+        raise SchemaError(
+            'cannot read a rating', f'found {odd[0]!r}', "write 'right' or 'wrong', or leave it empty"
+        )
     seen = (rating == 'right')[rating != ''].groupby(reviewed.action[rating != '']).agg(['size', 'sum'])
-    rows = {a: dict(judged=n, right=k, share=k / n) | dict(zip(('low', 'high'), _interval(k, n))) for a, n, k in seen.itertuples()}
-    return pd.DataFrame.from_dict(rows, orient='index', columns=['judged', 'right', 'share', 'low', 'high']).rename_axis('action')
+    rows = {
+        a: dict(judged=n, right=k, share=k / n) | dict(zip(('low', 'high'), _interval(k, n)))
+        for a, n, k in seen.itertuples()
+    }
+    return pd.DataFrame.from_dict(
+        rows, orient='index', columns=['judged', 'right', 'share', 'low', 'high']
+    ).rename_axis('action')
 
-# %% ../../nbs/35_clip.purify.ipynb #da3780d8
+# %% ../../nbs/35_clip.purify.ipynb #7f287461
 NOISES = ('shuffled', 'truncated', 'boilerplate')
-_PADDING = ('This image file was processed and delivered by the archive as product version {n}.{m}. Please note that it is provided as is, for reference only, and without warranty of any kind. See https://archive.example/item/{n} for the terms of use.',
-            'Copyright {n} by the survey office, all rights reserved. The preview of this tile was downloaded from the catalogue of the provider under order number {n}{m}.',
-            'File name: scene_{n}_{m}.tif. The data set is supplied in version {m} and has passed quality control at level-2. Image credit: the archive. This is an image that shows',
-            'The image was acquired on 2019-0{m}-1{m} at longitude {n}.{m} and latitude {m}.{n} in UTM zone 3{m}N, local time 10:3{m}, with a cloud cover of {m} percent and a ground sample distance of 0.{m} metres per pixel, off-nadir angle 1{m}.{m} degrees, sun elevation 4{m}.{n} degrees.')
+_PADDING = (
+    'This image file was processed and delivered by the archive as product version {n}.{m}. Please note that it is provided as is, for reference only, and without warranty of any kind. See https://archive.example/item/{n} for the terms of use.',
+    'Copyright {n} by the survey office, all rights reserved. The preview of this tile was downloaded from the catalogue of the provider under order number {n}{m}.',
+    'File name: scene_{n}_{m}.tif. The data set is supplied in version {m} and has passed quality control at level-2. Image credit: the archive. This is an image that shows',
+    'The image was acquired on 2019-0{m}-1{m} at longitude {n}.{m} and latitude {m}.{n} in UTM zone 3{m}N, local time 10:3{m}, with a cloud cover of {m} percent and a ground sample distance of 0.{m} metres per pixel, off-nadir angle 1{m}.{m} degrees, sun elevation 4{m}.{n} degrees.',
+)
 
 
 def _spoilt(kind, row, table, folds, rng): # the noisy caption of a row, or None where this noise cannot be made
     words = row.caption.split()
-    if kind == 'truncated': return ' '.join(words[:max(1, int(rng.uniform(0.2, 0.5) * len(words)))]) if len(words) > 3 else None
-    if kind == 'boilerplate': return f'{_PADDING[rng.integers(len(_PADDING))].format(n=rng.integers(100, 999), m=rng.integers(1, 9))} {row.caption}'
+    if kind == 'truncated':
+        return ' '.join(words[:max(1, int(rng.uniform(0.2, 0.5) * len(words)))]) if len(words) > 3 else None
+    if kind == 'boilerplate':
+        return f'{_PADDING[rng.integers(len(_PADDING))].format(n=rng.integers(100, 999), m=rng.integers(1, 9))} {row.caption}'
     scenes = table['scene'] if 'scene' in table and table['scene'].nunique() > 1 else table.key
     mine = row.scene if scenes is not table.key else row.key
     others = table.caption[(scenes != mine) & (table.key != row.key) & (folds != fold(row.caption))]
@@ -642,8 +1007,10 @@ def inject_noise(
 ) -> pd.DataFrame: # pairs with columns noise ('' where clean) and clean (the caption before)
     "Spoil captions in known ways."
     if odd := set(kinds) - set(NOISES): raise unknown('noise', sorted(odd)[0], NOISES)
-    table, rng = check_pairs(table), np.random.default_rng(seed)
-    out, folds = table.assign(noise='', clean=table.caption), table.caption.map(fold)
+    table = check_pairs(table)
+    rng = np.random.default_rng(seed)
+    out = table.assign(noise='', clean=table.caption)
+    folds = table.caption.map(fold)
     rows = rng.permutation(np.flatnonzero((table.tier == tier) & (folds != '')))
     for i, at in enumerate(rows[:round(share * len(rows))]):
         kind = kinds[i % len(kinds)]
@@ -663,10 +1030,21 @@ def audit_noise(
     alike: float = 0.9, # 0..1, least similarity to the clean text that counts as brought back
 ) -> pd.DataFrame: # index kind, the last is 'clean'; n, out, restored, kept (shares that add up to 1), auroc of the score against clean pairs
     "Tell what became of each kind of noise; `out` of 'clean' is the share of good pairs lost."
-    d, rows = _aligned(noisy, decisions), {}
-    noise, stays = noisy.noise.reset_index(drop=True), d.action.isin(['keep', 'rewrite'])
+    d = _aligned(noisy, decisions)
+    rows = {}
+    noise = noisy.noise.reset_index(drop=True)
+    stays = d.action.isin(['keep', 'rewrite'])
     back = stays & np.array([_alike(t, c) >= alike for t, c in zip(d.text, noisy.clean)], bool)
     for kind in [*sorted(set(noise) - {''}), '']:
-        mine, pool = noise == kind, noise.isin([kind, '']) & d.score.notna()
-        rows[kind or 'clean'] = dict(n=int(mine.sum()), out=(~stays)[mine].mean(), restored=back[mine].mean(), kept=(stays & ~back)[mine].mean(), auroc=failure_auroc((noise[pool] == '') * 1.0, d.score[pool].to_numpy()) if kind else np.nan)
-    return pd.DataFrame.from_dict(rows, orient='index', columns=['n', 'out', 'restored', 'kept', 'auroc']).rename_axis('noise')
+        mine = noise == kind
+        pool = noise.isin([kind, '']) & d.score.notna()
+        rows[kind or 'clean'] = dict(
+            n=int(mine.sum()),
+            out=(~stays)[mine].mean(),
+            restored=back[mine].mean(),
+            kept=(stays & ~back)[mine].mean(),
+            auroc=failure_auroc((noise[pool] == '') * 1.0, d.score[pool].to_numpy()) if kind else np.nan,
+        )
+    return pd.DataFrame.from_dict(
+        rows, orient='index', columns=['n', 'out', 'restored', 'kept', 'auroc']
+    ).rename_axis('noise')

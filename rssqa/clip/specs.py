@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from ..core import encoders
 
-# %% ../../nbs/32_clip.specs.ipynb #608568b1
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# %% ../../nbs/32_clip.specs.ipynb #cf610072
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 
 
@@ -36,27 +37,70 @@ class EncoderSpec:
     sha256: str = '' # of the published file
     note: str = '' # what is inferred or odd
 
-# %% ../../nbs/32_clip.specs.ipynb #12b61733
-_OPENAI, _LAION = dict(weights='openai', licence='MIT', source='openai/CLIP'), dict(licence='MIT')
-_REMOTE = dict(format='flat', licence='Apache-2.0', source='chendelong/RemoteCLIP', note='QuickGELU inferred from its OpenAI start')
+# %% ../../nbs/32_clip.specs.ipynb #3f4d7838
+_OPENAI = dict(weights='openai', licence='MIT', source='openai/CLIP')
+_LAION = dict(licence='MIT')
+_REMOTE = dict(
+    format='flat',
+    licence='Apache-2.0',
+    source='chendelong/RemoteCLIP',
+    note='QuickGELU inferred from its OpenAI start',
+)
 _GEO = dict(format='flat', licence='Creative Commons, version not stated', source='Zilun/GeoRSCLIP')
 _GEO_QUICK = _GEO | dict(note='QuickGELU inferred from its OpenAI start')
-_FAR = dict(format='flat', licence='MIT', source='ZhenShiL/FarSLIP', note='QuickGELU stated by its code; a text tower of 248 tokens is told by its keys')
+_FAR = dict(
+    format='flat',
+    licence='MIT',
+    source='ZhenShiL/FarSLIP',
+    note='QuickGELU stated by its code; a text tower of 248 tokens is told by its keys',
+)
 _SKY = dict(format='open_clip_train', licence='MIT', source='wangzhecheng/SkyScript (a zip: unpack it)')
 SPECS = (
     EncoderSpec('openai-vit-b-32', 'ViT-B-32', True, 512, **_OPENAI),
     EncoderSpec('openai-vit-b-16', 'ViT-B-16', True, 512, **_OPENAI),
     EncoderSpec('openai-vit-l-14', 'ViT-L-14', True, 768, **_OPENAI),
-    EncoderSpec('laion-vit-b-32', 'ViT-B-32', False, 512, 'laion2b_s34b_b79k',
-                source='laion/CLIP-ViT-B-32-laion2B-s34B-b79K', **_LAION),
-    EncoderSpec('laion-vit-b-16', 'ViT-B-16', False, 512, 'laion2b_s34b_b88k',
-                source='laion/CLIP-ViT-B-16-laion2B-s34B-b88K', **_LAION),
-    EncoderSpec('laion-vit-l-14', 'ViT-L-14', False, 768, 'laion2b_s32b_b82k', mean=HALF, std=HALF,
-                source='laion/CLIP-ViT-L-14-laion2B-s32B-b82K', note='normalises with 0.5, unlike its sisters', **_LAION),
-    EncoderSpec('clip-rs', 'ViT-L-14', True, 768, 'CLIP_RS.pt', source='hy1111/CLIP-RS', format='open_clip_train',
-                licence='none stated: never redistribute',
-                sha256='330246838e9051d9aa4f9e3a71024fe73f002f0d5e7bff108b34c47fd7a5d484',
-                note='5.13 GB training checkpoint; architecture inferred from size, QuickGELU from the OpenAI start of its kind'),
+    EncoderSpec(
+        'laion-vit-b-32',
+        'ViT-B-32',
+        False,
+        512,
+        'laion2b_s34b_b79k',
+        source='laion/CLIP-ViT-B-32-laion2B-s34B-b79K',
+        **_LAION,
+    ),
+    EncoderSpec(
+        'laion-vit-b-16',
+        'ViT-B-16',
+        False,
+        512,
+        'laion2b_s34b_b88k',
+        source='laion/CLIP-ViT-B-16-laion2B-s34B-b88K',
+        **_LAION,
+    ),
+    EncoderSpec(
+        'laion-vit-l-14',
+        'ViT-L-14',
+        False,
+        768,
+        'laion2b_s32b_b82k',
+        mean=HALF,
+        std=HALF,
+        source='laion/CLIP-ViT-L-14-laion2B-s32B-b82K',
+        note='normalises with 0.5, unlike its sisters',
+        **_LAION,
+    ),
+    EncoderSpec(
+        'clip-rs',
+        'ViT-L-14',
+        True,
+        768,
+        'CLIP_RS.pt',
+        source='hy1111/CLIP-RS',
+        format='open_clip_train',
+        licence='none stated: never redistribute',
+        sha256='330246838e9051d9aa4f9e3a71024fe73f002f0d5e7bff108b34c47fd7a5d484',
+        note='5.13 GB training checkpoint; architecture inferred from size, QuickGELU from the OpenAI start of its kind',
+    ),
     EncoderSpec('remoteclip-rn50', 'RN50', True, 1024, 'RemoteCLIP-RN50.pt', **_REMOTE),
     EncoderSpec('remoteclip-vit-b-32', 'ViT-B-32', True, 512, 'RemoteCLIP-ViT-B-32.pt', **_REMOTE),
     EncoderSpec('remoteclip-vit-l-14', 'ViT-L-14', True, 768, 'RemoteCLIP-ViT-L-14.pt', **_REMOTE),
@@ -64,15 +108,61 @@ SPECS = (
     EncoderSpec('georsclip-vit-b-32-ret2', 'ViT-B-32', True, 512, 'RS5M_ViT-B-32_RET-2.pt', **_GEO_QUICK),
     EncoderSpec('georsclip-vit-b-32-rsicd', 'ViT-B-32', True, 512, 'RS5M_ViT-B-32_RSICD.pt', **_GEO_QUICK),
     EncoderSpec('georsclip-vit-l-14', 'ViT-L-14', True, 768, 'RS5M_ViT-L-14.pt', **_GEO_QUICK),
-    EncoderSpec('georsclip-vit-l-14-336', 'ViT-L-14-336', True, 768, 'RS5M_ViT-L-14-336.pt', image_size=336, **_GEO_QUICK),
-    EncoderSpec('georsclip-vit-h-14', 'ViT-H-14', False, 1024, 'RS5M_ViT-H-14.pt', note='GELU inferred from its LAION start', **_GEO),
-    EncoderSpec('rs-m-clip', 'xlm-roberta-base-ViT-B-32', False, 512, 'open_clip_model.safetensors', multilingual=True, format='bundle', licence='MIT',
-                source='joaodaniel/RS-M-CLIP', note='a folder with tokenizer; its text tower also needs config.json of xlm-roberta-base'),
+    EncoderSpec(
+        'georsclip-vit-l-14-336',
+        'ViT-L-14-336',
+        True,
+        768,
+        'RS5M_ViT-L-14-336.pt',
+        image_size=336,
+        **_GEO_QUICK,
+    ),
+    EncoderSpec(
+        'georsclip-vit-h-14',
+        'ViT-H-14',
+        False,
+        1024,
+        'RS5M_ViT-H-14.pt',
+        note='GELU inferred from its LAION start',
+        **_GEO,
+    ),
+    EncoderSpec(
+        'rs-m-clip',
+        'xlm-roberta-base-ViT-B-32',
+        False,
+        512,
+        'open_clip_model.safetensors',
+        multilingual=True,
+        format='bundle',
+        licence='MIT',
+        source='joaodaniel/RS-M-CLIP',
+        note='a folder with tokenizer; its text tower also needs config.json of xlm-roberta-base',
+    ),
     EncoderSpec('farslip1-vit-b-32', 'ViT-B-32', True, 512, 'FarSLIP1_ViT-B-32.pt', **_FAR),
     EncoderSpec('farslip1-vit-b-16', 'ViT-B-16', True, 512, 'FarSLIP1_ViT-B-16.pt', **_FAR),
-    EncoderSpec('farslip2-vit-b-32', 'ViT-B-32', True, 512, 'FarSLIP2_ViT-B-32.pt', context_length=248, **_FAR),
-    EncoderSpec('farslip2-vit-b-16', 'ViT-B-16', True, 512, 'FarSLIP2_ViT-B-16.pt', context_length=248, **_FAR),
-    EncoderSpec('skyclip-vit-b-32', 'ViT-B-32', False, 512, 'epoch_20.pt', note='GELU: its training command starts from laion2b_e16', **_SKY),
-    EncoderSpec('skyclip-vit-l-14', 'ViT-L-14', True, 768, 'epoch_20.pt', note='QuickGELU: its training command starts from OpenAI weights', **_SKY),
+    EncoderSpec(
+        'farslip2-vit-b-32', 'ViT-B-32', True, 512, 'FarSLIP2_ViT-B-32.pt', context_length=248, **_FAR
+    ),
+    EncoderSpec(
+        'farslip2-vit-b-16', 'ViT-B-16', True, 512, 'FarSLIP2_ViT-B-16.pt', context_length=248, **_FAR
+    ),
+    EncoderSpec(
+        'skyclip-vit-b-32',
+        'ViT-B-32',
+        False,
+        512,
+        'epoch_20.pt',
+        note='GELU: its training command starts from laion2b_e16',
+        **_SKY,
+    ),
+    EncoderSpec(
+        'skyclip-vit-l-14',
+        'ViT-L-14',
+        True,
+        768,
+        'epoch_20.pt',
+        note='QuickGELU: its training command starts from OpenAI weights',
+        **_SKY,
+    ),
 )
 for spec in SPECS: encoders.register(spec.name, spec, replace=True)

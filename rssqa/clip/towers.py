@@ -11,7 +11,7 @@ import functools
 from .checkpoints import long_masks
 from ..core import Incompatible, unknown
 
-# %% ../../nbs/31_clip.towers.ipynb #3cdac019
+# %% ../../nbs/31_clip.towers.ipynb #8ea2d88e
 @functools.cache
 def long_clip() -> type:
     "Return the class of a CLIP with Long-CLIP's text tower: a subclass of open_clip's CLIP."
@@ -28,7 +28,12 @@ def long_clip() -> type:
             return torch.nn.functional.normalize(x, dim=-1) if normalize else x
 
         def forward_intermediates(self, image=None, text=None, **kwargs):
-            if text is not None: raise Incompatible('no intermediate layers of a Long-CLIP text tower', 'open_clip would add one position table only', 'use text_tokens')
+            if text is not None:
+                raise Incompatible(
+                    'no intermediate layers of a Long-CLIP text tower',
+                    'open_clip would add one position table only',
+                    'use text_tokens',
+                )
             return super().forward_intermediates(image, **kwargs)
 
     return LongCLIP
@@ -41,8 +46,9 @@ def positions(
     if not hasattr(net, 'positional_embedding_res'): return net.positional_embedding
     return net.positional_embedding * net.mask1 + net.positional_embedding_res * net.mask2
 
-# %% ../../nbs/31_clip.towers.ipynb #1a07ea88
-def _is_hf(text): return hasattr(text, 'pooler') and hasattr(text, 'config')           # open_clip's HFTextEncoder
+# %% ../../nbs/31_clip.towers.ipynb #739dd5d3
+def _is_hf(text):  # open_clip's HFTextEncoder
+    return hasattr(text, 'pooler') and hasattr(text, 'config')
 
 
 def _pool_type(text): return getattr(text, 'text_pool_type', getattr(text, 'pool_type', ''))
@@ -52,7 +58,11 @@ def _real(text, tokens): # (N,L) tokens of the text itself, its start and its en
     import torch
     pool = _pool_type(text)
     if pool not in ('argmax', 'eos'): return tokens != getattr(text, 'pad_id', 0)
-    end = tokens.argmax(1) if pool == 'argmax' else (tokens == getattr(text, 'text_eos_id', getattr(text, 'eos_id', 2))).int().argmax(1)
+    end = (
+        tokens.argmax(1)
+        if pool == 'argmax'
+        else (tokens == getattr(text, 'text_eos_id', getattr(text, 'eos_id', 2))).int().argmax(1)
+    )
     return torch.arange(tokens.shape[1], device=tokens.device) <= end[:, None]
 
 
@@ -86,14 +96,28 @@ def text_pool(
     import torch
     text = getattr(net, 'text', net)
     if _pool_type(text) not in ('argmax', 'eos') or getattr(text, 'cls_emb', None) is not None:
-        raise Incompatible('cannot pool these tokens at their last position', f'{type(text).__name__} pools by a rule of its own', 'use encode_text')
+        raise Incompatible(
+            'cannot pool these tokens at their last position',
+            f'{type(text).__name__} pools by a rule of its own',
+            'use encode_text',
+        )
     x = features[torch.arange(len(features)), mask.sum(1) - 1]
     projection = text.text_projection
-    return x if projection is None else projection(x) if isinstance(projection, torch.nn.Module) else x @ projection
+    return (
+        x
+        if projection is None
+        else projection(x)
+        if isinstance(projection, torch.nn.Module)
+        else x @ projection
+    )
 
 
 def _looks_back(text): # does it read from left to right, and keep the end of the text?
-    return getattr(text, 'attn_mask', None) is not None and _pool_type(text) == 'argmax' and getattr(text, 'cls_emb', None) is None
+    return (
+        getattr(text, 'attn_mask', None) is not None
+        and _pool_type(text) == 'argmax'
+        and getattr(text, 'cls_emb', None) is None
+    )
 
 
 def read_text(
@@ -105,24 +129,40 @@ def read_text(
     longest = int(tokens.argmax(-1).max()) + 1
     return text_pool(net, *text_tokens(net, tokens[:, :longest]))
 
-# %% ../../nbs/31_clip.towers.ipynb #5e89cb8c
+# %% ../../nbs/31_clip.towers.ipynb #0df1e2b1
 DENSE_MODES = 'vanilla', 'maskclip', 'clearclip', 'sclip', 'segearth'
-_PAIRS = dict(clearclip='q', sclip='qk', segearth='qkv')                # which of q, k, v attend to themselves
+# which of q, k, v attend to themselves
+_PAIRS = dict(clearclip='q', sclip='qk', segearth='qkv')
 
 
 def _attend(q, k, v, mode): # (N,heads,L,d) each -> (N,heads,L,d)
     if mode == 'maskclip': return v
-    return sum((x @ x.transpose(-2, -1) * x.shape[-1] ** -0.5).softmax(-1) for x in (dict(q=q, k=k, v=v)[c] for c in _PAIRS[mode])) @ v
+    return (
+        sum(
+            (x @ x.transpose(-2, -1) * x.shape[-1] ** -0.5).softmax(-1)
+            for x in (dict(q=q, k=k, v=v)[c] for c in _PAIRS[mode])
+        )
+        @ v
+    )
 
 
 def _last_block(block, x, mode): # (N,L,width) -> (N,L,width)
     from torch.nn.functional import linear
     a = block.attn
     if getattr(a, 'logit_scale', None) is not None or getattr(a, 'head_scale', None) is not None:
-        raise Incompatible(f'no dense map of mode {mode!r} from this tower', 'its attention scales its heads or takes cosines', "use mode='vanilla'")
-    qkv = linear(block.ln_1(x), a.in_proj_weight, a.in_proj_bias).unflatten(-1, (3, a.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        raise Incompatible(
+            f'no dense map of mode {mode!r} from this tower',
+            'its attention scales its heads or takes cosines',
+            "use mode='vanilla'",
+        )
+    qkv = (
+        linear(block.ln_1(x), a.in_proj_weight, a.in_proj_bias)
+        .unflatten(-1, (3, a.num_heads, -1))
+        .permute(2, 0, 3, 1, 4)
+    )
     q, k, v = qkv                                                       # (N,heads,L,d)
-    q, k = getattr(a, 'ln_q', lambda t: t)(q), getattr(a, 'ln_k', lambda t: t)(k)
+    q = getattr(a, 'ln_q', lambda t: t)(q)
+    k = getattr(a, 'ln_k', lambda t: t)(k)
     y = _attend(q, k, v, mode).transpose(1, 2).flatten(2)
     y = a.out_proj(getattr(a, 'ln_inner', lambda t: t)(y))
     y = block.ls_1(getattr(block, 'ln_attn', lambda t: t)(y))
@@ -131,22 +171,38 @@ def _last_block(block, x, mode): # (N,L,width) -> (N,L,width)
 
 def _vit_map(visual, x, mode, project): # (N,D,h,w)
     if visual.attn_pool is not None:
-        raise Incompatible('no dense map in the joint space from this tower', 'it pools by learned queries, which have no place', 'use a ViT that keeps its class token, or encode_image(x).dense')
+        raise Incompatible(
+            'no dense map in the joint space from this tower',
+            'it pools by learned queries, which have no place',
+            'use a ViT that keeps its class token, or encode_image(x).dense',
+        )
     x, (*blocks, last) = visual._embeds(x), visual.transformer.resblocks
     for block in blocks: x = block(x)
     x = visual.ln_post(last(x) if mode == 'vanilla' else _last_block(last, x, mode))[:, 1:]
     if project and visual.proj is not None: x = x @ visual.proj
     return x.transpose(1, 2).unflatten(2, visual.grid_size)
 
-# %% ../../nbs/31_clip.towers.ipynb #798dd568
+# %% ../../nbs/31_clip.towers.ipynb #6334b685
 def _conv_map(visual, x, mode, project): # a timm tower -> (N,D,h,w)
     maps = visual.trunk.forward_features(x)
     if mode != 'vanilla' or maps.ndim != 4 or maps.shape[1] != visual.trunk.num_features:
-        found = 'it is convolutional and has no attention' if maps.ndim == 4 else 'it is a transformer of timm, whose blocks differ from CLIP\'s'
-        raise Incompatible(f'no dense map of mode {mode!r} from this tower', found, "use mode='vanilla'" if maps.ndim == 4 else 'use encode_image(x).dense')
+        found = (
+            'it is convolutional and has no attention'
+            if maps.ndim == 4
+            else 'it is a transformer of timm, whose blocks differ from CLIP\'s'
+        )
+        raise Incompatible(
+            f'no dense map of mode {mode!r} from this tower',
+            found,
+            "use mode='vanilla'" if maps.ndim == 4 else 'use encode_image(x).dense',
+        )
     if not project: return maps
     if hasattr(visual.head, 'pool'):
-        raise Incompatible('no dense map in the joint space from this tower', 'its head pools by attention', 'use encode_image(x).dense')
+        raise Incompatible(
+            'no dense map in the joint space from this tower',
+            'its head pools by attention',
+            'use encode_image(x).dense',
+        )
     n, _, h, w = maps.shape
     places = maps.permute(0, 2, 3, 1).reshape(n * h * w, -1, 1, 1)      # each place as a picture of one pixel
     return visual.head(visual.trunk.forward_head(places)).view(n, h, w, -1).permute(0, 3, 1, 2)
@@ -154,7 +210,11 @@ def _conv_map(visual, x, mode, project): # a timm tower -> (N,D,h,w)
 
 def _resnet_map(visual, x, mode, project): # OpenAI's ResNet -> (N,D,h,w)
     if mode != 'maskclip':
-        raise Incompatible(f'no dense map of mode {mode!r} from this tower', 'it is convolutional and pools by attention', "use mode='maskclip'")
+        raise Incompatible(
+            f'no dense map of mode {mode!r} from this tower',
+            'it is convolutional and pools by attention',
+            "use mode='maskclip'",
+        )
     maps = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(x)))))
     values = visual.attnpool.v_proj(maps.permute(0, 2, 3, 1))
     return (visual.attnpool.c_proj(values) if project else values).permute(0, 3, 1, 2)

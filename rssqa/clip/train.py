@@ -7,7 +7,7 @@ __all__ = ['ClipRecipe', 'new_clip', 'begin', 'save_clip', 'rate', 'draw_box', '
            'CachedViews', 'positions', 'batches', 'encode_views', 'Towers', 'Distilled', 'Heads', 'processes',
            'compute_loss', 'Training', 'train_step', 'train_clip']
 
-# %% ../../nbs/37_clip.train.ipynb #32f25947
+# %% ../../nbs/37_clip.train.ipynb #8f4cca84
 import math, os, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -22,14 +22,33 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 
-from ..core import DataNotFound, Incompatible, atomic, digest, pick_device, progress, read_json, say, write_json
-from .encoders import CLIP_MEAN, CLIP_STD, EncoderSpec, OpenClipEncoder, _net, _see, load_encoder, spec_from_folder
+from rssqa.core import (
+    DataNotFound,
+    Incompatible,
+    atomic,
+    digest,
+    pick_device,
+    progress,
+    read_json,
+    say,
+    write_json,
+)
+from rssqa.clip.encoders import (
+    CLIP_MEAN,
+    CLIP_STD,
+    EncoderSpec,
+    OpenClipEncoder,
+    _net,
+    _see,
+    load_encoder,
+    spec_from_folder,
+)
 from .checkpoints import WEIGHT_SUFFIXES
 from .objectives import Centre, EmaTeacher, PrototypeHead, caption_ids, clamped, total
 from ..data.pairs import open_image
 from .towers import read_text
 
-# %% ../../nbs/37_clip.train.ipynb #5f67cbcf
+# %% ../../nbs/37_clip.train.ipynb #95edfc6a
 @dataclass(frozen=True)
 class ClipRecipe:
     "How a CLIP is trained."
@@ -51,12 +70,13 @@ class ClipRecipe:
     plain: bool = False # the first view is the whole image, unturned, and boxes of small views are given
     teacher: float = 0.996 # momentum of the teacher
     prototypes: int = 4096 # of self-distillation; published work has 65,536
-    freeze_norms: bool = True # batch norms keep their statistics, so that a step does not depend on how a batch is shared
+    # batch norms keep their statistics, so that a step does not depend on how a batch is shared
+    freeze_norms: bool = True
     dtype: str = 'float32' # of the arithmetic: float32 or bfloat16
     save_every: int = 100 # steps between checkpoints
     seed: int = 0
 
-# %% ../../nbs/37_clip.train.ipynb #1d5c3a7c
+# %% ../../nbs/37_clip.train.ipynb #a1950770
 def new_clip(
     config: dict, # open_clip model config
     folder, # gets open_clip_config.json; weights follow with `save_clip`
@@ -64,7 +84,9 @@ def new_clip(
     seed: int = 0,
 ) -> OpenClipEncoder: # with random weights
     "Describe a CLIP in a folder and draw its weights."
-    how = dict(mean=CLIP_MEAN, std=CLIP_STD, interpolation='bicubic', resize_mode='squash') | (preprocess or {})
+    how = dict(mean=CLIP_MEAN, std=CLIP_STD, interpolation='bicubic', resize_mode='squash') | (
+        preprocess or {}
+    )
     write_json(Path(folder)/'open_clip_config.json', dict(model_cfg=config, preprocess_cfg=how))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -96,7 +118,14 @@ def save_clip(
 ) -> Path: # the file
     "Write weights in half precision; batch norms stay whole."
     from safetensors.torch import save_file
-    state = {k: (t if 'running' in k or not t.is_floating_point() else t.half()).detach().cpu().clone().contiguous() for k, t in encoder.net.state_dict().items()}
+    state = {
+        k: (t if 'running' in k or not t.is_floating_point() else t.half())
+        .detach()
+        .cpu()
+        .clone()
+        .contiguous()
+        for k, t in encoder.net.state_dict().items()
+    }
     if tokens is not None:
         name = next(k for k in state if k.endswith('token_embedding.weight'))
         ids = torch.tensor(sorted(set(tokens)))
@@ -113,15 +142,18 @@ def rate(
     if step < recipe.warmup: return (step + 1) / recipe.warmup
     return (1 + math.cos(math.pi * (step - recipe.warmup) / max(recipe.steps - recipe.warmup, 1))) / 2
 
-# %% ../../nbs/37_clip.train.ipynb #668b3370
+# %% ../../nbs/37_clip.train.ipynb #5dee9c6d
 def draw_box(
     rng: np.random.Generator,
     area: tuple, # smallest and largest share of the image
 ) -> tuple: # left, top, right, bottom, 0..1
     "Draw a box with sides of at most 4:3."
-    a, aspect = rng.uniform(*area), math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
-    w, h = min(1, math.sqrt(a * aspect)), min(1, math.sqrt(a / aspect))
-    left, top = rng.uniform(0, 1 - w) if w < 1 else 0.0, rng.uniform(0, 1 - h) if h < 1 else 0.0
+    a = rng.uniform(*area)
+    aspect = math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
+    w = min(1, math.sqrt(a * aspect))
+    h = min(1, math.sqrt(a / aspect))
+    left = rng.uniform(0, 1 - w) if w < 1 else 0.0
+    top = rng.uniform(0, 1 - h) if h < 1 else 0.0
     return left, top, left + w, top + h
 
 
@@ -133,13 +165,15 @@ def cut_view(
 ) -> torch.Tensor: # (3,size,size) 0..1
     "Cut a box out of an image, squash it to a square, and turn it."
     h, w = image.shape[-2:]
-    x0, y0 = int(box[0] * w), int(box[1] * h)
+    x0 = int(box[0] * w)
+    y0 = int(box[1] * h)
     part = image[:, y0:max(y0 + 1, round(box[3] * h)), x0:max(x0 + 1, round(box[2] * w))]
-    if part.shape[-2:] != (size, size): part = F.interpolate(part[None], (size, size), mode='bicubic', antialias=True)[0]
+    if part.shape[-2:] != (size, size):
+        part = F.interpolate(part[None], (size, size), mode='bicubic', antialias=True)[0]
     part = part.float() / 255 if image.dtype == torch.uint8 else part.clamp(0, 1)
     return torch.rot90(part.flip(-1) if turn >= 4 else part, turn % 4, (-2, -1))
 
-# %% ../../nbs/37_clip.train.ipynb #75c9e6e3
+# %% ../../nbs/37_clip.train.ipynb #5fb8fbaf
 class PairViews(torch.utils.data.Dataset):
     "Views of image-text pairs, the same for the same seed, epoch and number."
     def __init__(self,
@@ -148,39 +182,80 @@ class PairViews(torch.utils.data.Dataset):
         encoder: OpenClipEncoder, # whose input size, normalisation and tokenizer are used
         open=None, # first row of an image -> (3,H,W) array 0..1; by default `path`, a file or a member of a tar
     ):
-        if table.empty: raise DataNotFound('no pairs to train on', 'the table has no rows', 'check what was read or purified away')
-        if lost := {'key', 'caption'} - set(table): raise Incompatible('cannot train on this table', f'it lacks {", ".join(sorted(lost))}', 'read it with rssqa.data.pairs')
+        if table.empty:
+            raise DataNotFound(
+                'no pairs to train on', 'the table has no rows', 'check what was read or purified away'
+            )
+        if lost := {'key', 'caption'} - set(table):
+            raise Incompatible(
+                'cannot train on this table',
+                f'it lacks {", ".join(sorted(lost))}',
+                'read it with rssqa.data.pairs',
+            )
         self.table = table.sort_values('key', kind='stable', ignore_index=True)
-        self.starts = np.append(np.flatnonzero(~self.table.key.duplicated()), len(self.table))      # where the rows of an image begin
-        self.recipe, self.size, self.dim, self.spec, self.tokenizer = recipe, encoder.image_size, encoder.dim, encoder.spec, encoder.tokenizer
-        self.open, self.regional = open or open_image, 'region-category' in dict(recipe.objectives)
-        if self.regional and 'regions' not in table: raise Incompatible('cannot train on regions', 'the table has no column regions', 'read it with to_frame(records, regions=True)')
+        # where the rows of an image begin
+        self.starts = np.append(np.flatnonzero(~self.table.key.duplicated()), len(self.table))
+        self.recipe = recipe
+        self.size = encoder.image_size
+        self.dim = encoder.dim
+        self.spec = encoder.spec
+        self.tokenizer = encoder.tokenizer
+        self.open = open or open_image
+        self.regional = 'region-category' in dict(recipe.objectives)
+        if self.regional and 'regions' not in table:
+            raise Incompatible(
+                'cannot train on regions',
+                'the table has no column regions',
+                'read it with to_frame(records, regions=True)',
+            )
 
     def __len__(self): return len(self.starts) - 1
 
-    def rows(self, i): return self.table.iloc[self.starts[i]:self.starts[i + 1]]       # all captions of the i-th image
+    def rows(self, i):  # all captions of the i-th image
+        return self.table.iloc[self.starts[i]:self.starts[i + 1]]
 
     @cached_property
-    def mark(self): return digest(pd.util.hash_pandas_object(self.table[['key', 'caption']].astype(str), index=False).to_numpy())       # of keys and captions
+    def mark(self):  # of keys and captions
+        return digest(
+            pd.util.hash_pandas_object(self.table[['key', 'caption']].astype(str), index=False).to_numpy()
+        )
 
     def image(self, i): # (3,H,W) uint8
-        return torch.from_numpy(np.round(self.open(self.table.iloc[self.starts[i]]).transpose(1, 2, 0) * 255).astype(np.uint8)).permute(2, 0, 1)
+        return torch.from_numpy(
+            np.round(self.open(self.table.iloc[self.starts[i]]).transpose(1, 2, 0) * 255).astype(np.uint8)
+        ).permute(2, 0, 1)
 
     def rng(self, epoch, i): return np.random.default_rng([self.recipe.seed, epoch, i])
 
     def plan(self, at): # (epoch, number of the image) -> boxes, turns and a caption
-        r, rng = self.recipe, self.rng(*at)
+        r = self.recipe
+        rng = self.rng(*at)
         rows = self.rows(at[1])
         caption = rows.caption.iloc[rng.integers(len(rows))]
-        large = [((0, 0, 1, 1) if r.plain and not v else draw_box(rng, r.large_area), self.turn(rng, v)) for v in range(r.large)]
+        large = [
+            ((0, 0, 1, 1) if r.plain and not v else draw_box(rng, r.large_area), self.turn(rng, v))
+            for v in range(r.large)
+        ]
         regions = self.pick(rows.regions.iloc[0], rng) if self.regional else []
-        small = [(tuple(g[:4]), 0) for g in regions] if self.regional else [(draw_box(rng, r.small_area), self.turn(rng, 0)) for _ in range(r.small)]
+        small = (
+            [(tuple(g[:4]), 0) for g in regions]
+            if self.regional
+            else [(draw_box(rng, r.small_area), self.turn(rng, 0)) for _ in range(r.small)]
+        )
         return dict(number=at[1], large=large, small=small, caption=caption, regions=regions)
 
     def __getitem__(self, at): # (epoch, number of the image) -> views and a caption
-        plan, image = self.plan(at), self.image(at[1])
+        plan = self.plan(at)
+        image = self.image(at[1])
         views = dict(large=(plan['large'], self.size), small=(plan['small'], self.small_size))
-        return plan | {k: torch.stack([cut_view(image, b, size, t) for b, t in cuts]) if cuts else torch.zeros(0) for k, (cuts, size) in views.items()} | dict(boxes=torch.tensor([b for b, _ in plan['small']]))
+        return (
+            plan
+            | {
+                k: torch.stack([cut_view(image, b, size, t) for b, t in cuts]) if cuts else torch.zeros(0)
+                for k, (cuts, size) in views.items()
+            }
+            | dict(boxes=torch.tensor([b for b, _ in plan['small']]))
+        )
 
     @property
     def small_size(self): return self.recipe.small_size or self.size
@@ -189,10 +264,13 @@ class PairViews(torch.utils.data.Dataset):
         chosen = [regions[i] for i in rng.permutation(len(regions))[:self.recipe.small]]
         return chosen + [(0.0, 0.0, 1.0, 1.0, '', -1, '')] * (self.recipe.small - len(chosen))
 
-    def turn(self, rng, v): return int(rng.integers(8)) if self.recipe.turns and not (self.recipe.plain and v == 0) else 0
+    def turn(self, rng, v):
+        return int(rng.integers(8)) if self.recipe.turns and not (self.recipe.plain and v == 0) else 0
 
     def collate(self, items): # list of items -> one batch
-        return {k: torch.stack([it[k] for it in items]) for k in ('large', 'small', 'boxes')} | self.said(items)
+        return {k: torch.stack([it[k] for it in items]) for k in ('large', 'small', 'boxes')} | self.said(
+            items
+        )
 
     def said(self, items): # tokens and numbers of the captions of a batch, and of its regions
         captions = [it['caption'] for it in items]
@@ -202,12 +280,18 @@ class PairViews(torch.utils.data.Dataset):
     def named(self, items): # what the regions of a batch are called: tokens (B,V,L), numbers (B,V)
         names = [[f'a satellite image of {g[4]}' if g[5] >= 0 else '' for g in it['regions']] for it in items]
         tokens = self.tokenizer([n for row in names for n in row])
-        return dict(region_tokens=tokens.view(len(items), -1, tokens.shape[-1]), region_ids=torch.tensor([[int(g[5]) for g in it['regions']] for it in items]))
+        return dict(
+            region_tokens=tokens.view(len(items), -1, tokens.shape[-1]),
+            region_ids=torch.tensor([[int(g[5]) for g in it['regions']] for it in items]),
+        )
 
-# %% ../../nbs/37_clip.train.ipynb #316379b7
+# %% ../../nbs/37_clip.train.ipynb #7771fe92
 def _turns(device): # (8,2,2): where a view's x and y point in the image, as `cut_view` turns it
-    quarter, mirror = torch.tensor([[0., -1], [1, 0]]), torch.diag(torch.tensor([-1., 1]))
-    return torch.stack([(mirror if t >= 4 else torch.eye(2)) @ torch.linalg.matrix_power(quarter, t % 4) for t in range(8)]).to(device)
+    quarter = torch.tensor([[0., -1], [1, 0]])
+    mirror = torch.diag(torch.tensor([-1., 1]))
+    return torch.stack(
+        [(mirror if t >= 4 else torch.eye(2)) @ torch.linalg.matrix_power(quarter, t % 4) for t in range(8)]
+    ).to(device)
 
 
 def cut_views(
@@ -219,9 +303,16 @@ def cut_views(
     "Cut and turn views of many images at once, with bicubic samples."
     n, v = turns.shape
     low, high = boxes[..., :2], boxes[..., 2:]
-    maps = torch.cat([(high - low)[..., None] * _turns(images.device)[turns], (low + high - 1)[..., None]], -1)            # (N,V,2,3)
+    # (N,V,2,3)
+    maps = torch.cat(
+        [(high - low)[..., None] * _turns(images.device)[turns], (low + high - 1)[..., None]], -1
+    )
     grid = F.affine_grid(maps.flatten(0, 1), (n * v, 3, size, size), align_corners=False)
-    return F.grid_sample(images.repeat_interleave(v, 0), grid, 'bicubic', 'border', align_corners=False).clamp(0, 1).unflatten(0, (n, v))
+    return (
+        F.grid_sample(images.repeat_interleave(v, 0), grid, 'bicubic', 'border', align_corners=False)
+        .clamp(0, 1)
+        .unflatten(0, (n, v))
+    )
 
 
 class CachedViews(PairViews):
@@ -235,12 +326,20 @@ class CachedViews(PairViews):
     ):
         super().__init__(table, recipe, encoder, open)
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            squashed = list(progress(pool.map(self._squashed, range(len(self))), 'decoding images', len(self), unit='image'))
+            squashed = list(
+                progress(
+                    pool.map(self._squashed, range(len(self))), 'decoding images', len(self), unit='image'
+                )
+            )
         self.images = torch.stack(squashed).to(device)
 
     def _squashed(self, i):
         image = self.image(i)
-        return image if image.shape[1:] == (self.size, self.size) else F.interpolate(image[None], (self.size, self.size), mode='bicubic', antialias=True)[0]
+        return (
+            image
+            if image.shape[1:] == (self.size, self.size)
+            else F.interpolate(image[None], (self.size, self.size), mode='bicubic', antialias=True)[0]
+        )
 
     def __getitem__(self, at): return self.plan(at)
 
@@ -248,12 +347,18 @@ class CachedViews(PairViews):
         device = self.images.device
         images = self.images[torch.tensor([p['number'] for p in plans], device=device)].float() / 255
         def cut(kind, size):
-            boxes, turns = (torch.tensor([[c[i] for c in p[kind]] for p in plans], device=device) for i in (0, 1))
-            return (cut_views(images, boxes.float(), turns, size), boxes.float()) if turns.numel() else (images.new_zeros(len(plans), 0), images.new_zeros(len(plans), 0))
+            boxes, turns = (
+                torch.tensor([[c[i] for c in p[kind]] for p in plans], device=device) for i in (0, 1)
+            )
+            return (
+                (cut_views(images, boxes.float(), turns, size), boxes.float())
+                if turns.numel()
+                else (images.new_zeros(len(plans), 0), images.new_zeros(len(plans), 0))
+            )
         (large, _), (small, boxes) = cut('large', self.size), cut('small', self.small_size)
         return dict(large=large, small=small, boxes=boxes) | self.said(plans)
 
-# %% ../../nbs/37_clip.train.ipynb #ea95e2a6
+# %% ../../nbs/37_clip.train.ipynb #77c2513b
 @lru_cache(2)
 def _order(n, seed, epoch): return np.random.default_rng([seed, epoch]).permutation(n)
 
@@ -265,9 +370,15 @@ def positions(
 ) -> list[tuple]: # (epoch, number of an image), one for each image of the batch
     "Return what a step looks at."
     per = n // recipe.batch
-    if not per: raise Incompatible(f'cannot fill a batch of {recipe.batch}', f'found {n} images', 'make the batch smaller')
+    if not per:
+        raise Incompatible(
+            f'cannot fill a batch of {recipe.batch}', f'found {n} images', 'make the batch smaller'
+        )
     epoch, part = divmod(step, per)
-    return [(epoch, int(i)) for i in _order(n, recipe.seed, epoch)[part * recipe.batch:(part + 1) * recipe.batch]]
+    return [
+        (epoch, int(i))
+        for i in _order(n, recipe.seed, epoch)[part * recipe.batch : (part + 1) * recipe.batch]
+    ]
 
 
 def batches(
@@ -279,13 +390,21 @@ def batches(
     workers: int = 0, # processes that read and cut images for this one
 ): # yields batches
     "Yield this process's share of the batch of each step."
-    if recipe.batch % world: raise Incompatible(f'cannot share a batch of {recipe.batch}', f'found {world} processes', 'choose a batch that their number divides')
+    if recipe.batch % world:
+        raise Incompatible(
+            f'cannot share a batch of {recipe.batch}',
+            f'found {world} processes',
+            'choose a batch that their number divides',
+        )
     part = recipe.batch // world
-    positions(len(data), recipe, 0)                                    # refuse a batch that cannot be filled before any work
+    # refuse a batch that cannot be filled before any work
+    positions(len(data), recipe, 0)
     wanted = (positions(len(data), recipe, s)[rank * part:(rank + 1) * part] for s in steps)
-    return torch.utils.data.DataLoader(data, batch_sampler=wanted, collate_fn=data.collate, num_workers=workers, persistent_workers=False)
+    return torch.utils.data.DataLoader(
+        data, batch_sampler=wanted, collate_fn=data.collate, num_workers=workers, persistent_workers=False
+    )
 
-# %% ../../nbs/37_clip.train.ipynb #fb5ad82c
+# %% ../../nbs/37_clip.train.ipynb #7f6639fc
 def encode_views(
     visual: nn.Module, # image tower of an open_clip model
     views: torch.Tensor, # (B,V,3,S,S), or maps behind a locked stem
@@ -297,11 +416,16 @@ def encode_views(
     x = views.flatten(0, 1)
     if mean is not None: x = (x - mean) / std
     pooled, maps = _see(visual, x, x.dtype)
-    return F.normalize(pooled.float(), dim=-1).unflatten(0, views.shape[:2]), maps.float().unflatten(0, views.shape[:2])
+    return F.normalize(pooled.float(), dim=-1).unflatten(0, views.shape[:2]), maps.float().unflatten(
+        0, views.shape[:2]
+    )
 
 
 def _shown(module, spec): # keeps mean and std of RGB with a module; None where views come normalised
-    for name in 'mean', 'std': module.register_buffer(name, torch.tensor(getattr(spec, name)).view(-1, 1, 1) if spec else None, persistent=False)
+    for name in 'mean', 'std':
+        module.register_buffer(
+            name, torch.tensor(getattr(spec, name)).view(-1, 1, 1) if spec else None, persistent=False
+        )
 
 
 class Towers(nn.Module):
@@ -321,8 +445,15 @@ class Towers(nn.Module):
         with torch.autocast(batch['large'].device.type, torch.bfloat16, enabled=self.dtype == 'bfloat16'):
             large, whole = encode_views(self.net.visual, batch['large'], self.mean, self.std)
             small, crops = encode_views(self.net.visual, batch['small'], self.mean, self.std)
-            out = dict(large=large, small=small, text=F.normalize(read_text(self.net, batch['tokens']).float(), dim=-1))
-            if 'region_tokens' in batch: out['category'] = F.normalize(read_text(self.net, batch['region_tokens'].flatten(0, 1)).float(), dim=-1).unflatten(0, small.shape[:2])
+            out = dict(
+                large=large,
+                small=small,
+                text=F.normalize(read_text(self.net, batch['tokens']).float(), dim=-1),
+            )
+            if 'region_tokens' in batch:
+                out['category'] = F.normalize(
+                    read_text(self.net, batch['region_tokens'].flatten(0, 1)).float(), dim=-1
+                ).unflatten(0, small.shape[:2])
         return out | (dict(whole=whole[:, 0], crops=crops) if self.maps else {})
 
 
@@ -333,7 +464,8 @@ class Distilled(nn.Module):
         self.visual, self.prototypes = visual, prototypes
         _shown(self, spec)
 
-    def forward(self, views): return self.prototypes(encode_views(self.visual, views, self.mean, self.std)[0])       # (B,V,...) -> (B,V,K)
+    def forward(self, views):  # (B,V,...) -> (B,V,K)
+        return self.prototypes(encode_views(self.visual, views, self.mean, self.std)[0])
 
 
 class Heads(nn.Module):
@@ -342,12 +474,13 @@ class Heads(nn.Module):
         super().__init__()
         names = [name for name, _ in recipe.objectives]
         start = math.log(10.0) if 'siglip' in names else net.logit_scale.item()
-        self.log_scale, self.bias = nn.Parameter(torch.tensor(start)), nn.Parameter(torch.tensor(-10.0))
+        self.log_scale = nn.Parameter(torch.tensor(start))
+        self.bias = nn.Parameter(torch.tensor(-10.0))
         distils = 'self-distill' in names
         self.prototypes = PrototypeHead(dim, recipe.prototypes, 512, 128) if distils else None
         self.centre = Centre(recipe.prototypes) if distils else None
 
-# %% ../../nbs/37_clip.train.ipynb #796d6b08
+# %% ../../nbs/37_clip.train.ipynb #b2c7685f
 @contextmanager
 def processes(
     device: str = 'cpu', # with 'cuda', each process takes the card of its number
@@ -376,16 +509,35 @@ def _chunks(batch, size): # batch -> batches of at most `size` images
 
 def _at_hand(vectors, heads, teacher_says, batch): # vectors of all -> arguments of the objectives
     large, small = vectors['large'], vectors['small']
-    told = dict(image=large[:, 0], small=small, text=vectors['text'], ids=batch['ids'], scale=clamped(heads.log_scale), bias=heads.bias)
+    told = dict(
+        image=large[:, 0],
+        small=small,
+        text=vectors['text'],
+        ids=batch['ids'],
+        scale=clamped(heads.log_scale),
+        bias=heads.bias,
+    )
     if heads.prototypes is not None:
         seen = [*large.unbind(1), *small.unbind(1)]
-        told |= dict(student=[heads.prototypes(v) for v in seen], teacher=list(teacher_says.unbind(1)), centre=heads.centre.mean)
+        told |= dict(
+            student=[heads.prototypes(v) for v in seen],
+            teacher=list(teacher_says.unbind(1)),
+            centre=heads.centre.mean,
+        )
     if 'category' in vectors:
-        told |= dict(region=small.flatten(0, 1), category=vectors['category'].flatten(0, 1), category_ids=batch['region_ids'].flatten())
+        told |= dict(
+            region=small.flatten(0, 1),
+            category=vectors['category'].flatten(0, 1),
+            category_ids=batch['region_ids'].flatten(),
+        )
     if 'crops' in vectors:
         n, v = batch['boxes'].shape[:2]
-        told |= dict(whole=vectors['whole'], crops=vectors['crops'].flatten(0, 1), boxes=batch['boxes'].flatten(0, 1),
-                     owner=torch.arange(n, device=large.device).repeat_interleave(v))
+        told |= dict(
+            whole=vectors['whole'],
+            crops=vectors['crops'].flatten(0, 1),
+            boxes=batch['boxes'].flatten(0, 1),
+            owner=torch.arange(n, device=large.device).repeat_interleave(v),
+        )
     return told
 
 
@@ -402,12 +554,14 @@ def compute_loss(
     chunks = _chunks(batch, recipe.chunk)
     with nullcontext() if len(chunks) == 1 else torch.no_grad(): parts = [towers(c) for c in chunks]
     mine = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-    all_, everyone = {k: _gather(v.detach(), world).requires_grad_() for k, v in mine.items()}, {k: _gather(batch[k], world) for k in ('ids', 'boxes', 'region_ids') if k in batch}
+    all_ = {k: _gather(v.detach(), world).requires_grad_() for k, v in mine.items()}
+    everyone = {k: _gather(batch[k], world) for k in ('ids', 'boxes', 'region_ids') if k in batch}
     says = _gather(torch.cat([teacher(c['large']) for c in chunks]), world) if teacher else None
     loss, told = total(dict(recipe.objectives), **_at_hand(all_, heads, says, everyone))
     loss.backward()
     if teacher: heads.centre.update(says)
-    n, at = len(batch['tokens']), 0
+    n = len(batch['tokens'])
+    at = 0
     for i, chunk in enumerate(chunks):
         with getattr(towers, 'no_sync', nullcontext)() if i < len(chunks) - 1 else nullcontext():
             out = mine if len(chunks) == 1 else towers(chunk)
@@ -417,13 +571,24 @@ def compute_loss(
         at += size
     return dict(loss=loss.item()) | told
 
-# %% ../../nbs/37_clip.train.ipynb #6450eb93
+# %% ../../nbs/37_clip.train.ipynb #f3a5bbf4
 def _groups(towers, heads, recipe): # weights by rate and decay
-    image = {id(p) for p in towers.net.visual.parameters()} - {id(p) for n, p in towers.net.visual.named_parameters() if n.startswith(('head', 'proj'))}
-    named = [(n, p, recipe.image_lr if id(p) in image else 1.0) for m in (towers, heads) for n, p in m.named_parameters() if p.requires_grad]
+    image = {id(p) for p in towers.net.visual.parameters()} - {
+        id(p) for n, p in towers.net.visual.named_parameters() if n.startswith(('head', 'proj'))
+    }
+    named = [
+        (n, p, recipe.image_lr if id(p) in image else 1.0)
+        for m in (towers, heads)
+        for n, p in m.named_parameters()
+        if p.requires_grad
+    ]
     groups = {}
-    for n, p, share in named: groups.setdefault((share, recipe.weight_decay if p.ndim > 1 else 0.0), []).append(p)
-    return [dict(params=ps, share=share, weight_decay=decay, lr=recipe.lr * share) for (share, decay), ps in groups.items()]
+    for n, p, share in named:
+        groups.setdefault((share, recipe.weight_decay if p.ndim > 1 else 0.0), []).append(p)
+    return [
+        dict(params=ps, share=share, weight_decay=decay, lr=recipe.lr * share)
+        for (share, decay), ps in groups.items()
+    ]
 
 
 def _quiet_norms(net): # batch norms keep their statistics
@@ -437,21 +602,31 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             names = [n for n, _ in recipe.objectives]
-            self.towers = Towers(net.requires_grad_(True), spec, recipe.dtype, 'patch-distill' in names).to(device)
+            self.towers = Towers(net.requires_grad_(True), spec, recipe.dtype, 'patch-distill' in names).to(
+                device
+            )
             self.heads = Heads(net, recipe, dim).to(device)
         net.logit_scale.requires_grad_(False)                          # the heads have it
         if not recipe.image_lr: _freeze_image(net)
         self.student = Distilled(net.visual, self.heads.prototypes, spec).to(device)
         self.teacher = EmaTeacher(self.student, recipe.teacher) if 'self-distill' in names else None
-        self.optimiser = torch.optim.AdamW(_groups(self.towers, self.heads, recipe), betas=(0.9, 0.98), eps=1e-6)
-        self.recipe, self.curve, self.mark = recipe, [], digest(asdict(replace(recipe, chunk=0, save_every=0)), seen)
+        self.optimiser = torch.optim.AdamW(
+            _groups(self.towers, self.heads, recipe), betas=(0.9, 0.98), eps=1e-6
+        )
+        self.recipe = recipe
+        self.curve = []
+        self.mark = digest(asdict(replace(recipe, chunk=0, save_every=0)), seen)
 
-    def parts(self): return dict(towers=self.towers, heads=self.heads, optimiser=self.optimiser) | (dict(teacher=self.teacher) if self.teacher else {})
+    def parts(self):
+        return dict(towers=self.towers, heads=self.heads, optimiser=self.optimiser) | (
+            dict(teacher=self.teacher) if self.teacher else {}
+        )
 
     def save(self, folder):
         "Write a checkpoint, whole or not at all."
         state = {k: v.state_dict() for k, v in self.parts().items()} | dict(curve=self.curve, mark=self.mark)
-        with atomic(Path(folder)/'checkpoint.ckpt') as tmp: torch.save(state, tmp)       # no name that load_encoder takes for weights
+        with atomic(Path(folder)/'checkpoint.ckpt') as tmp:  # no name that load_encoder takes for weights
+            torch.save(state, tmp)
         with atomic(Path(folder)/'curve.csv') as tmp: pd.DataFrame(self.curve).to_csv(tmp, index=False)
 
     def load(self, folder):
@@ -460,7 +635,11 @@ class Training:
         if not path.is_file(): return 0
         state = torch.load(path, map_location='cpu', weights_only=True)
         if state['mark'] != self.mark:
-            raise Incompatible(f'cannot go on in {folder}', 'its checkpoint is of another recipe or other pairs', 'choose an empty folder, or repeat the call that began it')
+            raise Incompatible(
+                f'cannot go on in {folder}',
+                'its checkpoint is of another recipe or other pairs',
+                'choose an empty folder, or repeat the call that began it',
+            )
         for k, part in self.parts().items(): part.load_state_dict(state[k])
         self.curve = state['curve']
         return len(self.curve)
@@ -486,7 +665,11 @@ def train_step(
     weights = [p for g in state.optimiser.param_groups for p in g['params']]
     norm = nn.utils.clip_grad_norm_(weights, r.clip_grad)
     if not math.isfinite(told['loss']) or not torch.isfinite(norm):
-        raise Incompatible(f'training broke off at step {step}', f'loss {told["loss"]}, gradient {norm.item():.3g}', 'lower lr, or look at the batch; the last checkpoint is whole')
+        raise Incompatible(
+            f'training broke off at step {step}',
+            f'loss {told["loss"]}, gradient {norm.item():.3g}',
+            'lower lr, or look at the batch; the last checkpoint is whole',
+        )
     state.optimiser.step()
     if state.teacher: state.teacher.update(state.student)
     return dict(step=step, **told, gradient=norm.item(), scale=clamped(state.heads.log_scale).item())
@@ -505,21 +688,30 @@ def train_clip(
     device = pick_device(device)
     with processes(device) as (rank, world):
         state = Training(net.to(device), recipe, data.spec, data.dim, device, data.mark)
-        start, end = state.load(folder) if folder else 0, min(until or recipe.steps, recipe.steps)
+        start = state.load(folder) if folder else 0
+        end = min(until or recipe.steps, recipe.steps)
         wrapped = nn.parallel.DistributedDataParallel(state.towers) if world > 1 else state.towers
-        if recipe.freeze_norms: net.train(); _quiet_norms(net)
+        if recipe.freeze_norms:
+            net.train()
+            _quiet_norms(net)
         else: _refuse_shared_norms(net.train(), world, recipe)
         log = _board(folder) if rank == 0 else None
-        if rank == 0: say(f'training on {device}, {world} process{"es" * (world > 1)}: {len(data)} images, batch {recipe.batch}, steps {start} to {end}')
-        bar, then = progress(range(start, end), 'training a CLIP', unit='step', leave=rank == 0), time.perf_counter()
+        if rank == 0:
+            say(
+                f'training on {device}, {world} process{"es" * (world > 1)}: {len(data)} images, batch {recipe.batch}, steps {start} to {end}'
+            )
+        bar = progress(range(start, end), 'training a CLIP', unit='step', leave=rank == 0)
+        then = time.perf_counter()
         for step, batch in zip(bar, batches(data, recipe, range(start, end), rank, world, workers)):
             waited = time.perf_counter() - then
             row = train_step(state, wrapped, {k: v.to(device) for k, v in batch.items()}, step, rank, world)
-            took, then = time.perf_counter() - then, time.perf_counter()
+            took = time.perf_counter() - then
+            then = time.perf_counter()
             state.curve.append(row | dict(images_s=recipe.batch / took, waited=waited / took))
             bar.set_postfix_str(f'loss {row["loss"]:.3f}, {recipe.batch / took:.0f} images/s', refresh=False)
             if log: _record(log, state.curve[-1])
-            if folder and rank == 0 and ((step + 1) % recipe.save_every == 0 or step + 1 == end): state.save(folder)
+            if folder and rank == 0 and ((step + 1) % recipe.save_every == 0 or step + 1 == end):
+                state.save(folder)
         with torch.no_grad(): net.logit_scale.copy_(state.heads.log_scale.detach())
         if log: log.close()
     net.eval().requires_grad_(False)
@@ -528,7 +720,11 @@ def train_clip(
 
 def _refuse_shared_norms(net, world, recipe): # statistics of a part of a batch are not those of the batch
     if (world > 1 or recipe.chunk) and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
-        raise Incompatible('cannot spread batch norms over processes or chunks', 'their statistics would depend on the spread', 'train with freeze_norms=True')
+        raise Incompatible(
+            'cannot spread batch norms over processes or chunks',
+            'their statistics would depend on the spread',
+            'train with freeze_norms=True',
+        )
 
 
 def _board(folder): # a TensorBoard writer, where it is installed and wanted

@@ -21,7 +21,7 @@ from ..core import DataNotFound, Problem, SchemaError, datasets, read_json
 from .datasets import IGNORE, DatasetSpec, _size, folder_spec, make_spec, pictures, read_mask
 from .pairs import Bad, PairRecord
 
-# %% ../../nbs/15_data.corpora.ipynb #1a26486b
+# %% ../../nbs/15_data.corpora.ipynb #285a3052
 def inside(
     root: Path | str, # folder of the images
     name: str, # as the corpus gives it
@@ -29,13 +29,19 @@ def inside(
 ) -> str: # path; '' for a name that leads out of the folder
     "Join a folder and a name from a file that is not trusted."
     name = name.strip().replace('\\', '/')
-    wild = not name or '\0' in name or '..' in name.split('/') or (not absolute and (name.startswith('/') or name[1:2] == ':'))
+    wild = (
+        not name
+        or '\0' in name
+        or '..' in name.split('/')
+        or (not absolute and (name.startswith('/') or name[1:2] == ':'))
+    )
     return '' if wild else str(Path(root)/name)
 
 
 def _record(name, captions, images, absolute=False, **about): # a record, or Bad; `images` None: captions only
     image = inside(images, name, absolute) if images else None
-    if image == '' or not name.strip(): return Bad(name, 'its name leads out of the folder' if name.strip() else 'no name of an image')
+    if image == '' or not name.strip():
+        return Bad(name, 'its name leads out of the folder' if name.strip() else 'no name of an image')
     return PairRecord(name, image, tuple(c for c in captions if isinstance(c, str)), **about)
 
 
@@ -45,15 +51,21 @@ _SPLITS = dict(train='train', val='val', valid='val', validation='val', test='te
 def _split_in(name): # the split that a file name speaks of
     return next((_SPLITS[w] for w in re.split(r'[^a-z]+', str(name).lower()) if w in _SPLITS), '')
 
-# %% ../../nbs/15_data.corpora.ipynb #29c28a01
+# %% ../../nbs/15_data.corpora.ipynb #9085fd36
 def _tars(path): return [path] if path.is_file() else sorted(path.rglob('*.tar'))
 
 
 def _gaps(files): # shards that the numbers of the others say should exist
     numbers = {}
     for f in files:
-        if m := re.fullmatch(r'(.*?)(\d+)', f.stem): numbers.setdefault((f.parent, m[1], len(m[2])), set()).add(int(m[2]))
-    return [f'{stem}{n:0{width}}.tar' for (_, stem, width), have in sorted(numbers.items()) for n in range(max(have)) if n not in have]
+        if m := re.fullmatch(r'(.*?)(\d+)', f.stem):
+            numbers.setdefault((f.parent, m[1], len(m[2])), set()).add(int(m[2]))
+    return [
+        f'{stem}{n:0{width}}.tar'
+        for (_, stem, width), have in sorted(numbers.items())
+        for n in range(max(have))
+        if n not in have
+    ]
 
 
 def _dotted(name): # WebDataset: the key ends at the first dot of the file name
@@ -70,19 +82,35 @@ def _members(tar, file): # TarInfo of each member; Bad where the file is damaged
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(512).strip(b'\0') or tar.fileobj.tell() < tar.offset + 512:
             yield Bad(f'{file.name} at byte {tar.offset}', 'the shard is cut off or damaged here')
-    except (tarfile.TarError, OSError, EOFError, ValueError) as e: yield Bad(f'{file.name} at byte {tar.offset}', f'the shard is cut off or damaged here ({e})')
+    except (tarfile.TarError, OSError, EOFError, ValueError) as e:
+        yield Bad(f'{file.name} at byte {tar.offset}', f'the shard is cut off or damaged here ({e})')
 
 
 def _samples(tar, file, parse): # (key, {part: TarInfo}), or Bad
-    key, parts, seen = None, {}, set()
+    key = None
+    parts = {}
+    seen = set()
     def finished():
-        if key is not None: yield Bad(f'{file.name}/{key}', 'its key was in the shard before') if hash(key) in seen else (key, parts); seen.add(hash(key))
+        if key is not None:
+            yield (
+                Bad(f'{file.name}/{key}', 'its key was in the shard before')
+                if hash(key) in seen
+                else (key, parts)
+            )
+            seen.add(hash(key))
     for m in _members(tar, file):
         named = None if isinstance(m, Bad) else parse(m.name)
-        if named and (m.name.startswith('/') or '..' in m.name.split('/') or not m.isreg()): named, m = None, Bad(m.name, 'not a plain file inside the shard')
-        if named and named[0] != key: yield from finished(); key, parts = named[0], {}
+        if named and (m.name.startswith('/') or '..' in m.name.split('/') or not m.isreg()):
+            named = None
+            m = Bad(m.name, 'not a plain file inside the shard')
+        if named and named[0] != key:
+            yield from finished()
+            key, parts = named[0], {}
         if named: parts[named[1]] = m
-        if isinstance(m, Bad): yield from finished(); yield m; key, parts = None, {}
+        if isinstance(m, Bad):
+            yield from finished()
+            yield m
+            key, parts = None, {}
     yield from finished()
 
 
@@ -95,13 +123,19 @@ def walk(
     "Read the samples of tar files in place, one after another."
     files = _tars(path)
     if not files: raise DataNotFound(f'no tar files in {path}', '', 'point to the folder with the shards')
-    if path.is_dir() and shard[0] == 0 and not start: yield from (Bad(name, 'missing shard') for name in _gaps(files))
+    if path.is_dir() and shard[0] == 0 and not start:
+        yield from (Bad(name, 'missing shard') for name in _gaps(files))
     names = [f.relative_to(path).as_posix() if path.is_dir() else f.name for f in files]
-    if start and start[0] not in names: raise DataNotFound(f'no shard {start[0]} in {path}', f'found {", ".join(names[:4])}', 'start at one of these')
+    if start and start[0] not in names:
+        raise DataNotFound(
+            f'no shard {start[0]} in {path}', f'found {", ".join(names[:4])}', 'start at one of these'
+        )
     begin, first = (names.index(start[0]), start[1]) if start else (0, 0)
     for k, (file, name) in list(enumerate(zip(files, names)))[begin:]:
         try: tar = tarfile.open(file, 'r:')
-        except (tarfile.TarError, OSError) as e: yield from [Bad(name, f'cannot be opened ({e})')] * (k % shard[1] == shard[0]); continue
+        except (tarfile.TarError, OSError) as e:
+            yield from [Bad(name, f'cannot be opened ({e})')] * (k % shard[1] == shard[0])
+            continue
         with tar:
             for offset, item in enumerate(_samples(tar, file, parse)):
                 if (offset >= first or k > begin) and (k + offset) % shard[1] == shard[0]:
@@ -114,7 +148,7 @@ def _read(tar, file, name, offset, key, parts):
     where = dict(shard=name, offset=offset)
     return key, data, lambda part: where | (dict(path=f'{file}!{parts[part].name}') if part in parts else {})
 
-# %% ../../nbs/15_data.corpora.ipynb #4d7244a3
+# %% ../../nbs/15_data.corpora.ipynb #ee63491f
 def _opened(path):
     try: return gzip.open(path, 'rb') if str(path).endswith('.gz') else open(path, 'rb')
     except FileNotFoundError as e: raise DataNotFound(f'no file {path}', '', 'check the path') from e
@@ -122,7 +156,12 @@ def _opened(path):
 
 def _one(path, pattern): # a file; of a folder, the only one that fits
     found = sorted(path.glob(pattern)) if path.is_dir() else [path]
-    if len(found) != 1: raise DataNotFound(f'no single file {pattern} in {path}', f'found {", ".join(f.name for f in found[:4]) or "none"}', 'name the file')
+    if len(found) != 1:
+        raise DataNotFound(
+            f'no single file {pattern} in {path}',
+            f'found {", ".join(f.name for f in found[:4]) or "none"}',
+            'name the file',
+        )
     return found[0]
 
 
@@ -149,13 +188,19 @@ def table_rows(
         while True:
             try: row = next(rows)
             except StopIteration: return
-            except csv.Error as e: yield Bad(f'{Path(path).name} line {rows.line_num}', str(e)); continue
+            except csv.Error as e:
+                yield Bad(f'{Path(path).name} line {rows.line_num}', str(e))
+                continue
             if row: yield row
 
 
 def _columns(path, header, names, sep=','): # positions
     if missing := [n for n in names if n not in header]:
-        raise SchemaError(f'cannot use {path}', f'missing columns {", ".join(missing)}; found {", ".join(header[:8])}', 'add them, or choose another reader')
+        raise SchemaError(
+            f'cannot use {path}',
+            f'missing columns {", ".join(missing)}; found {", ".join(header[:8])}',
+            'add them, or choose another reader',
+        )
     return [header.index(n) for n in names]
 
 
@@ -167,7 +212,11 @@ def _grouped(path, image, captions, make, sep=',', first_columns=False, optional
     def kept():
         for n, row in enumerate(rows, 2):
             if isinstance(row, Bad): yield row.key, row
-            elif len(row) <= max(at): yield f'{Path(path).name} row {n}', Bad(f'{Path(path).name} row {n}', f'found {len(row)} columns, expected {max(at) + 1}')
+            elif len(row) <= max(at):
+                yield (
+                    f'{Path(path).name} row {n}',
+                    Bad(f'{Path(path).name} row {n}', f'found {len(row)} columns, expected {max(at) + 1}'),
+                )
             else: yield row[at[0]], [row[i] for i in at]
     for name, group in groupby(kept(), key=lambda pair: pair[0]):
         group = [row for _, row in group]
@@ -186,8 +235,17 @@ def read_title_csv(
 ) -> Iterator:
     "Read the tables of GeoRSCLIP's evaluation: filename,title, in UTF-8 or GB18030."
     path = _one(path, '*.csv')
-    about = dict(source=source or re.split('[_-]', path.stem)[0], split=split or _split_in(path.stem), tier=tier)
-    return _grouped(path, 'filename', ['title'], lambda name, group: _record(name, (r[1] for r in group), images or _beside(path), scene=_scene_in(name), **about))
+    about = dict(
+        source=source or re.split('[_-]', path.stem)[0], split=split or _split_in(path.stem), tier=tier
+    )
+    return _grouped(
+        path,
+        'filename',
+        ['title'],
+        lambda name, group: _record(
+            name, (r[1] for r in group), images or _beside(path), scene=_scene_in(name), **about
+        ),
+    )
 
 
 def _beside(path): # the folder with images next to a file of captions
@@ -210,7 +268,13 @@ def read_openclip_csv(
     "Read the tables that open_clip trains on: filepath and title with a tab between."
     path = _one(path, '*.[ct]sv')
     about = dict(source=source or path.stem, split=split or _split_in(path.stem), tier=tier)
-    return _grouped(path, 'filepath', ['title'], lambda name, group: _record(name, (r[1] for r in group), images or path.parent, True, **about), sep)
+    return _grouped(
+        path,
+        'filepath',
+        ['title'],
+        lambda name, group: _record(name, (r[1] for r in group), images or path.parent, True, **about),
+        sep,
+    )
 
 
 def read_skyscript(
@@ -222,12 +286,24 @@ def read_skyscript(
     "Read SkyScript's tables: filepath,title,title_multi_objects."
     path = _one(path, '*.csv')
     about = dict(source=source, split=split or _split_in(path.stem), tier='coarse')
-    return _grouped(path, 'filepath', ['title'], lambda name, group: _record(name, _captions(group), images or path.parent, **about),
-                    optional=['title_multi_objects'])
+    return _grouped(
+        path,
+        'filepath',
+        ['title'],
+        lambda name, group: _record(name, _captions(group), images or path.parent, **about),
+        optional=['title_multi_objects'],
+    )
 
-# %% ../../nbs/15_data.corpora.ipynb #557c944c
+# %% ../../nbs/15_data.corpora.ipynb #cb7875ec
 _RS5M = re.compile(r'(.+?)\.(img_content|img_name|caption|input\.image|input\.name|input\.caption)')
-_RS5M_PARTS = {'img_content': 'image', 'img_name': 'name', 'caption': 'caption', 'input.image': 'image', 'input.name': 'name', 'input.caption': 'caption'}
+_RS5M_PARTS = {
+    'img_content': 'image',
+    'img_name': 'name',
+    'caption': 'caption',
+    'input.image': 'image',
+    'input.name': 'name',
+    'input.caption': 'caption',
+}
 
 
 def _rs5m_member(name): return (m[1], _RS5M_PARTS[m[2]]) if (m := _RS5M.fullmatch(name)) else None
@@ -235,7 +311,9 @@ def _rs5m_member(name): return (m[1], _RS5M_PARTS[m[2]]) if (m := _RS5M.fullmatc
 
 def _rs5m_source(file, image): # 'rs5m/pub11', 'rs5m/rs3/fmow', …
     half = next((h for h in ('pub11', 'rs3') if h in file.lower()), '')
-    part = next((p for p in ('fmow', 'ben', 'millionaid') if half == 'rs3' and image.lower().startswith(p)), '')
+    part = next(
+        (p for p in ('fmow', 'ben', 'millionaid') if half == 'rs3' and image.lower().startswith(p)), ''
+    )
     return '/'.join(filter(None, ('rs5m', half, part)))
 
 
@@ -246,13 +324,26 @@ def read_rs5m_tar(
 ) -> Iterator:
     "Read the tar files of RS5M, in both spellings."
     for item in walk(path, _rs5m_member, start, shard):
-        if isinstance(item, Bad): yield item; continue
+        if isinstance(item, Bad):
+            yield item
+            continue
         key, data, where = item
         about = where('image')
-        name, key = data.get('name', b'').decode('utf-8', 'replace'), f'{about["shard"].removesuffix(".tar")}/{key}'
+        name = data.get('name', b'').decode('utf-8', 'replace')
+        key = f'{about["shard"].removesuffix(".tar")}/{key}'
         try: captions = (data['caption'].decode('utf-8'),)
-        except (KeyError, UnicodeDecodeError) as e: yield Bad(key, 'no caption' if isinstance(e, KeyError) else 'its caption is not UTF-8'); continue
-        record = PairRecord(key, data.get('image'), captions, _rs5m_source(about['shard'], name), _split_in(about['shard']), 'coarse', meta=about | dict(name=name))
+        except (KeyError, UnicodeDecodeError) as e:
+            yield Bad(key, 'no caption' if isinstance(e, KeyError) else 'its caption is not UTF-8')
+            continue
+        record = PairRecord(
+            key,
+            data.get('image'),
+            captions,
+            _rs5m_source(about['shard'], name),
+            _split_in(about['shard']),
+            'coarse',
+            meta=about | dict(name=name),
+        )
         yield record if 'image' in data else Bad(key, 'no image in the shard', record)
 
 
@@ -264,26 +355,51 @@ def read_rs5m_csv(
     files = [path] if path.is_file() else sorted(path.glob('*.csv'))
     if not files: raise DataNotFound(f'no tables in {path}', '', 'point to the folder with the CSV files')
     for file in files:
-        make = lambda name, group, f=file.name: _record(name, (r[1] for r in group), images, source=_rs5m_source(f, name), split=_split_in(f), tier='coarse')
+        make = lambda name, group, f=file.name: _record(
+            name,
+            (r[1] for r in group),
+            images,
+            source=_rs5m_source(f, name),
+            split=_split_in(f),
+            tier='coarse',
+        )
         yield from _grouped(file, '', (), make, first_columns=True)
 
-# %% ../../nbs/15_data.corpora.ipynb #d15b580e
+# %% ../../nbs/15_data.corpora.ipynb #a1b856e8
 def _gaia_record(about, image, split, **meta):
     captions = about.get('captions') or [about[k] for k in ('caption', 'image_alt') if about.get(k)][:1]
-    text = (re.sub(r'^\s*the image showcases\s*:\s*', '', c, flags=re.I) for c in captions if isinstance(c, str))
+    text = (
+        re.sub(r'^\s*the image showcases\s*:\s*', '', c, flags=re.I) for c in captions if isinstance(c, str)
+    )
     known = {k: v for k, v in about.items() if k not in ('id', 'captions') and v not in (None, '', [])}
-    return PairRecord(str(about.get('id', meta.get('member'))), image, tuple(text), 'gaia', split, 'coarse', meta=known | meta)
+    return PairRecord(
+        str(about.get('id', meta.get('member'))),
+        image,
+        tuple(text),
+        'gaia',
+        split,
+        'coarse',
+        meta=known | meta,
+    )
 
 
 def _gaia_listed(path): # id -> (split, what the JSON files say)
     files = [path] if path.suffix == '.json' else sorted(path.glob('*.json')) if path.is_dir() else []
-    return {str(about['id']): (_split_in(f.stem), about) for f in files for about in _json_list(f) if isinstance(about, dict) and 'id' in about}
+    return {
+        str(about['id']): (_split_in(f.stem), about)
+        for f in files
+        for about in _json_list(f)
+        if isinstance(about, dict) and 'id' in about
+    }
 
 
 def _json_list(path, key=None):
     found = read_json(path)
     found = found.get(key) if key and isinstance(found, dict) else found
-    if not isinstance(found, (list, dict)): raise SchemaError(f'cannot use {path}', f'expected a list{f" named {key}" if key else ""}', 'choose another reader')
+    if not isinstance(found, (list, dict)):
+        raise SchemaError(
+            f'cannot use {path}', f'expected a list{f" named {key}" if key else ""}', 'choose another reader'
+        )
     return found
 
 
@@ -291,32 +407,63 @@ def read_gaia(
     path: Path, # folder with *_data.json, tar files or both; or one of these files
 ) -> Iterator:
     "Read GAIA: its JSON files, the shards that img2dataset made of them, or both."
-    listed, met = _gaia_listed(path), set()
+    listed = _gaia_listed(path)
+    met = set()
     shards = path.suffix == '.tar' or path.is_dir() and bool(_tars(path))
-    if not listed and not shards: raise DataNotFound(f'no GAIA in {path}', 'found neither *_data.json nor tar files', 'point to the folder that holds them')
+    if not listed and not shards:
+        raise DataNotFound(
+            f'no GAIA in {path}',
+            'found neither *_data.json nor tar files',
+            'point to the folder that holds them',
+        )
     for item in walk(path, _dotted) if shards else ():
-        if isinstance(item, Bad): yield item; continue
+        if isinstance(item, Bad):
+            yield item
+            continue
         key, data, where = item
         try: own = json.loads(data.get('json', b'{}'))
-        except ValueError as e: yield Bad(f'{where("json")["shard"]}/{key}', f'its JSON is damaged ({e})'); continue
+        except ValueError as e:
+            yield Bad(f'{where("json")["shard"]}/{key}', f'its JSON is damaged ({e})')
+            continue
         image = next((p for p in ('png', 'jpg', 'jpeg', 'webp') if p in data), 'png')
         split, about = listed.get(str(own.get('id')), (_split_in(where('json')['shard']), own))
-        here = {k: v for k, v in where(image).items() if k == 'path'} | dict(member=f'{where(image)["shard"].removesuffix(".tar")}/{key}')
-        record = _gaia_record({'image_alt': data.get('txt', b'').decode('utf-8', 'replace')} | about, data.get(image), split, **here)
-        if image in data: met.add(record.key); yield record
-        elif record.key not in listed: yield Bad(record.key, 'no image in the shard', record)      # the listed ones come below
+        here = {k: v for k, v in where(image).items() if k == 'path'} | dict(
+            member=f'{where(image)["shard"].removesuffix(".tar")}/{key}'
+        )
+        record = _gaia_record(
+            {'image_alt': data.get('txt', b'').decode('utf-8', 'replace')} | about,
+            data.get(image),
+            split,
+            **here,
+        )
+        if image in data:
+            met.add(record.key)
+            yield record
+        elif record.key not in listed:  # the listed ones come below
+            yield Bad(record.key, 'no image in the shard', record)
     for key, (split, about) in listed.items():
         if key in met: continue
         record = _gaia_record(about, None, split)
-        yield Bad(key, f'image missing: {urlparse(str(about.get("image_src", ""))).netloc or "no address"}', record) if shards else record
+        yield (
+            Bad(
+                key,
+                f'image missing: {urlparse(str(about.get("image_src", ""))).netloc or "no address"}',
+                record,
+            )
+            if shards
+            else record
+        )
 
-# %% ../../nbs/15_data.corpora.ipynb #9b571f9e
+# %% ../../nbs/15_data.corpora.ipynb #f7da2316
 def unit_box(
     box, # dict with x1, y1, x2, y2, W, H, or the six numbers in this order; pixels
 ) -> tuple[float, float, float, float] | None: # (left, top, right, bottom) 0..1; None where nothing is inside
     "Turn a box in pixels into fractions of its image."
     try:
-        x1, y1, x2, y2, w, h = (float(v) for v in ([box[k] for k in ('x1', 'y1', 'x2', 'y2', 'W', 'H')] if isinstance(box, dict) else box))
+        x1, y1, x2, y2, w, h = (
+            float(v)
+            for v in ([box[k] for k in ('x1', 'y1', 'x2', 'y2', 'W', 'H')] if isinstance(box, dict) else box)
+        )
         left, top, right, bottom = (float(np.clip(v, 0, 1)) for v in (x1 / w, y1 / h, x2 / w, y2 / h))
     except (KeyError, TypeError, ValueError, ZeroDivisionError): return None
     return (left, top, right, bottom) if left < right and top < bottom else None
@@ -324,7 +471,8 @@ def unit_box(
 
 def _regions(segments):
     for s in segments or ():
-        if box := unit_box(s.get('bbox')): yield *box, str(s.get('category', '')), int(s.get('category_id', -1)), str(s.get('cap') or '')
+        if box := unit_box(s.get('bbox')):
+            yield *box, str(s.get('category', '')), int(s.get('category_id', -1)), str(s.get('cap') or '')
 
 
 def read_mgrs(
@@ -335,14 +483,21 @@ def read_mgrs(
     for n, item in enumerate(_json_list(file)):
         try:
             name = item['global_filepath']
-            captions = dict.fromkeys((item.get('brief_caption'), item.get('global_caption') or item.get('detailed_caption')))
-            images = next((r for r in (file.parent, file.parent/'global_imgs') if (r/name).is_file()), file.parent/'global_imgs')
-            regions, given = tuple(_regions(item.get('segment'))), len(item.get('segment') or ())
+            captions = dict.fromkeys(
+                (item.get('brief_caption'), item.get('global_caption') or item.get('detailed_caption'))
+            )
+            images = next(
+                (r for r in (file.parent, file.parent / 'global_imgs') if (r / name).is_file()),
+                file.parent / 'global_imgs',
+            )
+            regions = tuple(_regions(item.get('segment')))
+            given = len(item.get('segment') or ())
             yield _record(name, captions, images, source='mgrs', tier='coarse', regions=regions,
                           meta=dict(lost_regions=given - len(regions)) if given > len(regions) else {})
-        except (KeyError, TypeError, ValueError, AttributeError) as e: yield Bad(f'{file.name} item {n}', f'cannot be used ({e!r})')
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            yield Bad(f'{file.name} item {n}', f'cannot be used ({e!r})')
 
-# %% ../../nbs/15_data.corpora.ipynb #65954764
+# %% ../../nbs/15_data.corpora.ipynb #624ed401
 def read_karpathy(
     path: Path, # JSON file, such as dataset_rsicd.json
     images: Path | str = None, # folder of the images; None: the folder images beside the file, where there is one
@@ -351,13 +506,23 @@ def read_karpathy(
 ) -> Iterator:
     "Read caption sets with Karpathy's JSON: RSICD, UCM, Sydney, RSITMD."
     about = read_json(path := _one(path, 'dataset*.json'))
-    named = str(about.get('dataset', '') if isinstance(about, dict) else '') or path.stem.removeprefix('dataset').strip('_-')
+    named = str(about.get('dataset', '') if isinstance(about, dict) else '') or path.stem.removeprefix(
+        'dataset'
+    ).strip('_-')
     for n, item in enumerate(_json_list(path, 'images')):
         try:
             sentences = [s['raw'] if isinstance(s, dict) else s for s in item['sentences']]
-            yield _record(item['filename'], sentences, images or _beside(path), source=(source or named).lower(),
-                          split=_SPLITS.get(item.get('split'), ''), tier=tier, scene=_scene_in(item['filename']))
-        except (KeyError, TypeError, AttributeError) as e: yield Bad(f'{path.name} item {n}', f'cannot be used ({e!r})')
+            yield _record(
+                item['filename'],
+                sentences,
+                images or _beside(path),
+                source=(source or named).lower(),
+                split=_SPLITS.get(item.get('split'), ''),
+                tier=tier,
+                scene=_scene_in(item['filename']),
+            )
+        except (KeyError, TypeError, AttributeError) as e:
+            yield Bad(f'{path.name} item {n}', f'cannot be used ({e!r})')
 
 
 def read_nwpu(
@@ -367,40 +532,67 @@ def read_nwpu(
     "Read NWPU-Captions: a dictionary of classes, five sentences an image."
     path = _one(path, 'dataset*.json')
     if not isinstance(classes := _json_list(path), dict):
-        raise SchemaError(f'cannot use {path}', 'found a list, expected a dictionary of classes', 'choose another reader')
+        raise SchemaError(
+            f'cannot use {path}', 'found a list, expected a dictionary of classes', 'choose another reader'
+        )
     for scene, items in classes.items():
         for n, item in enumerate(items.values() if isinstance(items, dict) else items):
             try:
-                folder, name = images or _beside(path), item['filename']
+                folder = images or _beside(path)
+                name = item['filename']
                 flat = folder and not (Path(folder)/scene/name).is_file() and (Path(folder)/name).is_file()
                 said = [v for k, v in sorted(item.items()) if re.fullmatch(r'raw(_\d+)?', k)]
-                yield _record(name if flat else f'{scene}/{name}', said, folder, source='nwpu', split=_SPLITS.get(item.get('split'), ''),
-                              tier='fine', scene=scene.replace('_', ' '))
-            except (KeyError, TypeError, AttributeError) as e: yield Bad(f'{scene} item {n}', f'cannot be used ({e!r})')
+                yield _record(
+                    name if flat else f'{scene}/{name}',
+                    said,
+                    folder,
+                    source='nwpu',
+                    split=_SPLITS.get(item.get('split'), ''),
+                    tier='fine',
+                    scene=scene.replace('_', ' '),
+                )
+            except (KeyError, TypeError, AttributeError) as e:
+                yield Bad(f'{scene} item {n}', f'cannot be used ({e!r})')
 
-# %% ../../nbs/15_data.corpora.ipynb #ee3726a1
+# %% ../../nbs/15_data.corpora.ipynb #ddd0fbb7
 def read_folder(
     path: Path, # folder; a folder train, val or test in it is a split, any other a scene
     source: str = '', # default: the name of the folder
     tier: str = 'fine', # who wrote
 ) -> Iterator:
     "Read images with a text file of the same stem, one caption a line."
-    stems = {p.with_suffix(''): p for p in sorted(path.rglob('*.txt')) if not p.name.startswith('.')} | {p.with_suffix(''): p for p in pictures(path, '**/*')}
+    stems = {p.with_suffix(''): p for p in sorted(path.rglob('*.txt')) if not p.name.startswith('.')} | {
+        p.with_suffix(''): p for p in pictures(path, '**/*')
+    }
     for stem, image in sorted(stems.items()):
-        name, text = image.relative_to(path).as_posix(), image.with_suffix('.txt')
-        if not text.is_file(): yield Bad(name, 'no text file beside it'); continue
+        name = image.relative_to(path).as_posix()
+        text = image.with_suffix('.txt')
+        if not text.is_file():
+            yield Bad(name, 'no text file beside it')
+            continue
         try: lines = text.read_text(encoding=text_encoding(text)).splitlines() or ['']
-        except SchemaError as e: yield Bad(name, e.found); continue
+        except SchemaError as e:
+            yield Bad(name, e.found)
+            continue
         folders = name.split('/')[:-1]
         scene = next((f for f in reversed(folders) if f not in _SPLITS), '')
-        record = PairRecord(name, None if image == text else str(image), tuple(lines), source or path.resolve().name,
-                            next((_SPLITS[f] for f in folders if f in _SPLITS), ''), tier, scene)
+        record = PairRecord(
+            name,
+            None if image == text else str(image),
+            tuple(lines),
+            source or path.resolve().name,
+            next((_SPLITS[f] for f in folders if f in _SPLITS), ''),
+            tier,
+            scene,
+        )
         yield Bad(name, 'no image beside it', record) if image == text else record
 
 
 def _json_items(path): # (place, item or Bad) of a JSON list, or of a file with one object a line
     with open(path, encoding='utf-8-sig') as f:
-        if f.read(1) == '[': yield from enumerate(_json_list(path)); return
+        if f.read(1) == '[':
+            yield from enumerate(_json_list(path))
+            return
         f.seek(0)
         for n, line in enumerate(f, 1):
             try:
@@ -418,13 +610,23 @@ def read_translations(
     'Read captions by language: {"image": …, "captions": {"en": […], "pt": […]}}.'
     path = _one(path, '*.json*')
     for n, item in _json_items(path):
-        if isinstance(item, Bad): yield item; continue
+        if isinstance(item, Bad):
+            yield item
+            continue
         try:
             texts = {k: (v,) if isinstance(v, str) else tuple(v) for k, v in item['captions'].items()}
             own = language if language in texts else next(iter(texts), '')
-            yield _record(item['image'], texts.pop(own, ()), images or _beside(path), source=source or item.get('source') or path.stem,
-                          split=_SPLITS.get(item.get('split'), ''), tier=tier, translations=texts)
-        except (KeyError, TypeError, AttributeError) as e: yield Bad(f'{path.name} item {n}', f'cannot be used ({e!r})')
+            yield _record(
+                item['image'],
+                texts.pop(own, ()),
+                images or _beside(path),
+                source=source or item.get('source') or path.stem,
+                split=_SPLITS.get(item.get('split'), ''),
+                tier=tier,
+                translations=texts,
+            )
+        except (KeyError, TypeError, AttributeError) as e:
+            yield Bad(f'{path.name} item {n}', f'cannot be used ({e!r})')
 
 
 def read_webdataset(
@@ -434,20 +636,40 @@ def read_webdataset(
 ) -> Iterator:
     "Read shards back: those of `write_shards` in full, others by their .txt or the caption in their .json."
     for item in walk(path, _dotted, start, shard):
-        if isinstance(item, Bad): yield item; continue
+        if isinstance(item, Bad):
+            yield item
+            continue
         stem, data, where = item
         image = next((p for p in ('jpg', 'png', 'jpeg', 'webp', 'tif') if p in data), '')
-        try: yield _from_shard(f'{where("")["shard"].removesuffix(".tar")}/{stem}', json.loads(data.get('json', b'{}')), data, image, where(image))
-        except (ValueError, TypeError, AttributeError) as e: yield Bad(f'{where("")["shard"]}/{stem}', f'its JSON cannot be used ({e})')
+        try:
+            yield _from_shard(
+                f'{where("")["shard"].removesuffix(".tar")}/{stem}',
+                json.loads(data.get('json', b'{}')),
+                data,
+                image,
+                where(image),
+            )
+        except (ValueError, TypeError, AttributeError) as e:
+            yield Bad(f'{where("")["shard"]}/{stem}', f'its JSON cannot be used ({e})')
 
 
 def _from_shard(key, about, data, image, where):
     texts = about.get('captions') or [about.get('caption') or data.get('txt', b'').decode('utf-8', 'replace')]
     known = {k: about[k] for k in ('source', 'split', 'tier', 'scene') if k in about}
-    record = PairRecord(about.get('key', key) if 'captions' in about else key, data.get(image), tuple(texts), **known,
-                        regions=tuple(map(tuple, about.get('regions', ()))),
-                        translations={k: tuple(v) for k, v in about.get('translations', {}).items()}, meta=about.get('meta', {}) | where)
-    return record if image or 'captions' in about and 'width' not in about else Bad(record.key, 'no image in the shard', record)
+    record = PairRecord(
+        about.get('key', key) if 'captions' in about else key,
+        data.get(image),
+        tuple(texts),
+        **known,
+        regions=tuple(map(tuple, about.get('regions', ()))),
+        translations={k: tuple(v) for k, v in about.get('translations', {}).items()},
+        meta=about.get('meta', {}) | where,
+    )
+    return (
+        record
+        if image or 'captions' in about and 'width' not in about
+        else Bad(record.key, 'no image in the shard', record)
+    )
 
 
 _FINE = ('rsicd', 'ucm', 'rsitmd', 'sydney')      # written by people
@@ -458,22 +680,90 @@ def read_rssqa_pairs(
     keep: str = 'images', # 'captions' also reads captions_only.csv.gz
 ) -> Iterator:
     "Read pairs.csv (filepath, caption, scene, source, split) and captions_only.csv.gz (source, filename, scene, caption)."
-    files = [path] if path.is_file() else [path/'pairs.csv', *[f for f in [path/'captions_only.csv.gz'] if keep == 'captions' and f.is_file()]]
+    files = (
+        [path]
+        if path.is_file()
+        else [
+            path / 'pairs.csv',
+            *[f for f in [path / 'captions_only.csv.gz'] if keep == 'captions' and f.is_file()],
+        ]
+    )
     tier = lambda source: 'fine' if source in _FINE else 'coarse'
-    with_image = lambda name, g: _record(name, (r[1] for r in g), path if path.is_dir() else path.parent, scene=g[0][2], source=g[0][3],
-                                         split=g[0][4], tier=tier(g[0][3]))
-    without = lambda name, g: _record(f'{g[0][3]}/{name}', (r[1] for r in g), None, scene=g[0][2], source=g[0][3], tier=tier(g[0][3]))
+    with_image = lambda name, g: _record(
+        name,
+        (r[1] for r in g),
+        path if path.is_dir() else path.parent,
+        scene=g[0][2],
+        source=g[0][3],
+        split=g[0][4],
+        tier=tier(g[0][3]),
+    )
+    without = lambda name, g: _record(
+        f'{g[0][3]}/{name}', (r[1] for r in g), None, scene=g[0][2], source=g[0][3], tier=tier(g[0][3])
+    )
     for file in files:
-        if file.name.startswith('captions_only'): yield from _grouped(file, 'filename', ['caption', 'scene', 'source'], without)
+        if file.name.startswith('captions_only'):
+            yield from _grouped(file, 'filename', ['caption', 'scene', 'source'], without)
         else: yield from _grouped(file, 'filepath', ['caption', 'scene', 'source', 'split'], with_image)
 
-# %% ../../nbs/15_data.corpora.ipynb #e639912d
-_SILENT = {'background', 'clutter', 'ignore', 'unlabelled', 'unlabeled', 'other', 'others', 'unknown', 'void', 'nodata', 'no data', 'undefined'}
-_MASS = {'water', 'vegetation', 'grass', 'ground', 'soil', 'sand', 'snow', 'ice', 'land', 'forest', 'woodland', 'farmland', 'rangeland',
-         'cropland', 'grassland', 'shrubland', 'wetland', 'concrete', 'asphalt', 'pavement', 'sea', 'mud', 'rubble', 'debris'}
-_SAY = {'barren': 'bare land', 'bareland': 'bare land', 'agricultural': 'farmland', 'agriculture': 'farmland', 'impervious': 'paved ground',
-        'impervious surface': 'paved ground', 'impervious surfaces': 'paved ground', 'agriculture land': 'farmland'}
-_OPENINGS = ('a satellite image of {}', 'an aerial image of {}', 'an aerial view of {}', '{}, seen from above', 'a view from above of {}')
+# %% ../../nbs/15_data.corpora.ipynb #fbad9e4f
+_SILENT = {
+    'background',
+    'clutter',
+    'ignore',
+    'unlabelled',
+    'unlabeled',
+    'other',
+    'others',
+    'unknown',
+    'void',
+    'nodata',
+    'no data',
+    'undefined',
+}
+_MASS = {
+    'water',
+    'vegetation',
+    'grass',
+    'ground',
+    'soil',
+    'sand',
+    'snow',
+    'ice',
+    'land',
+    'forest',
+    'woodland',
+    'farmland',
+    'rangeland',
+    'cropland',
+    'grassland',
+    'shrubland',
+    'wetland',
+    'concrete',
+    'asphalt',
+    'pavement',
+    'sea',
+    'mud',
+    'rubble',
+    'debris',
+}
+_SAY = {
+    'barren': 'bare land',
+    'bareland': 'bare land',
+    'agricultural': 'farmland',
+    'agriculture': 'farmland',
+    'impervious': 'paved ground',
+    'impervious surface': 'paved ground',
+    'impervious surfaces': 'paved ground',
+    'agriculture land': 'farmland',
+}
+_OPENINGS = (
+    'a satellite image of {}',
+    'an aerial image of {}',
+    'an aerial view of {}',
+    '{}, seen from above',
+    'a view from above of {}',
+)
 
 
 def _noun(name): # class name -> as people say it; '' for one that says nothing
@@ -483,14 +773,27 @@ def _noun(name): # class name -> as people say it; '' for one that says nothing
 
 def _many(noun): # plural, where there is one
     if noun.split()[-1] in _MASS or noun.endswith('s'): return noun
-    return noun[:-1] + 'ies' if re.search('[^aeiou]y$', noun) else noun + ('es' if re.search('(s|x|ch|sh)$', noun) else 's')
+    return (
+        noun[:-1] + 'ies'
+        if re.search('[^aeiou]y$', noun)
+        else noun + ('es' if re.search('(s|x|ch|sh)$', noun) else 's')
+    )
 
 
 def _amount(noun, share, rng): # 'some water', 'a road'
     countable = _many(noun) != noun
-    if share > 0.25: return rng.choice(['much ', 'a lot of ']) + noun if not countable else rng.choice(['many ', 'a lot of ']) + _many(noun)
+    if share > 0.25:
+        return (
+            rng.choice(['much ', 'a lot of ']) + noun
+            if not countable
+            else rng.choice(['many ', 'a lot of ']) + _many(noun)
+        )
     if share > 0.05: return rng.choice(['some ', 'several ' if countable else 'some ']) + _many(noun)
-    return f'{"an" if noun[0] in "aeiou" else "a"} {noun}' if countable else ('a few ' if noun.endswith('s') else 'a little ') + noun
+    return (
+        f'{"an" if noun[0] in "aeiou" else "a"} {noun}'
+        if countable
+        else ('a few ' if noun.endswith('s') else 'a little ') + noun
+    )
 
 
 def caption_from_mask(
@@ -501,18 +804,31 @@ def caption_from_mask(
     "Say what a mask shows, by the shares of its classes among labelled pixels."
     counts = np.bincount(mask[mask != IGNORE].ravel(), minlength=len(tuple(classes)))
     shares = {}
-    for noun, n in zip(map(_noun, classes), counts / max(counts.sum(), 1)): shares[noun] = shares.get(noun, 0) + n
+    for noun, n in zip(map(_noun, classes), counts / max(counts.sum(), 1)):
+        shares[noun] = shares.get(noun, 0) + n
     ranked = sorted(((n, noun) for noun, n in shares.items() if noun and n > 0.002), reverse=True)[:4]
     if not ranked: return ''
-    first, rest = ranked[0], [_amount(noun, n, rng) for n, noun in ranked[1:]]
+    first = ranked[0]
+    rest = [_amount(noun, n, rng) for n, noun in ranked[1:]]
     lead = f'mostly {_many(first[1])}' if first[0] >= 0.5 else _amount(first[1], first[0], rng)
-    tail = '' if not rest else f' {rng.choice(["with", "and"]) if len(rest) == 1 else "with"} ' + ' and '.join(filter(None, [', '.join(rest[:-1]), rest[-1]]))
+    tail = (
+        ''
+        if not rest
+        else f' {rng.choice(["with", "and"]) if len(rest) == 1 else "with"} '
+        + ' and '.join(filter(None, [', '.join(rest[:-1]), rest[-1]]))
+    )
     return str(rng.choice(_OPENINGS)).format(lead + tail)
 
 
 def _mask_spec(path, dataset, classes, images, masks):
     if isinstance(dataset, DatasetSpec): return dataset
-    return datasets[dataset] if dataset else make_spec(path.name, classes, images, masks) if classes else folder_spec(path)
+    return (
+        datasets[dataset]
+        if dataset
+        else make_spec(path.name, classes, images, masks)
+        if classes
+        else folder_spec(path)
+    )
 
 
 def read_masks(
@@ -530,8 +846,24 @@ def read_masks(
         if not e.get('mask_path') or 'skip' in e: continue
         try:
             w, h = _size(path/e['mask_path'], True)
-            mask = read_mask(SimpleNamespace(root=str(path), path=e['path'], mask_path=e['mask_path'], dataset=spec.name, x=0, y=0, w=w, h=h), spec)
-        except Problem as problem: yield Bad(e['path'], str(problem)); continue
+            mask = read_mask(
+                SimpleNamespace(
+                    root=str(path),
+                    path=e['path'],
+                    mask_path=e['mask_path'],
+                    dataset=spec.name,
+                    x=0,
+                    y=0,
+                    w=w,
+                    h=h,
+                ),
+                spec,
+            )
+        except Problem as problem:
+            yield Bad(e['path'], str(problem))
+            continue
         rng = np.random.default_rng([seed, zlib.crc32(e['path'].encode())])
         captions = dict.fromkeys(caption_from_mask(mask, spec.classes, rng) for _ in range(phrasings))
-        yield PairRecord(e['path'], str(path/e['path']), tuple(captions), spec.name, e.get('split', ''), 'coarse')
+        yield PairRecord(
+            e['path'], str(path / e['path']), tuple(captions), spec.name, e.get('split', ''), 'coarse'
+        )

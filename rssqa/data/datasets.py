@@ -7,7 +7,7 @@ __all__ = ['IGNORE', 'Archive', 'DatasetSpec', 'ById', 'ByColour', 'colourise', 
            'make_spec', 'folder_spec', 'spec_of', 'as_table', 'summary', 'scan', 'read_image', 'read_mask',
            'read_valid', 'tile', 'split_by_scene', 'folds', 'check_leak', 'split_random', 'class_fractions']
 
-# %% ../../nbs/11_data.datasets.ipynb #48936136
+# %% ../../nbs/11_data.datasets.ipynb #10b4b6bd
 import os, posixpath
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,10 +20,23 @@ from typing import Any, Callable, Iterable, Iterator
 import numpy as np
 import pandas as pd
 
-from ..core import (BadImage, DataNotFound, Incompatible, LeakError, Problem, SchemaError, _open, as_image, datasets, file_id,
-                        progress, read_json, say)
+from rssqa.core import (
+    BadImage,
+    DataNotFound,
+    Incompatible,
+    LeakError,
+    Problem,
+    SchemaError,
+    _open,
+    as_image,
+    datasets,
+    file_id,
+    progress,
+    read_json,
+    say,
+)
 
-# %% ../../nbs/11_data.datasets.ipynb #68a9d97a
+# %% ../../nbs/11_data.datasets.ipynb #826cb234
 IGNORE = 255      # "no label here": unlabelled, no data, eroded boundary or padding
 _UNKNOWN = 254    # only inside decoders; a spec has at most 254 classes
 
@@ -38,20 +51,27 @@ class Archive:
 
 def _spec_faults(classes, palette):
     n = len(classes)
-    checks = ((not 0 < n <= 254, f'{n} classes, expected 1 to 254'), (len(set(classes)) < n, 'a class name used twice'),
-              (len(palette) != n, f'{len(palette)} colours for {n} classes'),
-              (len(set(palette)) < len(palette), 'a colour used twice'),
-              (any(len(c) != 3 or min(c) < 0 or max(c) > 255 for c in palette), 'a colour that is not (r,g,b) in 0..255'))
+    checks = (
+        (not 0 < n <= 254, f'{n} classes, expected 1 to 254'),
+        (len(set(classes)) < n, 'a class name used twice'),
+        (len(palette) != n, f'{len(palette)} colours for {n} classes'),
+        (len(set(palette)) < len(palette), 'a colour used twice'),
+        (
+            any(len(c) != 3 or min(c) < 0 or max(c) > 255 for c in palette),
+            'a colour that is not (r,g,b) in 0..255',
+        ),
+    )
     return [text for bad, text in checks if bad]
 
-# %% ../../nbs/11_data.datasets.ipynb #ff330552
+# %% ../../nbs/11_data.datasets.ipynb #6204fdd0
 @dataclass(frozen=True)
 class DatasetSpec:
     "How a collection of images and masks lies on disk, and what its masks mean."
     name: str                                  # 'loveda'
     classes: tuple[str, ...]                   # class names; the position is the class id
     palette: tuple[tuple[int, int, int], ...]  # (r,g,b) 0..255 of each class
-    find: Callable[[Path], Iterable[dict]]     # folder -> dicts of path, mask_path, scene, split (optional: gsd_m, skip)
+    # folder -> dicts of path, mask_path, scene, split (optional: gsd_m, skip)
+    find: Callable[[Path], Iterable[dict]]
     decode: Callable[[np.ndarray], np.ndarray] # stored mask (H,W) or (H,W,3) -> (H,W) uint8 ids, 255 = ignore
     gsd_m: float | None = None                 # metres per pixel; None where it differs or is not known
     bands: str = 'RGB'                         # what the three channels hold
@@ -61,7 +81,8 @@ class DatasetSpec:
     citation: str = ''                         # whom to cite
     downloads: tuple[Archive, ...] = ()        # what `get` may fetch
     manual: str = ''                           # how to get it by hand
-    mend: tuple[tuple[str, Callable], ...] = () # (mask file pattern, raw -> raw) for masks that were published with faults
+    # (mask file pattern, raw -> raw) for masks that were published with faults
+    mend: tuple[tuple[str, Callable], ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, 'classes', tuple(self.classes))
@@ -70,7 +91,7 @@ class DatasetSpec:
             raise SchemaError(f'cannot describe dataset {self.name!r}', ', '.join(faults),
                               'give every class one name and one colour')
 
-# %% ../../nbs/11_data.datasets.ipynb #cf1c1818
+# %% ../../nbs/11_data.datasets.ipynb #ac9e3251
 def _undescribed(what, counts, known):
     worst = sorted(counts, key=counts.get, reverse=True)[:3]
     examples = ', '.join(f'{v} on {counts[v]} px' for v in worst)
@@ -85,10 +106,12 @@ def _single_band(raw):
         raise BadImage('cannot use a mask', f'found colours (shape {raw.shape}), expected class ids',
                        'describe it with colours (palette=)')
     if raw.dtype.kind not in 'iub':
-        raise BadImage('cannot use a mask', f'found {raw.dtype} values, expected whole numbers', 'save it as 8-bit PNG')
+        raise BadImage(
+            'cannot use a mask', f'found {raw.dtype} values, expected whole numbers', 'save it as 8-bit PNG'
+        )
     return raw
 
-# %% ../../nbs/11_data.datasets.ipynb #d819287e
+# %% ../../nbs/11_data.datasets.ipynb #269b8126
 @dataclass(frozen=True)
 class ById:
     "Turn stored numbers into class ids; a number that is not listed is an error."
@@ -97,7 +120,9 @@ class ById:
 
     def __post_init__(self):
         if odd := [v for v, _ in self.ids if not 0 <= v <= 255]:
-            raise SchemaError('cannot describe masks', f'found class number {odd[0]}, expected 0..255', 'renumber the masks')
+            raise SchemaError(
+                'cannot describe masks', f'found class number {odd[0]}, expected 0..255', 'renumber the masks'
+            )
 
     def __call__(self, raw: np.ndarray) -> np.ndarray:
         raw = _single_band(raw)
@@ -106,7 +131,9 @@ class ById:
         ids[small != raw] = _UNKNOWN
         if (ids == _UNKNOWN).any():
             values, counts = np.unique(raw[ids == _UNKNOWN], return_counts=True)
-            raise _undescribed('class id', {int(v): int(n) for v, n in zip(values, counts)}, sorted(v for v, _ in self.ids))
+            raise _undescribed(
+                'class id', {int(v): int(n) for v, n in zip(values, counts)}, sorted(v for v, _ in self.ids)
+            )
         return ids
 
 
@@ -142,7 +169,7 @@ def _colour_table(colours): # 16 MB: one entry for each of the 2**24 colours
     for (r, g, b), i in colours: table[r << 16 | g << 8 | b] = i
     return table
 
-# %% ../../nbs/11_data.datasets.ipynb #0762821c
+# %% ../../nbs/11_data.datasets.ipynb #88544d91
 def colourise(
     mask: np.ndarray, # (H,W) class ids, 255 = ignore
     palette: Iterable[tuple[int, int, int]], # (r,g,b) of each class
@@ -154,8 +181,11 @@ def colourise(
     for i, rgb in enumerate(palette): table[i] = rgb
     rgb = table[mask]
     if (rgb < 0).any():
-        raise Incompatible('cannot paint a mask', f'found class id {mask[(rgb < 0).any(-1)].max()}, expected 0..{i}',
-                           'pass the palette of its dataset')
+        raise Incompatible(
+            'cannot paint a mask',
+            f'found class id {mask[(rgb < 0).any(-1)].max()}, expected 0..{i}',
+            'pass the palette of its dataset',
+        )
     return rgb.astype(np.uint8)
 
 
@@ -171,13 +201,15 @@ def legend(
         table['fraction'] = counts / max(counts.sum(), 1)
     return table
 
-# %% ../../nbs/11_data.datasets.ipynb #c8036ffb
+# %% ../../nbs/11_data.datasets.ipynb #465336b1
 _PICTURES = {'.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.webp'}
 
 
 def pictures(folder: Path, pattern: str = '*') -> list[Path]:
     "List the image files below a folder that match a glob, sorted, hidden files left out."
-    return sorted(p for p in Path(folder).glob(pattern) if p.suffix.lower() in _PICTURES and not p.name.startswith('.'))
+    return sorted(
+        p for p in Path(folder).glob(pattern) if p.suffix.lower() in _PICTURES and not p.name.startswith('.')
+    )
 
 
 def default_palette(n: int) -> tuple[tuple[int, int, int], ...]:
@@ -186,7 +218,7 @@ def default_palette(n: int) -> tuple[tuple[int, int, int], ...]:
     hsv = ((i * 0.381966 % 1, 0.75, (0.95, 0.7, 0.5)[i % 3]) for i in range(n))
     return tuple(tuple(round(255 * v) for v in colorsys.hsv_to_rgb(*x)) for x in hsv)
 
-# %% ../../nbs/11_data.datasets.ipynb #a1b82e39
+# %% ../../nbs/11_data.datasets.ipynb #b7a3f864
 def make_spec(
     name: str, # what to call the dataset
     classes: Iterable[str], # class names; the position is the class id
@@ -200,23 +232,42 @@ def make_spec(
     **about, # gsd_m, bands, licence, homepage, citation, …
 ) -> DatasetSpec:
     "Describe a folder of your own."
-    classes, palette, ids = tuple(classes), palette and tuple(map(tuple, palette)), ids and tuple(ids)
+    classes = tuple(classes)
+    palette = palette and tuple(map(tuple, palette))
+    ids = ids and tuple(ids)
     if ids and len(set(ids)) != len(classes):
         raise SchemaError(f'cannot describe dataset {name!r}', f'found ids {ids} for {len(classes)} classes',
                           'give one number a class')
-    if palette and not ids: decode = ByColour((*zip(palette, range(len(classes))), *((tuple(c), IGNORE) for c in ignore)))
-    else: decode = ById((*((v, IGNORE) for v in (IGNORE, *ignore)), *((v, i) for i, v in enumerate(ids or range(len(classes))))))
-    find = partial(_find_glob, images=images, masks=masks, scene=scene, split=split if callable(split) else lambda path: split)
-    return DatasetSpec(name, classes, palette or default_palette(len(classes)), find, decode, **{'layout': images} | about)
+    if palette and not ids:
+        decode = ByColour((*zip(palette, range(len(classes))), *((tuple(c), IGNORE) for c in ignore)))
+    else:
+        decode = ById(
+            (
+                *((v, IGNORE) for v in (IGNORE, *ignore)),
+                *((v, i) for i, v in enumerate(ids or range(len(classes)))),
+            )
+        )
+    find = partial(
+        _find_glob,
+        images=images,
+        masks=masks,
+        scene=scene,
+        split=split if callable(split) else lambda path: split,
+    )
+    return DatasetSpec(
+        name, classes, palette or default_palette(len(classes)), find, decode, **{'layout': images} | about
+    )
 
 
 def _find_glob(root, images, masks, scene, split):
     for path in pictures(root, images):
         p = path.relative_to(root)
-        mask = masks and posixpath.normpath(masks.format(stem=p.stem, name=p.name, folder=p.parent.as_posix()))
+        mask = masks and posixpath.normpath(
+            masks.format(stem=p.stem, name=p.name, folder=p.parent.as_posix())
+        )
         yield dict(path=p.as_posix(), mask_path=mask, scene=str(scene(p)), split=split(p))
 
-# %% ../../nbs/11_data.datasets.ipynb #84d703ae
+# %% ../../nbs/11_data.datasets.ipynb #33378dcf
 def folder_spec(
     root: Path | str, # folder with classes.json and splits.csv
 ) -> DatasetSpec:
@@ -227,8 +278,15 @@ def folder_spec(
         rows = sorted(about['classes'], key=lambda c: c['id'])
         ids = ((about.get('ignore_index', IGNORE), IGNORE), *((int(c['id']), i) for i, c in enumerate(rows)))
         known = {k: about[k] for k in ('gsd_m', 'bands', 'licence', 'homepage', 'citation') if k in about}
-        return DatasetSpec(about.get('dataset', Path(root).name), [c['name'] for c in rows], [c['rgb'] for c in rows],
-                           _find_listed, ById(ids), layout='splits.csv', **known)
+        return DatasetSpec(
+            about.get('dataset', Path(root).name),
+            [c['name'] for c in rows],
+            [c['rgb'] for c in rows],
+            _find_listed,
+            ById(ids),
+            layout='splits.csv',
+            **known,
+        )
     except (KeyError, TypeError) as e:
         raise SchemaError(f'cannot use {file}', f'expected classes: [{{id, name, rgb}}, …], missing {e}',
                           'add what is missing') from e
@@ -236,20 +294,26 @@ def folder_spec(
 
 def _find_listed(root):
     file = Path(root)/'splits.csv'
-    if not file.exists(): raise DataNotFound(f'no file {file}', '', 'write one line an image: image,mask,scene,split')
+    if not file.exists():
+        raise DataNotFound(f'no file {file}', '', 'write one line an image: image,mask,scene,split')
     table = pd.read_csv(file, dtype=str, keep_default_na=False)
     if missing := [c for c in ('image', 'mask', 'scene', 'split') if c not in table]:
-        raise SchemaError(f'cannot use {file}', f'missing columns {", ".join(missing)}; found {", ".join(table)}', 'add them')
+        raise SchemaError(
+            f'cannot use {file}',
+            f'missing columns {", ".join(missing)}; found {", ".join(table)}',
+            'add them',
+        )
     for row in table.to_dict('records'):
         entry = dict(path=row['image'], mask_path=row['mask'] or None, scene=row['scene'], split=row['split'])
         yield entry | ({'gsd_m': float(row['gsd_m'])} if row.get('gsd_m') else {})
 
-# %% ../../nbs/11_data.datasets.ipynb #118fc5da
+# %% ../../nbs/11_data.datasets.ipynb #fad11bc0
 def spec_of(
     row, # a row of a scanned table
 ) -> DatasetSpec:
     "Find the description of a row: the one its folder carries, or its dataset's registered one."
-    own, listed = Path(row.root)/'classes.json', Path(row.root)/'splits.csv'
+    own = Path(row.root)/'classes.json'
+    listed = Path(row.root)/'splits.csv'
     if own.exists() and listed.exists(): return _folder_spec(row.root, own.stat().st_mtime_ns)
     if row.dataset in datasets: return datasets[row.dataset]
     raise DataNotFound(f'dataset {row.dataset!r} of {row.path} has no description',
@@ -264,7 +328,7 @@ def _folder_spec(root, changed): return folder_spec(root)
 for _name in ('vaihingen', 'potsdam', 'loveda', 'uavid', 'floodnet'):
     datasets.register(_name, f'rssqa.data.catalog:{_name}', replace=True)
 
-# %% ../../nbs/11_data.datasets.ipynb #b53e66ba
+# %% ../../nbs/11_data.datasets.ipynb #76869c34
 def _is_tiff(path): return Path(path).suffix.lower() in ('.tif', '.tiff')
 
 
@@ -272,7 +336,8 @@ def _is_tiff(path): return Path(path).suffix.lower() in ('.tif', '.tiff')
 def _tiff(path):
     import rasterio, warnings
     if not Path(path).exists(): raise DataNotFound(f'no file {path}', '', 'check the path')
-    warnings.filterwarnings('ignore', category=rasterio.errors.NotGeoreferencedWarning)      # catch_warnings is not for threads
+    # catch_warnings is not for threads
+    warnings.filterwarnings('ignore', category=rasterio.errors.NotGeoreferencedWarning)
     try:
         with rasterio.open(path) as f: yield f
     except rasterio.errors.RasterioError as e:
@@ -288,17 +353,23 @@ def _bands(f, path, box): # an open TIFF -> (h,w) or (h,w,3)
     x = f.read(window=((box[1], box[3]), (box[0], box[2])))
     return x[0] if f.count == 1 else np.moveaxis(x[:3], 0, -1)
 
-# %% ../../nbs/11_data.datasets.ipynb #d0163b8b
+# %% ../../nbs/11_data.datasets.ipynb #582719bc
 def _size(path, mask=False): # (w, h) in pixels
     from PIL import Image
     if _is_tiff(path):
         with _tiff(path) as f:
-            if not mask: as_image(_bands(f, path, (0, 0, 1, 1)), str(path))      # one pixel tells bands and depth
+            if not mask:  # one pixel tells bands and depth
+                as_image(_bands(f, path, (0, 0, 1, 1)), str(path))
             return f.width, f.height
     try:
         with Image.open(path) as im: size, mode, kind = im.size, im.mode, im.format
-        with open(path, 'rb') as f: head, tail = f.read(25), _tail(f)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError): _open(path); raise      # _open says what is wrong
+        with open(path, 'rb') as f:
+            head = f.read(25)
+            tail = _tail(f)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        # _open says what is wrong
+        _open(path)
+        raise
     if not mask and (mode[0] in 'IF' or kind == 'PNG' and head[24] == 16):
         raise BadImage(f'cannot use {path} as an image', 'found 16 or 32 bits a channel, expected 8',
                        'rescale with stretch(image) and save the result')
@@ -310,7 +381,7 @@ def _tail(f):
     f.seek(-min(16, f.seek(0, 2)), 2)
     return f.read()
 
-# %% ../../nbs/11_data.datasets.ipynb #ae2dcca3
+# %% ../../nbs/11_data.datasets.ipynb #84e5feba
 def _window(path, row, mask_mode=''): # pixels inside the file: an array, or a PIL image; mask_mode None or 'RGB' for masks
     if _is_tiff(path):
         with _tiff(path) as f: return _bands(f, path, _clip(path, row, f.width, f.height))
@@ -321,16 +392,22 @@ def _window(path, row, mask_mode=''): # pixels inside the file: an array, or a P
 
 def _clip(path, row, w, h): # (left, top, right, bottom)
     if not (0 <= row.x < w and 0 <= row.y < h):
-        raise BadImage(f'no pixels of {path} at ({row.x}, {row.y})', f'it has {w}x{h} pixels', 'scan and tile the folder again')
+        raise BadImage(
+            f'no pixels of {path} at ({row.x}, {row.y})',
+            f'it has {w}x{h} pixels',
+            'scan and tile the folder again',
+        )
     return row.x, row.y, min(row.x + row.w, w), min(row.y + row.h, h)
 
-# %% ../../nbs/11_data.datasets.ipynb #2e96aa33
+# %% ../../nbs/11_data.datasets.ipynb #1478efcc
 def as_table(
     rows: Iterable[dict], # rows with the columns of `scan`
 ) -> pd.DataFrame: # the same, missing masks as None
     "Make a table whose missing masks are None, whatever pandas prefers."
     table = pd.DataFrame(rows)
-    table['mask_path'] = pd.Series([m if isinstance(m, str) else None for m in table.mask_path], table.index, dtype=object)
+    table['mask_path'] = pd.Series(
+        [m if isinstance(m, str) else None for m in table.mask_path], table.index, dtype=object
+    )
     return table.astype({'gsd_m': float})
 
 
@@ -345,13 +422,18 @@ def summary(
 
 
 def _count(name, rows):
-    splits = ', '.join(f'{split or "no split"} {n}' for split, n in rows.split.value_counts(sort=False).items())
+    splits = ', '.join(
+        f'{split or "no split"} {n}' for split, n in rows.split.value_counts(sort=False).items()
+    )
     ordered = rows.iloc[np.argsort(rows.w * rows.h)]
-    sizes = ' to '.join(dict.fromkeys(f'{w}x{h}' for w, h in zip(ordered.w.iloc[[0, -1]], ordered.h.iloc[[0, -1]])))
-    labelled, scenes = rows.mask_path.notna().sum(), rows.scene.nunique()
+    sizes = ' to '.join(
+        dict.fromkeys(f'{w}x{h}' for w, h in zip(ordered.w.iloc[[0, -1]], ordered.h.iloc[[0, -1]]))
+    )
+    labelled = rows.mask_path.notna().sum()
+    scenes = rows.scene.nunique()
     return f'{name}: {len(rows)} images of {sizes} px, {scenes} scenes, {labelled} with masks ({splits})'
 
-# %% ../../nbs/11_data.datasets.ipynb #a790b1d6
+# %% ../../nbs/11_data.datasets.ipynb #3ce0309d
 def scan(
     root: Path | str, # folder of the dataset
     spec: DatasetSpec | str | None = None, # description, registered name, or None for the folder format
@@ -360,13 +442,16 @@ def scan(
 ) -> pd.DataFrame: # one row an image: image_id, dataset, scene, split, root, path, mask_path, x, y, w, h, gsd_m
     "Find and check all images of a dataset."
     root = Path(root).expanduser().absolute()
-    if not root.is_dir(): raise DataNotFound(f'no folder {root}', '', 'check the path, or download the data first')
+    if not root.is_dir():
+        raise DataNotFound(f'no folder {root}', '', 'check the path, or download the data first')
     spec = folder_spec(root) if spec is None else datasets[spec] if isinstance(spec, str) else spec
     entries = _entries(root, spec, split)
     skipped, rows, faults = {}, [], []
     for e, row in _inspect_all(root, spec, entries):
         if isinstance(row, str): skipped.setdefault(row, []).append(e['path'])
-        elif isinstance(row, Problem): faults.append(row); skipped.setdefault('unusable', []).append(f'{e["path"]}: {row}')
+        elif isinstance(row, Problem):
+            faults.append(row)
+            skipped.setdefault('unusable', []).append(f'{e["path"]}: {row}')
         else: rows.append(row)
     if faults and (bad == 'raise' or not rows): raise _all_faults(faults)
     if not rows:
@@ -382,8 +467,11 @@ def _entries(root, spec, split):
     entries = list(spec.find(root))
     if not entries:
         inside = ', '.join(sorted(p.name for p in root.iterdir())[:6]) or 'nothing'
-        raise DataNotFound(f'no images of {spec.name} in {root}', f'found {inside}; expected {spec.layout or "images"}',
-                           'point to the folder that holds them')
+        raise DataNotFound(
+            f'no images of {spec.name} in {root}',
+            f'found {inside}; expected {spec.layout or "images"}',
+            'point to the folder that holds them',
+        )
     kept = [e for e in entries if split in (None, e.get('split'))]
     if not kept:
         raise DataNotFound(f'split {split!r} of {spec.name} in {root} is empty',
@@ -392,14 +480,21 @@ def _entries(root, spec, split):
 
 
 def _all_faults(faults):
-    first, more = faults[0], len(faults) - 1
+    first = faults[0]
+    more = len(faults) - 1
     if not more: return first
-    return type(first)(first.what, f'{first.found} (and {more} more unusable files)', f"{first.todo}, or scan with bad='skip'")
+    return type(first)(
+        first.what,
+        f'{first.found} (and {more} more unusable files)',
+        f"{first.todo}, or scan with bad='skip'",
+    )
 
-# %% ../../nbs/11_data.datasets.ipynb #9c97039f
+# %% ../../nbs/11_data.datasets.ipynb #35bcc821
 def _inspect_all(root, spec, entries) -> Iterator: # (entry, row | reason to skip | Problem)
     pool = ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 2))
-    rows = progress(pool.map(partial(_inspect, root, spec), entries), f'scanning {spec.name}', len(entries), 'image')
+    rows = progress(
+        pool.map(partial(_inspect, root, spec), entries), f'scanning {spec.name}', len(entries), 'image'
+    )
     try: yield from zip(entries, rows)
     finally: pool.shutdown(cancel_futures=True)      # an interrupt does not wait for the files that are left
 
@@ -407,7 +502,8 @@ def _inspect_all(root, spec, entries) -> Iterator: # (entry, row | reason to ski
 def _drop_copies(table, skipped):
     first = table.drop_duplicates('image_id').set_index('image_id').path
     copies = table[table.image_id.duplicated()]
-    if len(copies): skipped['equal content'] = [f'{c.path} = {first[c.image_id]}' for c in copies.itertuples()]
+    if len(copies):
+        skipped['equal content'] = [f'{c.path} = {first[c.image_id]}' for c in copies.itertuples()]
     return table.drop(index=copies.index).reset_index(drop=True)
 
 
@@ -424,12 +520,17 @@ def _inspect(root, spec, e):
 
 def _check_mask(path, w, h):
     if not path.is_file():
-        raise DataNotFound(f'no mask {path}', 'its image is there', 'add the mask, or describe the dataset with masks=None')
+        raise DataNotFound(
+            f'no mask {path}', 'its image is there', 'add the mask, or describe the dataset with masks=None'
+        )
     if (size := _size(path, mask=True)) != (w, h):
-        raise BadImage(f'mask {path} does not fit its image', f'found {size[0]}x{size[1]} pixels, expected {w}x{h}',
-                       'restore the pair at one size')
+        raise BadImage(
+            f'mask {path} does not fit its image',
+            f'found {size[0]}x{size[1]} pixels, expected {w}x{h}',
+            'restore the pair at one size',
+        )
 
-# %% ../../nbs/11_data.datasets.ipynb #29473a89
+# %% ../../nbs/11_data.datasets.ipynb #c4875078
 def read_image(
     row, # a row of a scanned or tiled table
 ) -> np.ndarray: # (3,h,w) float32 RGB 0..1
@@ -447,7 +548,8 @@ def read_mask(
     if not isinstance(row.mask_path, str):
         raise DataNotFound(f'no mask for {row.path}', 'its labels are hidden or do not exist',
                            'keep labelled rows: table[table.mask_path.notna()]')
-    spec, path = datasets[spec] if isinstance(spec, str) else spec or spec_of(row), Path(row.root)/row.mask_path
+    spec = datasets[spec] if isinstance(spec, str) else spec or spec_of(row)
+    path = Path(row.root)/row.mask_path
     raw = _window(path, row, getattr(spec.decode, 'mode', None))
     for pattern, mend in spec.mend: raw = mend(raw) if fnmatch(path.name, pattern) else raw
     try: ids = spec.decode(raw)
@@ -462,7 +564,7 @@ def read_valid(
     w, h = _size(Path(row.root)/row.path, mask=True)
     return (np.arange(row.y, row.y + row.h) < h)[:, None] & (np.arange(row.x, row.x + row.w) < w)
 
-# %% ../../nbs/11_data.datasets.ipynb #58678c48
+# %% ../../nbs/11_data.datasets.ipynb #d375ab8f
 def _starts(length, size, stride, edge):
     starts = list(range(0, length - size + 1, stride)) or ([] if edge == 'drop' else [0])
     if not starts or starts[-1] + size >= length or edge == 'drop': return starts
@@ -472,15 +574,20 @@ def _starts(length, size, stride, edge):
 
 def _part(row, x, y, size):
     if (x, y, size, size) == (0, 0, row.w, row.h): return row
-    x, y = row.x + x, row.y + y
-    return row._replace(image_id=f'{row.image_id.split(":")[0]}:{x}_{y}_{size}_{size}', x=x, y=y, w=size, h=size)
+    x = row.x + x
+    y = row.y + y
+    return row._replace(
+        image_id=f'{row.image_id.split(":")[0]}:{x}_{y}_{size}_{size}', x=x, y=y, w=size, h=size
+    )
 
 
 def _tiled(table, kept, dropped, why):
     if not kept:
-        raise DataNotFound('no tile is left',
-                           f'all {len(dropped)} tiles are {why}' if dropped else 'every image is smaller than a tile',
-                                    'lower min_valid, or choose a smaller size')
+        raise DataNotFound(
+            'no tile is left',
+            f'all {len(dropped)} tiles are {why}' if dropped else 'every image is smaller than a tile',
+            'lower min_valid, or choose a smaller size',
+        )
     out = as_table([row._asdict() for row in kept])[list(table.columns)]
     lost = {f'tiles {why}': [row.image_id for row in dropped]} if dropped else {}
     out.attrs['skipped'] = table.attrs.get('skipped', {}) | lost
@@ -514,7 +621,7 @@ def tile(
 def _valid(row, spec): # (h,w) bool
     return read_mask(row, spec) != IGNORE if isinstance(row.mask_path, str) else read_valid(row)
 
-# %% ../../nbs/11_data.datasets.ipynb #196d50b2
+# %% ../../nbs/11_data.datasets.ipynb #495ac13c
 def split_by_scene(
     table: pd.DataFrame, # with columns dataset and scene
     fractions: dict[str, float] = {'train': 0.7, 'val': 0.15, 'test': 0.15}, # share of rows of each split
@@ -537,16 +644,22 @@ def folds(
 def _deal_all(table, shares, seed, what): # (rows,) part of each row
     part = np.empty(len(table), int)
     for name, rows in table.groupby('dataset').indices.items():
-        scenes, inverse, sizes = np.unique(table.scene.to_numpy(str)[rows], return_inverse=True, return_counts=True)
+        scenes, inverse, sizes = np.unique(
+            table.scene.to_numpy(str)[rows], return_inverse=True, return_counts=True
+        )
         if len(scenes) < len(shares):
-            raise Incompatible(f'cannot make {what} of {name}', f'found {len(scenes)} scenes, expected {len(shares)} or more',
-                               'ask for fewer parts, or describe finer scenes')
+            raise Incompatible(
+                f'cannot make {what} of {name}',
+                f'found {len(scenes)} scenes, expected {len(shares)} or more',
+                'ask for fewer parts, or describe finer scenes',
+            )
         part[rows] = _deal(sizes, np.array(shares) / sum(shares), np.random.default_rng(seed))[inverse]
     return part
 
 
 def _deal(sizes, shares, rng): # (scenes,) rows in each, (parts,) -> (scenes,) part
-    part, filled = np.empty(len(sizes), int), np.zeros(len(shares))
+    part = np.empty(len(sizes), int)
+    filled = np.zeros(len(shares))
     order = rng.permutation(len(sizes))
     for i, scene in enumerate(order[np.argsort(-sizes[order], kind='stable')]):
         room = shares * sizes.sum() - filled
@@ -586,7 +699,7 @@ def split_random(
     rank = np.random.default_rng(seed).permutation(len(table))
     return table.assign(split=np.array(list(fractions))[np.searchsorted(edges[:-1], rank, 'right')])
 
-# %% ../../nbs/11_data.datasets.ipynb #ad09c1ca
+# %% ../../nbs/11_data.datasets.ipynb #d82d4e2f
 def class_fractions(
     table: pd.DataFrame, # rows with masks
     spec: DatasetSpec | str | None = None, # as for `read_mask`
@@ -595,8 +708,11 @@ def class_fractions(
     "Read every mask and return the share of each class."
     table = table[table.mask_path.notna()]
     if table.dataset.nunique() != 1:
-        raise Incompatible('cannot count classes', f'found masks of {table.dataset.nunique()} datasets, expected one',
-                           'select one dataset')
+        raise Incompatible(
+            'cannot count classes',
+            f'found masks of {table.dataset.nunique()} datasets, expected one',
+            'select one dataset',
+        )
     spec = datasets[spec] if isinstance(spec, str) else spec or spec_of(table.iloc[0])
     counts = {}
     for row in progress(table.itertuples(), 'counting classes', len(table), 'mask'):

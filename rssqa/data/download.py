@@ -13,19 +13,20 @@ from urllib.parse import unquote, urlsplit
 from ..core import DownloadError, datasets, progress, read_json, say, write_json
 from .datasets import Archive
 
-# %% ../../nbs/16_data.download.ipynb #d040661e
+# %% ../../nbs/16_data.download.ipynb #833f2c71
 def _agrees(path, checksum): return not checksum or _digest(path, checksum) == checksum
 
 
 def _digest(path, checksum): # in the notation of `checksum`
     kind = checksum.split(':')[0]
-    with open(path, 'rb') as f: done = hashlib.file_digest(f, lambda: hashlib.new(kind, usedforsecurity=False))
+    with open(path, 'rb') as f:
+        done = hashlib.file_digest(f, lambda: hashlib.new(kind, usedforsecurity=False))
     return f'{kind}:{done.hexdigest()}'
 
 
 def _held(part): return part.stat().st_size if part.exists() else 0
 
-# %% ../../nbs/16_data.download.ipynb #e4457a2e
+# %% ../../nbs/16_data.download.ipynb #bfcd654a
 def fetch(
     url: str, # http or https address
     path: Path | str, # where the file goes
@@ -37,12 +38,16 @@ def fetch(
     "Download one file, continuing where an earlier attempt stopped."
     path = Path(path)
     if urlsplit(url).scheme not in ('http', 'https'):
-        raise DownloadError(f'cannot download {url}', 'expected an http or https address', 'correct the address')
+        raise DownloadError(
+            f'cannot download {url}', 'expected an http or https address', 'correct the address'
+        )
     if path.exists() and _agrees(path, checksum): return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + '.part')
     for attempt in range(attempts):
-        try: _transfer(url, part, timeout); break
+        try:
+            _transfer(url, part, timeout)
+            break
         except urllib.error.HTTPError as e:
             if e.code < 500 and e.code != 429:
                 raise DownloadError(f'cannot download {url}', f'the server answers {e.code} {e.reason}',
@@ -51,10 +56,15 @@ def fetch(
         except (OSError, http.client.HTTPException) as e:
             if isinstance(e, DownloadError): raise
             broken = e
-        if attempt + 1 < attempts: say(f'{url}: {broken}; going on'); time.sleep(pause * 2 ** attempt)
+        if attempt + 1 < attempts:
+            say(f'{url}: {broken}; going on')
+            time.sleep(pause * 2 ** attempt)
     else:
-        raise DownloadError(f'cannot download {url}', f'broken off {attempts} times ({broken}); {_held(part)} bytes are kept',
-                            'run the same command again later: it goes on there') from broken
+        raise DownloadError(
+            f'cannot download {url}',
+            f'broken off {attempts} times ({broken}); {_held(part)} bytes are kept',
+            'run the same command again later: it goes on there',
+        ) from broken
     if not _agrees(part, checksum):
         found = _digest(part, checksum)
         part.unlink()
@@ -63,21 +73,27 @@ def fetch(
     os.replace(part, path)
     return path
 
-# %% ../../nbs/16_data.download.ipynb #0d0d05c3
+# %% ../../nbs/16_data.download.ipynb #585e4ae9
 _CHUNK = 1 << 18    # bytes
 
 
 def _transfer(url, part, timeout):
     held = _held(part)
-    headers = {'User-Agent': 'rssqa', 'Accept-Encoding': 'identity'} | ({'Range': f'bytes={held}-'} if held else {})
+    headers = {'User-Agent': 'rssqa', 'Accept-Encoding': 'identity'} | (
+        {'Range': f'bytes={held}-'} if held else {}
+    )
     try: reply = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
     except urllib.error.HTTPError as e:
         if e.code != 416: raise
         if _total(e.headers) == held: return                           # everything was there already
-        part.unlink(); return _transfer(url, part, timeout)            # more than the server has: not this file
+        # more than the server has: not this file
+        part.unlink()
+        return _transfer(url, part, timeout)
     with reply:
         start = held if reply.status == 206 and _start(reply.headers) == held else 0
-        if reply.status == 206 and not start and held: part.unlink(); return _transfer(url, part, timeout)
+        if reply.status == 206 and not start and held:
+            part.unlink()
+            return _transfer(url, part, timeout)
         length = reply.headers.get('Content-Length')
         expected = start + int(length) if length else None
         if expected: require_space(part.parent, expected - start, part.name)
@@ -90,11 +106,17 @@ def _copy(reply, part, start, expected):
     with bar, open(part, 'r+b' if start else 'wb') as f:
         f.seek(start)
         f.truncate()
-        while chunk := reply.read(_CHUNK): f.write(chunk); bar.update(len(chunk))
+        while chunk := reply.read(_CHUNK):
+            f.write(chunk)
+            bar.update(len(chunk))
 
 
-def _start(headers): hit = re.match(r'bytes (\d+)-', headers.get('Content-Range', '')); return hit and int(hit[1])
-def _total(headers): hit = re.search(r'/(\d+)$', headers.get('Content-Range', '')); return hit and int(hit[1])
+def _start(headers):
+    hit = re.match(r'bytes (\d+)-', headers.get('Content-Range', ''))
+    return hit and int(hit[1])
+def _total(headers):
+    hit = re.search(r'/(\d+)$', headers.get('Content-Range', ''))
+    return hit and int(hit[1])
 
 
 def require_space(
@@ -105,33 +127,49 @@ def require_space(
     "Raise DownloadError if a disk has too little room."
     free = shutil.disk_usage(folder).free
     if need > free:
-        raise DownloadError(f'no room for {what}', f'found {free / 1e9:.1f} GB free in {folder}, expected {need / 1e9:.1f} GB',
-                            'free some space or choose another folder')
+        raise DownloadError(
+            f'no room for {what}',
+            f'found {free / 1e9:.1f} GB free in {folder}, expected {need / 1e9:.1f} GB',
+            'free some space or choose another folder',
+        )
 
-# %% ../../nbs/16_data.download.ipynb #eea0f11d
+# %% ../../nbs/16_data.download.ipynb #53e7cc85
 def unpack(
     archive: Path | str, # zip or tar, compressed or not
     folder: Path | str, # where the files go
 ) -> Path: # the folder
     "Extract an archive after checking every name in it."
-    archive, folder = Path(archive), Path(folder)
+    archive = Path(archive)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with (zipfile.ZipFile if zipfile.is_zipfile(archive) else tarfile.open)(archive) as box:
-            members = list(map(_zip_member, box.infolist()) if hasattr(box, 'infolist') else map(_tar_member, box.getmembers()))
+            members = list(
+                map(_zip_member, box.infolist())
+                if hasattr(box, 'infolist')
+                else map(_tar_member, box.getmembers())
+            )
             for name, kind, _, _ in members: _check_member(archive, folder, name, kind)
             require_space(folder, sum(size for _, _, size, _ in members), f'the contents of {archive.name}')
             for name, kind, _, member in progress(members, f'unpacking {archive.name}', unit='file'):
                 _write_member(box, member, folder/name, kind)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError, zlib.error, lzma.LZMAError) as e:
-        raise DownloadError(f'cannot unpack {archive}', f'the archive is damaged or locked ({str(e).split(chr(10))[0]})',
-                            'remove it and download it again') from e
+        raise DownloadError(
+            f'cannot unpack {archive}',
+            f'the archive is damaged or locked ({str(e).split(chr(10))[0]})',
+            'remove it and download it again',
+        ) from e
     return folder
 
 
 def _zip_member(m): # -> (name, 'file' | 'folder' | 'other', bytes, member)
     kind = stat.S_IFMT(m.external_attr >> 16)
-    return m.filename, 'folder' if m.is_dir() else 'file' if kind in (0, stat.S_IFREG) else 'other', m.file_size, m
+    return (
+        m.filename,
+        'folder' if m.is_dir() else 'file' if kind in (0, stat.S_IFREG) else 'other',
+        m.file_size,
+        m,
+    )
 
 
 def _tar_member(m): return m.name, 'folder' if m.isdir() else 'file' if m.isreg() else 'other', m.size, m
@@ -139,26 +177,33 @@ def _tar_member(m): return m.name, 'folder' if m.isdir() else 'file' if m.isreg(
 
 def _check_member(archive, folder, name, kind):
     p = PurePosixPath(name.replace('\\', '/'))
-    inside = (folder/p).resolve().is_relative_to(folder.resolve())      # a link that is there already may lead out, too
+    # a link that is there already may lead out, too
+    inside = (folder / p).resolve().is_relative_to(folder.resolve())
     if p.is_absolute() or '..' in p.parts or re.match('[A-Za-z]:', name) or not inside or kind == 'other':
-        raise DownloadError(f'refused to unpack {archive}', f'{name!r} would leave the folder, or is a link or device',
-                            'do not use this archive; nothing was written')
+        raise DownloadError(
+            f'refused to unpack {archive}',
+            f'{name!r} would leave the folder, or is a link or device',
+            'do not use this archive; nothing was written',
+        )
 
 
 def _write_member(box, member, path, kind):
-    if kind == 'folder': path.mkdir(parents=True, exist_ok=True); return
+    if kind == 'folder':
+        path.mkdir(parents=True, exist_ok=True)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     read = box.open if hasattr(box, 'infolist') else box.extractfile
     with read(member) as source, open(path, 'wb') as target: shutil.copyfileobj(source, target, _CHUNK)
 
-# %% ../../nbs/16_data.download.ipynb #45fe3c4b
+# %% ../../nbs/16_data.download.ipynb #46eacd93
 def get(
     name: str, # registered dataset
     root: Path | str, # folder for it
     keep: bool = False, # keep the archives after unpacking
 ) -> Path: # the folder, for `scan(root, name)`
     "Download a dataset whose owners allow it; print terms and steps for the others."
-    spec, root = datasets[name], Path(root).expanduser()
+    spec = datasets[name]
+    root = Path(root).expanduser()
     print(f'{spec.name}: {spec.licence or "no terms stated"}\n{spec.citation}\n{spec.homepage}')
     if not spec.downloads:
         print(f'{spec.manual or "There is no known address."}\nThen: scan({str(root)!r}, {name!r})')
@@ -168,12 +213,14 @@ def get(
 
 
 def _get_archive(archive: Archive, root, keep):
-    name, note = PurePosixPath(unquote(urlsplit(archive.url).path)).name, root/'.rssqa.json'
+    name = PurePosixPath(unquote(urlsplit(archive.url).path)).name
+    note = root/'.rssqa.json'
     done = read_json(note) if note.exists() else {}
     if name in done: return
     path = root/name
     root.mkdir(parents=True, exist_ok=True)
-    if archive.size and not path.exists(): require_space(root, archive.size - _held(root/f'{name}.part'), name)
+    if archive.size and not path.exists():
+        require_space(root, archive.size - _held(root/f'{name}.part'), name)
     unpack(fetch(archive.url, path, archive.checksum), root)
     write_json(note, done | {name: archive.checksum or 'not checked'})
     if not keep: path.unlink()

@@ -6,7 +6,7 @@
 __all__ = ['CONTEXT', 'corpora', 'COUNTS', 'COLUMNS', 'PairRecord', 'Bad', 'token_count', 'overlong', 'sniff', 'image_bytes',
            'open_image', 'Corpus', 'read_pairs', 'to_frame', 'audit', 'write_shards']
 
-# %% ../../nbs/14_data.pairs.ipynb #1bc59f83
+# %% ../../nbs/14_data.pairs.ipynb #8885b797
 import importlib.util, inspect, io, json, os, tarfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -19,9 +19,20 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 
-from ..core import BadImage, DataNotFound, Incompatible, Problem, Registry, as_image, atomic, read_json, say, write_json
+from rssqa.core import (
+    BadImage,
+    DataNotFound,
+    Incompatible,
+    Problem,
+    Registry,
+    as_image,
+    atomic,
+    read_json,
+    say,
+    write_json,
+)
 
-# %% ../../nbs/14_data.pairs.ipynb #065ee580
+# %% ../../nbs/14_data.pairs.ipynb #2d3fc4a3
 @dataclass(frozen=True)
 class PairRecord:
     "An image with its captions."
@@ -30,11 +41,13 @@ class PairRecord:
     captions: tuple[str, ...]          # at least one
     source: str = ''                   # 'rsicd', 'rs5m/pub11', …
     split: str = ''                    # train, val, test or ''
-    tier: str = ''                     # 'fine' written by people, 'coarse' made from templates, labels or models
+    # 'fine' written by people, 'coarse' made from templates, labels or models
+    tier: str = ''
     scene: str = ''                    # scene class where the corpus knows one
     regions: tuple = ()                # (left, top, right, bottom in 0..1, category, category id, caption)
     translations: Mapping = field(default_factory=dict) # language -> captions
-    meta: Mapping = field(default_factory=dict)         # what else the corpus says; tar readers add shard, offset, path
+    # what else the corpus says; tar readers add shard, offset, path
+    meta: Mapping = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,14 +57,15 @@ class Bad:
     reason: str                        # why
     record: PairRecord | None = None   # the sample without image, where only the image is missing
 
-# %% ../../nbs/14_data.pairs.ipynb #2fd8b649
+# %% ../../nbs/14_data.pairs.ipynb #a3a6a75f
 CONTEXT = 77      # tokens that CLIP reads, with the start and the end
 
 
 @lru_cache(1)
 def _tokenizer():
     home = Path(importlib.util.find_spec('open_clip').origin).parent
-    spec = importlib.util.spec_from_file_location('rssqa_clip_tokenizer', home/'tokenizer.py')      # all of open_clip takes three times as long to import
+    # all of open_clip takes three times as long to import
+    spec = importlib.util.spec_from_file_location('rssqa_clip_tokenizer', home / 'tokenizer.py')
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module.SimpleTokenizer()
 
@@ -60,7 +74,8 @@ def _tokenizer():
 def _word_tokens(word): return len(_tokenizer().encode(word))
 
 
-def _plain_text(caption): return caption.isascii() and '&' not in caption and caption.replace('\n', ' ').isprintable()
+def _plain_text(caption):
+    return caption.isascii() and '&' not in caption and caption.replace('\n', ' ').isprintable()
 
 
 def token_count(
@@ -77,16 +92,28 @@ def overlong(
     "Tell whether CLIP would cut a caption; a short one needs no tokenizer, since a token takes a letter or more."
     return not (_plain_text(caption) and len(caption) <= CONTEXT - 2) and token_count(caption) > CONTEXT
 
-# %% ../../nbs/14_data.pairs.ipynb #c2863c5e
-_HEADS = ((b'\xff\xd8\xff', 'jpg'), (b'\x89PNG\r\n\x1a\n', 'png'), (b'GIF8', 'gif'), (b'BM', 'bmp'), (b'II*\0', 'tif'), (b'MM\0*', 'tif'),
-          (b'II+\0', 'tif'), (b'MM\0+', 'tif'))
+# %% ../../nbs/14_data.pairs.ipynb #ffcc0410
+_HEADS = (
+    (b'\xff\xd8\xff', 'jpg'),
+    (b'\x89PNG\r\n\x1a\n', 'png'),
+    (b'GIF8', 'gif'),
+    (b'BM', 'bmp'),
+    (b'II*\0', 'tif'),
+    (b'MM\0*', 'tif'),
+    (b'II+\0', 'tif'),
+    (b'MM\0+', 'tif'),
+)
 
 
 def sniff(
     head: bytes, # the first 16 bytes or more
 ) -> str: # 'jpg', 'png', 'gif', 'bmp', 'tif', 'webp', or '' for anything else
     "Name the image format that the first bytes announce."
-    return 'webp' if head[:4] == b'RIFF' and head[8:12] == b'WEBP' else next((kind for start, kind in _HEADS if head.startswith(start)), '')
+    return (
+        'webp'
+        if head[:4] == b'RIFF' and head[8:12] == b'WEBP'
+        else next((kind for start, kind in _HEADS if head.startswith(start)), '')
+    )
 
 
 @lru_cache(1024)
@@ -104,25 +131,45 @@ def image_bytes(
     if not path.is_file(): raise DataNotFound(f'no image {image}', '', 'check the path')
     if not inside: return path.read_bytes()
     members = _members(str(path), path.stat().st_mtime_ns)
-    if member not in members: raise DataNotFound(f'no image {image}', f'{path.name} holds {len(members)} other members', 'check the member')
-    with open(path, 'rb') as f: f.seek(members[member][0]); return f.read(members[member][1])
+    if member not in members:
+        raise DataNotFound(
+            f'no image {image}', f'{path.name} holds {len(members)} other members', 'check the member'
+        )
+    with open(path, 'rb') as f:
+        f.seek(members[member][0])
+        return f.read(members[member][1])
 
 
 @contextmanager
 def _decoded(data, name): # a PIL image whose pixels have been read
     from PIL import Image, UnidentifiedImageError
-    if not sniff(data[:16]): raise BadImage(f'cannot read {name}', f'no image: it starts with {data[:12]!r}', 'fetch it again, or leave it out')
+    if not sniff(data[:16]):
+        raise BadImage(
+            f'cannot read {name}',
+            f'no image: it starts with {data[:12]!r}',
+            'fetch it again, or leave it out',
+        )
     try:
         with Image.open(io.BytesIO(data)) as im: im.verify()
-        with Image.open(io.BytesIO(data)) as im: im.load(); yield im
+        with Image.open(io.BytesIO(data)) as im:
+            im.load()
+            yield im
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError) as e:
         if isinstance(e, Problem): raise
-        raise BadImage(f'cannot read {name}', f'the image is damaged ({e})', 'fetch it again, or leave it out') from e
+        raise BadImage(
+            f'cannot read {name}', f'the image is damaged ({e})', 'fetch it again, or leave it out'
+        ) from e
 
 
 def _image_of(record):
     if isinstance(record, (str, bytes, os.PathLike)): return record
-    return record.image if isinstance(record, PairRecord) else record['path'] if isinstance(record, Mapping) else record.path
+    return (
+        record.image
+        if isinstance(record, PairRecord)
+        else record['path']
+        if isinstance(record, Mapping)
+        else record.path
+    )
 
 
 def open_image(
@@ -132,12 +179,16 @@ def open_image(
     "Read the pixels of a pair."
     image = _image_of(record)
     name = getattr(record, 'key', '') or ('bytes' if isinstance(image, bytes) else str(image))
-    if image is None or image == '': raise DataNotFound(f'no image for {name}', 'only its captions are here', 'choose records that have an image')
+    if image is None or image == '':
+        raise DataNotFound(
+            f'no image for {name}', 'only its captions are here', 'choose records that have an image'
+        )
     if isinstance(image, bytes) or '.tar!' in str(image):
-        with _decoded(image if isinstance(image, bytes) else image_bytes(str(Path(root)/image)), name) as im: return as_image(im, name)
+        with _decoded(image if isinstance(image, bytes) else image_bytes(str(Path(root)/image)), name) as im:
+            return as_image(im, name)
     return as_image(Path(root)/image)
 
-# %% ../../nbs/14_data.pairs.ipynb #f0b575e3
+# %% ../../nbs/14_data.pairs.ipynb #78b57fae
 corpora = Registry('corpus', 'rssqa.corpora')
 for _name in ('rs5m-tar', 'rs5m-csv', 'gaia', 'mgrs', 'skyscript', 'karpathy', 'nwpu', 'title-csv', 'openclip-csv', 'rssqa-pairs', 'folder',
               'translations', 'webdataset', 'masks'):
@@ -149,11 +200,13 @@ COUNTS = ('records', 'captions', 'duplicates', 'blanks', 'overlong', 'no_image',
 def _same(caption): return ' '.join(caption.lower().split())      # what counts as the same sentence
 
 
-def _whole(caption): return caption if caption.isascii() else caption.encode('utf-8', 'replace').decode()      # JSON may hold half a character
+def _whole(caption):  # JSON may hold half a character
+    return caption if caption.isascii() else caption.encode('utf-8', 'replace').decode()
 
 
 def _unique(items): # a key that comes again gets ~2, ~3, …
-    seen, times = set(), {}
+    seen = set()
+    times = {}
     for item in items:
         if isinstance(item, PairRecord):
             if hash(item.key) in seen:
@@ -184,16 +237,33 @@ class Corpus:
         keep: str = 'images', # 'captions' also keeps records whose image is missing, with image=None
         **how, # for the reader
     ):
-        self.kind, self.path, self.skip, self.shard, self.keep, self.how = kind, Path(path), skip, tuple(shard), keep, how
+        self.kind = kind
+        self.path = Path(path)
+        self.skip = skip
+        self.shard = tuple(shard)
+        self.keep = keep
+        self.how = how
         self.reader, self.last, self.yielded = corpora[kind], None, 0
         self._reset()
         if not self.path.exists(): raise DataNotFound(f'no file or folder {path}', '', 'check the path')
         if not 0 <= self.shard[0] < self.shard[1] or skip < 0:
-            raise Incompatible(f'cannot read {path}', f'found shard={shard}, skip={skip}', 'pass shard=(i, n) with 0 <= i < n, and skip of 0 or more')
-        if keep not in ('images', 'captions'): raise Incompatible(f'cannot read {path}', f'found keep={keep!r}', "pass keep='images' or keep='captions'")
-        self.knows = [*inspect.signature(self.reader).parameters]       # names only: workers get a copy of this object
+            raise Incompatible(
+                f'cannot read {path}',
+                f'found shard={shard}, skip={skip}',
+                'pass shard=(i, n) with 0 <= i < n, and skip of 0 or more',
+            )
+        if keep not in ('images', 'captions'):
+            raise Incompatible(
+                f'cannot read {path}', f'found keep={keep!r}', "pass keep='images' or keep='captions'"
+            )
+        # names only: workers get a copy of this object
+        self.knows = [*inspect.signature(self.reader).parameters]
         if odd := sorted(how.keys() - set(self.knows)):
-            raise Incompatible(f'the reader {kind!r} takes no {", ".join(odd)}', f'it takes {", ".join(self.knows[1:]) or "nothing"}', 'correct the name')
+            raise Incompatible(
+                f'the reader {kind!r} takes no {", ".join(odd)}',
+                f'it takes {", ".join(self.knows[1:]) or "nothing"}',
+                'correct the name',
+            )
 
     def __iter__(self):
         self._reset()
@@ -201,18 +271,25 @@ class Corpus:
         try:
             for item in self._items():
                 if (record := self._checked(item)) is None: continue
-                if left: left -= 1; self._reset(); continue          # an earlier run has counted these
-                self.last, self.yielded = record, self.yielded + 1
+                if left:  # an earlier run has counted these
+                    left -= 1
+                    self._reset()
+                    continue
+                self.last = record
+                self.yielded = self.yielded + 1
                 self._count(record)
                 yield record
         finally: say(str(self))
 
-    def _reset(self): self.counts, self.problems = dict.fromkeys(COUNTS, 0), {}
+    def _reset(self):
+        self.counts = dict.fromkeys(COUNTS, 0)
+        self.problems = {}
 
     def _items(self):
         own = {name: getattr(self, name) for name in ('shard', 'keep') if name in self.knows}
         items = self.reader(self.path, **own, **self.how)
-        if 'shard' in own: return items                              # the reader deals out its samples, unread
+        if 'shard' in own:  # the reader deals out its samples, unread
+            return items
         return islice(_unique(items), *self.shard[:1], None, self.shard[1])
 
     def _note(self, what, key, reason):
@@ -220,14 +297,24 @@ class Corpus:
         if len(self.problems) < 1000: self.problems[key] = reason
 
     def _checked(self, item): # a record that can be handed out, or None
-        if isinstance(item, Bad) and item.record is None: self._note('bad', item.key, item.reason); return
-        record, fault = (item.record, item.reason) if isinstance(item, Bad) else (item, _image_fault(item.image))
+        if isinstance(item, Bad) and item.record is None:
+            self._note('bad', item.key, item.reason)
+            return
+        record, fault = (
+            (item.record, item.reason) if isinstance(item, Bad) else (item, _image_fault(item.image))
+        )
         captions = tuple(_whole(c) for c in record.captions if isinstance(c, str) and c.strip())
         self.counts['blanks'] += len(record.captions) - len(captions)
-        if not captions: self._note('bad', record.key, 'no caption'); return
-        if fault and fault != 'missing' and not isinstance(item, Bad): self._note('bad', record.key, fault); return
+        if not captions:
+            self._note('bad', record.key, 'no caption')
+            return
+        if fault and fault != 'missing' and not isinstance(item, Bad):
+            self._note('bad', record.key, fault)
+            return
         if fault:
-            self._note('no_image', record.key, fault if isinstance(item, Bad) else f'image missing: {record.image}')
+            self._note(
+                'no_image', record.key, fault if isinstance(item, Bad) else f'image missing: {record.image}'
+            )
             if self.keep == 'images': return
         elif record.image is None: self.counts['no_image'] += 1
         return replace(record, captions=captions, image=None if fault else record.image)
@@ -245,19 +332,24 @@ class Corpus:
         return self._at(self.last.meta if self.last else {}, self.yielded, 1)
 
     def _at(self, meta, n, step): # where a run starts with, or (step=1) after, its n-th record
-        if 'start' in self.knows and 'offset' in meta: return dict(start=(meta['shard'], meta['offset'] + step))
+        if 'start' in self.knows and 'offset' in meta:
+            return dict(start=(meta['shard'], meta['offset'] + step))
         return dict(skip=self.skip + n - 1 + step)
 
     def again(self,
         resume: Mapping, # skip= or start=
     ):
         "Return the same corpus from another place on."
-        return Corpus(self.kind, self.path, **dict(shard=self.shard, keep=self.keep) | self.how | dict(resume))
+        return Corpus(
+            self.kind, self.path, **dict(shard=self.shard, keep=self.keep) | self.how | dict(resume)
+        )
 
     def __str__(self):
         named = '; '.join(f'{k}: {why}' for k, why in list(self.problems.items())[:2])
         counted = ', '.join(f'{n:,} {what.replace("_", " ")}' for what, n in self.counts.items())
-        return f'{self.kind} {self.path.name}: {counted}' + (f' ({named}{"; …" * (len(self.problems) > 2)})' if named else '')
+        return f'{self.kind} {self.path.name}: {counted}' + (
+            f' ({named}{"; …" * (len(self.problems) > 2)})' if named else ''
+        )
 
 
 def read_pairs(
@@ -270,14 +362,27 @@ def read_pairs(
     "Open a corpus to be read as a stream."
     return Corpus(kind, path, skip, shard, **how)
 
-# %% ../../nbs/14_data.pairs.ipynb #a2c0b811
+# %% ../../nbs/14_data.pairs.ipynb #61d09a46
 def _place(record): # where open_image finds the pixels again, or ''
-    return record.image if isinstance(record.image, str) else str(record.meta.get('path', '')) if record.image else ''
+    return (
+        record.image
+        if isinstance(record.image, str)
+        else str(record.meta.get('path', ''))
+        if record.image
+        else ''
+    )
 
 
 def _rows(record, **more):
-    about = {name: getattr(record, name) for name in ('source', 'split', 'tier', 'scene')} | dict(path=_place(record)) | more
-    return [dict(pair=f'{record.key}#{i}', key=record.key, caption=c) | about for i, c in enumerate(record.captions)]
+    about = (
+        {name: getattr(record, name) for name in ('source', 'split', 'tier', 'scene')}
+        | dict(path=_place(record))
+        | more
+    )
+    return [
+        dict(pair=f'{record.key}#{i}', key=record.key, caption=c) | about
+        for i, c in enumerate(record.captions)
+    ]
 
 
 COLUMNS = ['pair', 'key', 'caption', 'source', 'split', 'tier', 'scene', 'path']
@@ -296,8 +401,15 @@ def _audit(rows): # of one source
     text = rows.caption.map(_same)
     owners = rows.key.groupby(text).nunique()
     tokens = rows.caption[text != ''].map(token_count)
-    return dict(images=rows.key.nunique(), captions=len(rows), distinct=int((owners.index != '').sum()), shared=int(((owners > 1) & (owners.index != '')).sum()),
-                blanks=int((text == '').sum()), overlong=int((tokens > CONTEXT).sum()), mean_tokens=round(float(tokens.mean()), 1) if len(tokens) else 0.0)
+    return dict(
+        images=rows.key.nunique(),
+        captions=len(rows),
+        distinct=int((owners.index != '').sum()),
+        shared=int(((owners > 1) & (owners.index != '')).sum()),
+        blanks=int((text == '').sum()),
+        overlong=int((tokens > CONTEXT).sum()),
+        mean_tokens=round(float(tokens.mean()), 1) if len(tokens) else 0.0,
+    )
 
 
 def audit(
@@ -305,30 +417,40 @@ def audit(
 ) -> pd.DataFrame: # one row a source: images, captions, distinct, shared (by several images), blanks, overlong, mean_tokens
     "Count what a training on these captions would meet, by source."
     frame = pairs if isinstance(pairs, pd.DataFrame) else to_frame(pairs)
-    table = pd.DataFrame({source: _audit(rows) for source, rows in frame.groupby('source')}, dtype=object).T.rename_axis('source')
+    table = pd.DataFrame(
+        {source: _audit(rows) for source, rows in frame.groupby('source')}, dtype=object
+    ).T.rename_axis('source')
     table = table.astype({c: float if c == 'mean_tokens' else int for c in table})
     for source, r in table.iterrows():
-        say(f'{source or "no source"}: {r.images:.0f} images, {r.captions:.0f} captions, {r.distinct:.0f} distinct, {r["shared"]:.0f} serve several images, '
-            f'{r.blanks:.0f} blank, {r.overlong:.0f} overlong, {r.mean_tokens} tokens on average')
+        say(
+            f'{source or "no source"}: {r.images:.0f} images, {r.captions:.0f} captions, {r.distinct:.0f} distinct, {r["shared"]:.0f} serve several images, '
+            f'{r.blanks:.0f} blank, {r.overlong:.0f} overlong, {r.mean_tokens} tokens on average'
+        )
     return table
 
-# %% ../../nbs/14_data.pairs.ipynb #92d31577
+# %% ../../nbs/14_data.pairs.ipynb #9907b179
 def _packed(image, name): # -> bytes, 'jpg' or 'png', width, height
     data = image_bytes(image)
     with _decoded(data, name) as im:
         if sniff(data) in ('jpg', 'png'): return data, sniff(data), *im.size
         pixels = as_image(im, name)
     from PIL import Image
-    Image.fromarray((pixels.transpose(1, 2, 0) * 255).round().astype(np.uint8)).save(buffer := io.BytesIO(), 'PNG')
+    Image.fromarray((pixels.transpose(1, 2, 0) * 255).round().astype(np.uint8)).save(
+        buffer := io.BytesIO(), 'PNG'
+    )
     return buffer.getvalue(), 'png', pixels.shape[2], pixels.shape[1]
 
 
-def _stem(key): return quote(key, safe='').replace('.', '%2E')      # no folder, no dot: WebDataset cuts at the first one
+def _stem(key):  # no folder, no dot: WebDataset cuts at the first one
+    return quote(key, safe='').replace('.', '%2E')
 
 
 def _sample(record): # -> members of the tar: name -> bytes
-    about = {k: v for k, v in asdict(record).items() if k != 'image'} | dict(meta={k: v for k, v in record.meta.items() if k not in ('shard', 'offset', 'path')})
-    members, stem = {}, _stem(record.key)
+    about = {k: v for k, v in asdict(record).items() if k != 'image'} | dict(
+        meta={k: v for k, v in record.meta.items() if k not in ('shard', 'offset', 'path')}
+    )
+    members = {}
+    stem = _stem(record.key)
     if record.image is not None:
         data, kind, about['width'], about['height'] = _packed(record.image, record.key)
         members[f'{stem}.{kind}'] = data
@@ -348,22 +470,36 @@ def _state(folder, per_shard): # what the runs before have finished
     file = folder/'shards.json'
     state = read_json(file) if file.exists() else dict(per_shard=per_shard, shards=[], bad={}, done=False)
     if state['per_shard'] != per_shard:
-        raise Incompatible(f'cannot go on in {folder}', f'its shards hold {state["per_shard"]} records each, expected {per_shard}',
-                           'pass the same per_shard, or an empty folder')
+        raise Incompatible(
+            f'cannot go on in {folder}',
+            f'its shards hold {state["per_shard"]} records each, expected {per_shard}',
+            'pass the same per_shard, or an empty folder',
+        )
     for s in state['shards']:
         if not (folder/s['name']).is_file() or (folder/s['name']).stat().st_size != s['bytes']:
-            raise Incompatible(f'cannot go on in {folder}', f'{s["name"]} is missing or has another size', 'restore it, or begin with an empty folder')
+            raise Incompatible(
+                f'cannot go on in {folder}',
+                f'{s["name"]} is missing or has another size',
+                'restore it, or begin with an empty folder',
+            )
     return state
 
 
 def _rest(records, state): # the records after those that a run before has consumed
     if not state['shards']: return iter(records)
     last, resume = state['shards'][-1], state['shards'][-1]['resume']
-    rest = iter(records.again(resume)) if isinstance(records, Corpus) else islice(iter(records), last['consumed'] - 1, None)
+    rest = (
+        iter(records.again(resume))
+        if isinstance(records, Corpus)
+        else islice(iter(records), last['consumed'] - 1, None)
+    )
     found = next(rest, None)
     if found is None or found.key != last['last']:
-        raise Incompatible('cannot go on: these are other records', f'found {found.key if found else "the end"}, expected {last["last"]}',
-                           'pass the same records in the same order, or an empty folder')
+        raise Incompatible(
+            'cannot go on: these are other records',
+            f'found {found.key if found else "the end"}, expected {last["last"]}',
+            'pass the same records in the same order, or an empty folder',
+        )
     return rest
 
 
@@ -377,29 +513,50 @@ def write_shards(
     state = _state(folder, per_shard)
     if not state['done']:
         seen = {json.loads(data)['key'] for s in state['shards'] for _, data in _jsons(folder/s['name'])}
-        rest, consumed = _rest(records, state), state['shards'][-1]['consumed'] if state['shards'] else 0
+        rest = _rest(records, state)
+        consumed = state['shards'][-1]['consumed'] if state['shards'] else 0
         while consumed is not None: consumed = _write_shard(rest, records, folder, state, seen, consumed)
         _write_table(folder, state)
         write_json(folder/'shards.json', state | dict(done=True))
     named = ''.join(f'; {k}: {why}' for k, why in list(state['bad'].items())[:3])
-    say(f'{folder.name}: {sum(s["records"] for s in state["shards"]):,} records in {len(state["shards"])} shards, {len(state["bad"])} bad{named}')
+    say(
+        f'{folder.name}: {sum(s["records"] for s in state["shards"]):,} records in {len(state["shards"])} shards, {len(state["bad"])} bad{named}'
+    )
     return folder
 
 
 def _write_shard(rest, records, folder, state, seen, consumed): # -> records consumed so far, or None at the end
-    members, kept, bad, record = {}, 0, {}, None
+    members = {}
+    kept = 0
+    bad = {}
+    record = None
     while kept < state['per_shard'] and (following := next(rest, None)) is not None:
-        record, consumed = following, consumed + 1
+        record = following
+        consumed = consumed + 1
         try:
             if record.key in seen: raise Incompatible('its key was there before', '', 'make keys unique')
             members |= _sample(record)
-        except (Problem, UnicodeError) as e: bad[_whole(record.key) + ' again' * (record.key in seen)] = getattr(e, 'found', '') or getattr(e, 'what', str(e))
-        else: seen.add(record.key); kept += 1
+        except (Problem, UnicodeError) as e:
+            bad[_whole(record.key) + ' again' * (record.key in seen)] = getattr(e, 'found', '') or getattr(
+                e, 'what', str(e)
+            )
+        else:
+            seen.add(record.key)
+            kept += 1
     state['bad'] |= bad
     if members:
         _write_tar(path := folder/f'{len(state["shards"]):05}.tar', members)
         resume = records._at(record.meta, consumed, 0) if isinstance(records, Corpus) else {}
-        state['shards'].append(dict(name=path.name, records=kept, consumed=consumed, last=record.key, resume=resume, bytes=path.stat().st_size))
+        state['shards'].append(
+            dict(
+                name=path.name,
+                records=kept,
+                consumed=consumed,
+                last=record.key,
+                resume=resume,
+                bytes=path.stat().st_size,
+            )
+        )
         write_json(folder/'shards.json', state)
     return consumed if kept == state['per_shard'] else None
 
@@ -409,19 +566,31 @@ def _jsons(tar): # (image member or '', JSON bytes) of each sample
         members = t.getmembers()
         images = {m.name.partition('.')[0]: m.name for m in members if not m.name.endswith('.json')}
         for m in members:
-            if m.name.endswith('.json'): yield images.get(m.name.partition('.')[0], ''), t.extractfile(m).read()
+            if m.name.endswith('.json'):
+                yield images.get(m.name.partition('.')[0], ''), t.extractfile(m).read()
 
 
 def _table_rows(folder, shard): # of one shard
     for image, data in _jsons(folder/shard):
         about = json.loads(data)
-        record = PairRecord(about['key'], None, tuple(about['captions']), **{n: about[n] for n in ('source', 'split', 'tier', 'scene')})
+        record = PairRecord(
+            about['key'],
+            None,
+            tuple(about['captions']),
+            **{n: about[n] for n in ('source', 'split', 'tier', 'scene')},
+        )
         for row in _rows(record, shard=shard, width=about.get('width', 0), height=about.get('height', 0)):
             yield row | dict(path=f'{shard}!{image}' if image else '', n_tokens=token_count(row['caption']))
 
 
 def _write_table(folder, state): # one group of rows a shard
     import pyarrow as pa, pyarrow.parquet as pq
-    schema = pa.schema([*((c, pa.string()) for c in (*COLUMNS[:-1], 'shard', 'path')), *((c, pa.int32()) for c in ('width', 'height', 'n_tokens'))])
+    schema = pa.schema(
+        [
+            *((c, pa.string()) for c in (*COLUMNS[:-1], 'shard', 'path')),
+            *((c, pa.int32()) for c in ('width', 'height', 'n_tokens')),
+        ]
+    )
     with atomic(folder/'pairs.parquet') as tmp, pq.ParquetWriter(tmp, schema, compression='zstd') as out:
-        for s in state['shards']: out.write_table(pa.Table.from_pylist(list(_table_rows(folder, s['name'])), schema))
+        for s in state['shards']:
+            out.write_table(pa.Table.from_pylist(list(_table_rows(folder, s['name'])), schema))

@@ -15,11 +15,16 @@ import numpy as np
 
 from ..core import unknown, write_json
 
-# %% ../../nbs/10_data.synthetic.ipynb #33b3e7b9
+# %% ../../nbs/10_data.synthetic.ipynb #c93c84ee
 CLASSES = ('ground', 'building', 'road', 'vegetation', 'water', 'vehicle')
 PALETTE = ((222, 203, 164), (214, 69, 65), (128, 128, 140), (66, 146, 70), (52, 120, 200), (250, 200, 30))
 GROUND, BUILDING, ROAD, VEGETATION, WATER, VEHICLE = range(6)
-SCENE_TYPES = {'town': 'a town seen from straight above', 'rural': 'farmland with fields and hedges', 'oblique': 'streets seen obliquely from a drone', 'flood': 'a flooded town with muddy water'}
+SCENE_TYPES = {
+    'town': 'a town seen from straight above',
+    'rural': 'farmland with fields and hedges',
+    'oblique': 'streets seen obliquely from a drone',
+    'flood': 'a flooded town with muddy water',
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Scene:
     caption: str # what is in it
     scene_type: str # key of SCENE_TYPES
 
-# %% ../../nbs/10_data.synthetic.ipynb #61ed2df4
+# %% ../../nbs/10_data.synthetic.ipynb #425fe313
 def _surface(rng, size, smooth): # (size,size) smooth random surface, mean 0, std 1
     from scipy.ndimage import gaussian_filter
     z = gaussian_filter(rng.standard_normal((size, size)), smooth * size, mode='wrap')
@@ -45,7 +50,10 @@ class _Land:
         self.tint = np.zeros((size, size, 3), np.float32)
 
     def fill(self, where, label, spread=0.05):
-        self.mask[where], self.tint[where] = label, self.rng.normal(0, spread) + self.rng.normal(0, spread / 2.5, 3)
+        self.mask[where], self.tint[where] = (
+            label,
+            self.rng.normal(0, spread) + self.rng.normal(0, spread / 2.5, 3),
+        )
 
     def polygon(self, points, label, spread=0.08):
         from PIL import Image, ImageDraw
@@ -54,22 +62,26 @@ class _Land:
         self.fill(np.asarray(canvas), label, spread)
 
     def box(self, centre, w, h, angle, label, spread=0.08):
-        c, s = np.cos(angle), np.sin(angle)
+        c = np.cos(angle)
+        s = np.sin(angle)
         corners = np.array([(-w, -h), (w, -h), (w, h), (-w, h)]) / 2
         self.polygon(corners @ np.array([(c, s), (-s, c)]) + centre, label, spread)
 
-# %% ../../nbs/10_data.synthetic.ipynb #6fc80b3e
+# %% ../../nbs/10_data.synthetic.ipynb #9cdc866c
 def _fields(land):
     seeds = land.rng.random((land.rng.integers(8, 16), 2)) * land.size
     yy, xx = np.mgrid[:land.size, :land.size]
     nearest = ((yy[..., None] - seeds[:, 0])**2 + (xx[..., None] - seeds[:, 1])**2).argmin(-1)
-    for i in range(len(seeds)): land.fill(nearest == i, VEGETATION if land.rng.random() < 0.6 else GROUND, 0.10)
+    for i in range(len(seeds)):
+        land.fill(nearest == i, VEGETATION if land.rng.random() < 0.6 else GROUND, 0.10)
 
 
 def _streets(land, angle, gap, width, lots):
     "Draw parallel and crossing streets; line them with buildings and vehicles."
-    along, across = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
-    middle, reach = np.full(2, land.size / 2), int(1.5 * land.size)
+    along = np.array([np.cos(angle), np.sin(angle)])
+    across = np.array([-np.sin(angle), np.cos(angle)])
+    middle = np.full(2, land.size / 2)
+    reach = int(1.5 * land.size)
     for offset in np.arange(-reach, reach, gap) + land.rng.uniform(0, gap):
         land.box(middle + offset * across, 3 * land.size, width, angle, ROAD, 0.03)
         for step in np.arange(-reach, reach, gap * 0.32):
@@ -77,17 +89,27 @@ def _streets(land, angle, gap, width, lots):
             side = land.rng.choice([-1, 1]) * (width / 2 + gap * 0.22)
             w, h = land.rng.uniform(0.14, 0.26, 2) * gap
             land.box(middle + step * along + (offset + side) * across, w, h, angle, BUILDING, 0.14)
-    land.box(middle + land.rng.uniform(-0.3, 0.3) * land.size * along, 3 * land.size, width, angle + np.pi / 2, ROAD, 0.03)
+    land.box(
+        middle + land.rng.uniform(-0.3, 0.3) * land.size * along,
+        3 * land.size,
+        width,
+        angle + np.pi / 2,
+        ROAD,
+        0.03,
+    )
     _traffic(land, along, angle, width)
 
 
 def _traffic(land, along, angle, width):
     ys, xs = np.nonzero(land.mask == ROAD)
-    for i in land.rng.integers(0, max(len(ys), 1), len(ys) // 250): land.box((xs[i], ys[i]), width * 0.55, width * 0.28, angle, VEHICLE, 0.25)
+    for i in land.rng.integers(0, max(len(ys), 1), len(ys) // 250):
+        land.box((xs[i], ys[i]), width * 0.55, width * 0.28, angle, VEHICLE, 0.25)
 
-# %% ../../nbs/10_data.synthetic.ipynb #c7a04d6a
+# %% ../../nbs/10_data.synthetic.ipynb #5484d0b3
 def _layout(scene_type, rng, size):
-    land, angle, unit = _Land(rng, size), rng.uniform(0, np.pi), size / 128
+    land = _Land(rng, size)
+    angle = rng.uniform(0, np.pi)
+    unit = size / 128
     if scene_type == 'rural':
         _fields(land)
         land.fill(_surface(rng, size, 0.08) > 1.5, VEGETATION)
@@ -101,8 +123,18 @@ def _layout(scene_type, rng, size):
         land.fill(np.abs(_surface(rng, size, 0.2)) < 0.12, WATER)
     return land
 
-# %% ../../nbs/10_data.synthetic.ipynb #a44e7c60
-_BASE = np.array([(.62, .54, .42), (.60, .45, .40), (.48, .48, .50), (.30, .42, .24), (.24, .36, .44), (.70, .65, .60)], np.float32)
+# %% ../../nbs/10_data.synthetic.ipynb #124b617c
+_BASE = np.array(
+    [
+        (0.62, 0.54, 0.42),
+        (0.60, 0.45, 0.40),
+        (0.48, 0.48, 0.50),
+        (0.30, 0.42, 0.24),
+        (0.24, 0.36, 0.44),
+        (0.70, 0.65, 0.60),
+    ],
+    np.float32,
+)
 _GRAIN = np.array([.05, .03, .02, .07, .02, .02], np.float32)
 
 
@@ -125,19 +157,27 @@ def _tilt(image, mask, rng):
     n = len(mask)
     v, u = np.mgrid[:n, :n] / (n - 1)
     depth = 1 / (0.55 + 0.45 * v)                                      # 1.8 at the top, 1 at the bottom
-    rows, cols = (1 - (depth - 1) / 0.82) * (n - 1), ((u - 0.5) * depth * 0.55 + 0.5) * (n - 1)
+    rows = (1 - (depth - 1) / 0.82) * (n - 1)
+    cols = ((u - 0.5) * depth * 0.55 + 0.5) * (n - 1)
     wall = np.roll(mask == BUILDING, n // 40, 0) & (mask != BUILDING)
-    image, mask = np.where(wall[..., None], 0.55 * np.roll(image, n // 40, 0), image), np.where(wall, BUILDING, mask)
-    tilted = np.stack([map_coordinates(image[..., c], (rows, cols), order=1, mode='nearest') for c in range(3)], -1)
+    image = np.where(wall[..., None], 0.55 * np.roll(image, n // 40, 0), image)
+    mask = np.where(wall, BUILDING, mask)
+    tilted = np.stack(
+        [map_coordinates(image[..., c], (rows, cols), order=1, mode='nearest') for c in range(3)], -1
+    )
     fade = 0.35 * (1 - v[..., None])**2
     return tilted * (1 - fade) + 0.75 * fade, map_coordinates(mask, (rows, cols), order=0, mode='nearest')
 
-# %% ../../nbs/10_data.synthetic.ipynb #d0721a33
+# %% ../../nbs/10_data.synthetic.ipynb #f94bdcbc
 def caption(mask: np.ndarray, scene_type: str) -> str:
     "Describe a scene from its class shares."
     share = np.bincount(mask.ravel(), minlength=6)[:6] / mask.size
     words = ['hardly any', 'some', 'much']
-    parts = [f'{words[int(np.digitize(share[c], (0.04, 0.25)))]} {CLASSES[c]}' for c in (BUILDING, VEGETATION, WATER) if share[c] > 0.005]
+    parts = [
+        f'{words[int(np.digitize(share[c], (0.04, 0.25)))]} {CLASSES[c]}'
+        for c in (BUILDING, VEGETATION, WATER)
+        if share[c] > 0.005
+    ]
     return f'{SCENE_TYPES[scene_type]}, with {", ".join(parts)}' if parts else SCENE_TYPES[scene_type]
 
 
@@ -150,7 +190,8 @@ def scene(
     if scene_type not in SCENE_TYPES: raise unknown('scene_type', scene_type, SCENE_TYPES)
     rng = np.random.default_rng([list(SCENE_TYPES).index(scene_type), seed])
     land = _layout(scene_type, rng, size)
-    image, mask = _paint(land, scene_type, rng), land.mask
+    image = _paint(land, scene_type, rng)
+    mask = land.mask
     if scene_type == 'oblique': image, mask = _tilt(image, mask, rng)
     image = np.ascontiguousarray(np.clip(image, 0, 1).transpose(2, 0, 1), np.float32)
     return Scene(image, mask.astype(np.uint8), caption(mask, scene_type), scene_type)
@@ -162,12 +203,13 @@ def colours(mask: np.ndarray) -> np.ndarray: # (H,W,3) uint8
     table[:6] = PALETTE
     return table[mask]
 
-# %% ../../nbs/10_data.synthetic.ipynb #117c3968
+# %% ../../nbs/10_data.synthetic.ipynb #899d2dd7
 def _blur(x, level, rng):
     from scipy.ndimage import gaussian_filter
     return gaussian_filter(x, (0, 4 * level, 4 * level))
 
-def _haze(x, level, rng): return x * (1 - 0.8 * level) + 0.8 * level * np.array([.78, .80, .83], np.float32)[:, None, None]
+def _haze(x, level, rng):
+    return x * (1 - 0.8 * level) + 0.8 * level * np.array([.78, .80, .83], np.float32)[:, None, None]
 def _noise(x, level, rng): return x + 0.25 * level * rng.standard_normal(x.shape)
 
 def _shadow(x, level, rng):
@@ -177,7 +219,9 @@ def _shadow(x, level, rng):
 def _jpeg(x, level, rng):
     from PIL import Image
     buffer = io.BytesIO()
-    Image.fromarray((x.transpose(1, 2, 0) * 255).astype(np.uint8)).save(buffer, 'JPEG', quality=int(round(90 - 87 * level)))
+    Image.fromarray((x.transpose(1, 2, 0) * 255).astype(np.uint8)).save(
+        buffer, 'JPEG', quality=int(round(90 - 87 * level))
+    )
     return np.asarray(Image.open(buffer), np.float32).transpose(2, 0, 1) / 255
 
 def _season(x, level, rng): # green fades towards dry yellow, then everything pales
@@ -189,11 +233,16 @@ def _resolution(x, level, rng):
     from PIL import Image
     h, w = x.shape[1:]
     small = max(4, round(w / (1 + 7 * level))), max(4, round(h / (1 + 7 * level)))
-    shrink = [Image.fromarray(c).resize(small, Image.Resampling.BOX).resize((w, h), Image.Resampling.BICUBIC) for c in x]
+    shrink = [
+        Image.fromarray(c).resize(small, Image.Resampling.BOX).resize((w, h), Image.Resampling.BICUBIC)
+        for c in x
+    ]
     return np.stack([np.asarray(c) for c in shrink])
 
 
-KINDS = dict(blur=_blur, haze=_haze, noise=_noise, shadow=_shadow, jpeg=_jpeg, season=_season, resolution=_resolution)
+KINDS = dict(
+    blur=_blur, haze=_haze, noise=_noise, shadow=_shadow, jpeg=_jpeg, season=_season, resolution=_resolution
+)
 
 
 def degrade(
@@ -207,7 +256,7 @@ def degrade(
     if level <= 0: return image.copy()
     return np.clip(KINDS[kind](image, min(level, 1.0), np.random.default_rng(seed)), 0, 1).astype(np.float32)
 
-# %% ../../nbs/10_data.synthetic.ipynb #adf49b9b
+# %% ../../nbs/10_data.synthetic.ipynb #c7a2fb7d
 def _cut(s: Scene, size): # four tiles of a scene of twice their side
     for i, (y, x) in enumerate(((0, 0), (0, size), (size, 0), (size, size))):
         yield i, x, y, s.image[:, y:y+size, x:x+size], s.mask[y:y+size, x:x+size]
@@ -223,26 +272,58 @@ def write_scenes(
 ) -> Path: # the folder
     "Write a synthetic dataset in the folder format of real sources."
     import pandas as pd
-    root, looks = Path(root), (looks,) if isinstance(looks, str) else tuple(looks)
+    root = Path(root)
+    looks = (looks,) if isinstance(looks, str) else tuple(looks)
     for sub in ('images', 'masks'): (root/sub).mkdir(parents=True, exist_ok=True)
-    rows = [row for scene_type in looks for n in range(seed, seed + scenes) for row in _write_scene(root, scene_type, n, size, damaged)]
+    rows = [
+        row
+        for scene_type in looks
+        for n in range(seed, seed + scenes)
+        for row in _write_scene(root, scene_type, n, size, damaged)
+    ]
     pd.DataFrame(rows).to_csv(root/'splits.csv', index=False)
     table = [dict(id=i, name=c, rgb=list(PALETTE[i]), common=c) for i, c in enumerate(CLASSES)]
-    write_json(root/'classes.json', dict(dataset=f'synth_{looks[0]}' if len(looks) == 1 else 'synthetic', ignore_index=255, classes=table, gsd_m=0.3))
+    write_json(
+        root / 'classes.json',
+        dict(
+            dataset=f'synth_{looks[0]}' if len(looks) == 1 else 'synthetic',
+            ignore_index=255,
+            classes=table,
+            gsd_m=0.3,
+        ),
+    )
     return root
 
 
 def _write_scene(root, scene_type, n, size, damaged):
     from PIL import Image
     rng = np.random.default_rng([n, 99])
-    kind, level = (str(rng.choice(list(KINDS))), rng.uniform(0.15, 0.9)) if rng.random() < damaged else ('none', 0.0)
+    kind, level = (
+        (str(rng.choice(list(KINDS))), rng.uniform(0.15, 0.9)) if rng.random() < damaged else ('none', 0.0)
+    )
     for i, x, y, image, mask in _cut(scene(scene_type, n, 2 * size), size):
         if level: image = degrade(image, kind, level, n)
         name = f'{scene_type}{n:04d}_{i}'
-        Image.fromarray((image.transpose(1, 2, 0) * 255).round().astype(np.uint8)).save(root/'images'/f'{name}.png')
+        Image.fromarray((image.transpose(1, 2, 0) * 255).round().astype(np.uint8)).save(
+            root / 'images' / f'{name}.png'
+        )
         _save_mask(root/'masks'/f'{name}.png', mask)
-        yield dict(tile=name, image=f'images/{name}.png', mask=f'masks/{name}.png', scene=f'{scene_type}{n:04d}', split=('train', 'train', 'train', 'val', 'test')[n % 5],
-                   width=size, height=size, source_file=f'{scene_type} seed {n}', x0=x, y0=y, downscale=1, scene_type=scene_type, kind=kind, level=round(level, 3))
+        yield dict(
+            tile=name,
+            image=f'images/{name}.png',
+            mask=f'masks/{name}.png',
+            scene=f'{scene_type}{n:04d}',
+            split=('train', 'train', 'train', 'val', 'test')[n % 5],
+            width=size,
+            height=size,
+            source_file=f'{scene_type} seed {n}',
+            x0=x,
+            y0=y,
+            downscale=1,
+            scene_type=scene_type,
+            kind=kind,
+            level=round(level, 3),
+        )
 
 
 def _save_mask(path, mask):

@@ -20,14 +20,18 @@ from ..segment.metrics import IGNORE, wide
 from ..tables.sqed import PredictionGrid, prediction_grids
 from ..tables.store import Store, get_vectors, put_vectors
 
-# %% ../../nbs/54_quality.baselines.ipynb #5f68024b
+# %% ../../nbs/54_quality.baselines.ipynb #aa3d2830
 class MeanBaseline(RegressorMixin, BaseEstimator):
     "Predict the mean training OA of rows with the same keys; where they are unknown together, with the last key alone, then with the others."
     def __init__(self, by: tuple = ('dataset', 'method')): self.by = by
 
     def fit(self, X: pd.DataFrame, y=None):
         self.overall_ = float(X.oa.mean())
-        self.means_ = {keys: X.groupby(list(keys), observed=True).oa.mean() for keys in dict.fromkeys((tuple(self.by), *((k,) for k in reversed(self.by)))) if keys}
+        self.means_ = {
+            keys: X.groupby(list(keys), observed=True).oa.mean()
+            for keys in dict.fromkeys((tuple(self.by), *((k,) for k in reversed(self.by))))
+            if keys
+        }
         return self
 
     def predict(self, X: pd.DataFrame) -> np.ndarray: # (len(X),) 0..1
@@ -37,19 +41,28 @@ class MeanBaseline(RegressorMixin, BaseEstimator):
             told = np.where(np.isnan(told), means.reindex(index).to_numpy(float), told)
         return np.where(np.isnan(told), self.overall_, told)
 
-# %% ../../nbs/54_quality.baselines.ipynb #fc1d03c0
+# %% ../../nbs/54_quality.baselines.ipynb #1b011a4b
 class ColumnBaseline(RegressorMixin, BaseEstimator):
     "Predict OA from one label-free column, raw or through a line fitted on training rows."
     def __init__(self, column: str = 'conf', fitted: bool = True): self.column, self.fitted = column, fitted
 
     def _x(self, X):
-        if self.column not in X: raise SchemaError(f'cannot use column {self.column!r}', 'it is not in the table', 'build the table with build_sqed')
+        if self.column not in X:
+            raise SchemaError(
+                f'cannot use column {self.column!r}',
+                'it is not in the table',
+                'build the table with build_sqed',
+            )
         return X[self.column].to_numpy(float)
 
     def fit(self, X: pd.DataFrame, y=None):
         x = self._x(X)
         ok = np.isfinite(x)
-        self.line_ = np.polyfit(x[ok], X.oa.to_numpy(float)[ok], 1) if self.fitted and ok.sum() > 2 and np.ptp(x[ok]) > 0 else (1.0, 0.0)
+        self.line_ = (
+            np.polyfit(x[ok], X.oa.to_numpy(float)[ok], 1)
+            if self.fitted and ok.sum() > 2 and np.ptp(x[ok]) > 0
+            else (1.0, 0.0)
+        )
         self.mean_ = float(X.oa.mean())
         return self
 
@@ -57,13 +70,14 @@ class ColumnBaseline(RegressorMixin, BaseEstimator):
         x = self._x(X)
         return np.clip(np.where(np.isfinite(x), np.polyval(self.line_, x), self.mean_), 0, 1)
 
-# %% ../../nbs/54_quality.baselines.ipynb #d476985a
+# %% ../../nbs/54_quality.baselines.ipynb #33e7b2d1
 def fit_groups(
     table: pd.DataFrame, # columns dataset and method
     value, # function: row numbers -> number or array
 ) -> dict: # (dataset, method) -> value; '' stands for any
     "Compute a value for each (dataset, method), each method, each dataset, and all rows."
-    names, found = table[['dataset', 'method']].astype(str).reset_index(drop=True), {}
+    names = table[['dataset', 'method']].astype(str).reset_index(drop=True)
+    found = {}
     for dropped in ([], ['dataset'], ['method'], ['dataset', 'method']):
         groups = names.assign(**dict.fromkeys(dropped, '')).groupby(['dataset', 'method'], sort=True).indices
         found |= {key: value(rows) for key, rows in groups.items()}
@@ -73,19 +87,25 @@ def fit_groups(
 def read_groups(table: pd.DataFrame, found: dict) -> np.ndarray: # found: from fit_groups -> (len(table),) or (len(table),d)
     "Give each row the value of its own group, or of the nearest group that is known."
     pairs = zip(table.dataset.astype(str), table.method.astype(str))
-    return np.array([next(found[key] for key in ((d, m), ('', m), (d, ''), ('', '')) if key in found) for d, m in pairs])
+    return np.array(
+        [next(found[key] for key in ((d, m), ('', m), (d, ''), ('', '')) if key in found) for d, m in pairs]
+    )
 
-# %% ../../nbs/54_quality.baselines.ipynb #399face1
+# %% ../../nbs/54_quality.baselines.ipynb #159b2ce1
 class DifferenceBaseline(RegressorMixin, BaseEstimator):
     "Move the training OA of dataset and method as far as confidence moved (DoC, Guillory et al., 2021)."
-    def __init__(self, column: str = 'conf_t', regression: bool = False): self.column, self.regression = column, regression
+    def __init__(self, column: str = 'conf_t', regression: bool = False):
+        self.column, self.regression = column, regression
 
     def fit(self, X: pd.DataFrame, y=None):
-        x, oa = ColumnBaseline(self.column)._x(X), X.oa.to_numpy(float)
+        x = ColumnBaseline(self.column)._x(X)
+        oa = X.oa.to_numpy(float)
         x = np.where(np.isfinite(x), x, np.nanmean(x))
-        self.centre_, pull = float(x.mean()), 8 * max(x.var(), 1e-9)
+        self.centre_ = float(x.mean())
+        pull = 8 * max(x.var(), 1e-9)
         def line(i):
-            dx, dy = x[i] - x[i].mean(), oa[i] - oa[i].mean()
+            dx = x[i] - x[i].mean()
+            dy = oa[i] - oa[i].mean()
             return x[i].mean(), oa[i].mean(), (dx @ dy + pull) / (dx @ dx + pull) if self.regression else 1.0
         self.lines_ = fit_groups(X, line)
         return self
@@ -94,8 +114,10 @@ class DifferenceBaseline(RegressorMixin, BaseEstimator):
         x, (mean, oa, slope) = ColumnBaseline(self.column)._x(X), read_groups(X, self.lines_).T
         return np.clip(oa + slope * np.where(np.isfinite(x), x - mean, 0), 0, 1)
 
-# %% ../../nbs/54_quality.baselines.ipynb #0bd572d6
-def _plogp(): x = np.arange(256, dtype=np.float32) / 255; return -x * np.log(np.maximum(x, 1e-9))
+# %% ../../nbs/54_quality.baselines.ipynb #24a4fb4d
+def _plogp():
+    x = np.arange(256, dtype=np.float32) / 255
+    return -x * np.log(np.maximum(x, 1e-9))
 
 
 def histograms(
@@ -107,7 +129,7 @@ def histograms(
     counts = [[np.bincount(grid.ravel(), minlength=256) for grid in level] for level in levels]
     return np.concatenate(counts, 1).astype(np.float32) / levels[0][0].size
 
-# %% ../../nbs/54_quality.baselines.ipynb #5902c475
+# %% ../../nbs/54_quality.baselines.ipynb #1c368247
 KEPT = 48
 _WHAT = [f'{q}{part}' for q in ('entropy', 'gap', 'variation') for part in ('', '_std', '_in', '_edge')]
 SEGMENT = ('area', 'inner', *_WHAT, 'p1', 'p2', 'p3', 'p4', 'class', 'right', 'known')
@@ -122,7 +144,13 @@ def _largest(parts): # (P,) segment numbers -> the same by size, everything smal
 
 def _doubts(p): # (K,P) shares -> (3,P) entropy, 1 - margin, variation ratio
     second, first = np.partition(p, -2, axis=0)[-2:] if len(p) > 1 else (0 * p[0], p[0])
-    return np.stack([-(p * np.log(np.maximum(p, 1e-9))).sum(0) / max(np.log(len(p)), 1e-9), 1 - (first - second), 1 - first])
+    return np.stack(
+        [
+            -(p * np.log(np.maximum(p, 1e-9))).sum(0) / max(np.log(len(p)), 1e-9),
+            1 - (first - second),
+            1 - first,
+        ]
+    )
 
 
 def segment_table(
@@ -131,20 +159,43 @@ def segment_table(
     truth: np.ndarray, # (h,w) class ids, 255 = ignore
 ) -> np.ndarray: # (S, len(SEGMENT)) float16; area, right and known are shares of the map
     "Describe each segment of a map."
-    x, parts = p.reshape(len(p), -1) / np.float32(255), _largest(segments(pred).ravel())
-    inner, known = ~boundary(pred).ravel(), truth.ravel() != IGNORE
+    x = p.reshape(len(p), -1) / np.float32(255)
+    parts = _largest(segments(pred).ravel())
+    inner = ~boundary(pred).ravel()
+    known = truth.ravel() != IGNORE
     uncertainty = _doubts(x)
-    points = np.concatenate([[np.ones_like(inner), inner, known & (pred == truth).ravel(), known], uncertainty, uncertainty**2, uncertainty * inner, x]).astype(np.float32)
+    points = np.concatenate(
+        [
+            [np.ones_like(inner), inner, known & (pred == truth).ravel(), known],
+            uncertainty,
+            uncertainty**2,
+            uncertainty * inner,
+            x,
+        ]
+    ).astype(np.float32)
     sums = (parts == np.arange(parts.max() + 1)[:, None]).astype(np.float32) @ points.T
     (n, n_in), mean = sums[:, :2].T, sums / sums[:, :1]
     with np.errstate(divide='ignore', invalid='ignore'):
-        edge = np.where(n > n_in, n - n_in, np.nan)[:, None]                # a segment without an edge: rounding must not make one
-        told = np.stack([mean[:, 4:7], np.sqrt(np.maximum(mean[:, 7:10] - mean[:, 4:7]**2, 0)), sums[:, 10:13] / n_in[:, None], (sums[:, 4:7] - sums[:, 10:13]) / edge], 2)
+        # a segment without an edge: rounding must not make one
+        edge = np.where(n > n_in, n - n_in, np.nan)[:, None]
+        told = np.stack(
+            [
+                mean[:, 4:7],
+                np.sqrt(np.maximum(mean[:, 7:10] - mean[:, 4:7] ** 2, 0)),
+                sums[:, 10:13] / n_in[:, None],
+                (sums[:, 4:7] - sums[:, 10:13]) / edge,
+            ],
+            2,
+        )
     top = np.pad(-np.sort(-mean[:, 13:], 1), ((0, 0), (0, 4)))[:, :4]
-    kind = np.where(np.arange(len(n)) < KEPT, pred.ravel()[np.unique(parts, return_index=True)[1]].astype(int), -1)
-    return np.column_stack([n / len(inner), n_in / n, told.reshape(len(n), 12), top, kind, sums[:, 2:4] / len(inner)]).astype(np.float16)
+    kind = np.where(
+        np.arange(len(n)) < KEPT, pred.ravel()[np.unique(parts, return_index=True)[1]].astype(int), -1
+    )
+    return np.column_stack(
+        [n / len(inner), n_in / n, told.reshape(len(n), 12), top, kind, sums[:, 2:4] / len(inner)]
+    ).astype(np.float16)
 
-# %% ../../nbs/54_quality.baselines.ipynb #926f2093
+# %% ../../nbs/54_quality.baselines.ipynb #da6b4acb
 def map_keys(table: pd.DataFrame) -> pd.Series: # (len(table),)
     "Name each map as the store does: image_id|method_fp."
     return table.image_id.astype(str) + '|' + table.method_fp.astype(str)
@@ -165,20 +216,36 @@ def condense(
     keys = map_keys(table)
     todo = table[keys.isin({k for name in tables for k in store.missing(name, keys)})]
     if todo.empty: return
-    named, ids = dict(zip(zip(todo.image_id.astype(str), todo.method.astype(str)), map_keys(todo))), np.sort(todo.image_id.unique())
+    named = dict(zip(zip(todo.image_id.astype(str), todo.method.astype(str)), map_keys(todo)))
+    ids = np.sort(todo.image_id.unique())
     for part in progress([ids[i:i+chunk] for i in range(0, len(ids), chunk)], 'condensing maps', unit='chunk'):
         _keep(store, prediction_grids(store, todo[todo.image_id.isin(part)]), named, tables)
 
 
 def _keep(store, found, named, tables=('conf_hist', 'segments')): # [PredictionGrid], (image_id, method) -> key
     at = [named[l.image_id, m] for l in found for m in l.methods]
-    if 'segments' in tables: store.put('segments', pd.DataFrame(dict(key=at, data=[segment_table(p, pred, l.truth).tobytes() for l in found for p, pred in zip(l.p, l.pred)])))
-    if 'conf_hist' in tables: put_vectors(store, 'conf_hist', at, np.concatenate([histograms(l.p) for l in found]))
+    if 'segments' in tables:
+        store.put(
+            'segments',
+            pd.DataFrame(
+                dict(
+                    key=at,
+                    data=[
+                        segment_table(p, pred, l.truth).tobytes()
+                        for l in found
+                        for p, pred in zip(l.p, l.pred)
+                    ],
+                )
+            ),
+        )
+    if 'conf_hist' in tables:
+        put_vectors(store, 'conf_hist', at, np.concatenate([histograms(l.p) for l in found]))
 
-# %% ../../nbs/54_quality.baselines.ipynb #6c2fe682
+# %% ../../nbs/54_quality.baselines.ipynb #6c32cf07
 class ThresholdBaseline(RegressorMixin, BaseEstimator):
     "Predict the share of pixels above a threshold, one for each dataset and method (ATC, Garg et al., 2022)."
-    def __init__(self, store: str = '', score: str = 'confidence', fitted: bool = False): self.store, self.score, self.fitted = store, score, fitted
+    def __init__(self, store: str = '', score: str = 'confidence', fitted: bool = False):
+        self.store, self.score, self.fitted = store, score, fitted
 
     def _above(self, X): # (n,257) share of points at or above each level
         half = {'confidence': slice(0, 256), 'certainty': slice(256, 512)}[self.score]
@@ -188,28 +255,36 @@ class ThresholdBaseline(RegressorMixin, BaseEstimator):
     def _share(self, X, above): # (n,) above the threshold of the row's group
         t = read_groups(X, self.levels_)
         low = np.minimum(t.astype(int), 255)
-        at, rest = np.arange(len(X)), t - low
+        at = np.arange(len(X))
+        rest = t - low
         return above[at, low] * (1 - rest) + above[at, low + 1] * rest
 
     def fit(self, X: pd.DataFrame, y=None):
         condense(Store(self.store), X, tables=('conf_hist',))
-        above, oa = self._above(X), X.oa.to_numpy(float)
-        self.levels_ = fit_groups(X, lambda i: np.interp(oa[i].mean(), above[i].mean(0)[::-1], np.arange(257.)[::-1]))
+        above = self._above(X)
+        oa = X.oa.to_numpy(float)
+        self.levels_ = fit_groups(
+            X, lambda i: np.interp(oa[i].mean(), above[i].mean(0)[::-1], np.arange(257.0)[::-1])
+        )
         share = self._share(X, above)
-        self.line_ = np.polyfit(share, oa, 1) if self.fitted and len(X) > 2 and np.ptp(share) > 0 else (1.0, 0.0)
+        self.line_ = (
+            np.polyfit(share, oa, 1) if self.fitted and len(X) > 2 and np.ptp(share) > 0 else (1.0, 0.0)
+        )
         return self
 
     def predict(self, X: pd.DataFrame) -> np.ndarray: # (len(X),) 0..1
         condense(Store(self.store), X, tables=('conf_hist',))
         return np.clip(np.polyval(self.line_, self._share(X, self._above(X))), 0, 1)
 
-# %% ../../nbs/54_quality.baselines.ipynb #407a5f13
+# %% ../../nbs/54_quality.baselines.ipynb #a99e50d2
 def deal_scenes(table: pd.DataFrame, k: int = 2, seed: int = 0) -> np.ndarray: # (len(table),) 0..k-1; all 0 where there is one scene
     "Deal scenes into k parts, evenly over datasets."
     names = table.dataset.astype(str).to_numpy(str), table.scene.astype(str).to_numpy(str)
     scenes, at = np.unique(np.stack(names, 1), axis=0, return_inverse=True)
     part = np.empty(len(scenes), int)
-    part[np.lexsort((np.random.default_rng(seed).random(len(scenes)), scenes[:, 0]))] = np.arange(len(scenes)) % k
+    part[np.lexsort((np.random.default_rng(seed).random(len(scenes)), scenes[:, 0]))] = (
+        np.arange(len(scenes)) % k
+    )
     return part[at.ravel()]
 
 
@@ -225,46 +300,94 @@ class SegmentBaseline(RegressorMixin, BaseEstimator):
         limit: int = 60_000, # segments drawn for training
         leaves: tuple = (7, 31), # sizes of trees to choose from
         seed: int = 0,
-    ): self.store, self.limit, self.leaves, self.seed = store, limit, leaves, seed
+    ):
+        self.store = store
+        self.limit = limit
+        self.leaves = leaves
+        self.seed = seed
 
     def _segments(self, X): # (N,F) float32, (N,) row of each
         condense(Store(self.store), X)
-        tables = [np.frombuffer(b, np.float16).reshape(-1, len(SEGMENT)) for b in Store(self.store).take('segments', map_keys(X), ['data'])['data'].to_pylist()]
-        return np.concatenate(tables).astype(np.float32), np.repeat(np.arange(len(X)), [len(t) for t in tables])
+        tables = [
+            np.frombuffer(b, np.float16).reshape(-1, len(SEGMENT))
+            for b in Store(self.store).take('segments', map_keys(X), ['data'])['data'].to_pylist()
+        ]
+        return np.concatenate(tables).astype(np.float32), np.repeat(
+            np.arange(len(X)), [len(t) for t in tables]
+        )
 
-    def _classes(self, X, s, row): return 256 * pd.Index(self.datasets_).get_indexer(X.dataset.astype(str))[row] + s[:, SEGMENT.index('class')] + 1
+    def _classes(self, X, s, row):
+        return (
+            256 * pd.Index(self.datasets_).get_indexer(X.dataset.astype(str))[row]
+            + s[:, SEGMENT.index('class')]
+            + 1
+        )
 
     def _x(self, X, s, row): # numbers, then class of dataset and method as categories
-        return np.column_stack([s[:, :SEGMENT.index('class')], _code(self.classes_, self._classes(X, s, row)), _code(self.methods_, X.method.astype(str))[row]])
+        return np.column_stack(
+            [
+                s[:, : SEGMENT.index('class')],
+                _code(self.classes_, self._classes(X, s, row)),
+                _code(self.methods_, X.method.astype(str))[row],
+            ]
+        )
 
     def _boost(self, x, s, leaves): # trained on segments drawn as often as they have labelled points
         from sklearn.ensemble import HistGradientBoostingRegressor
         right, known = s[:, -2:].T.astype(np.float64)
         n = min(self.limit, 4 * len(x))
-        at = np.searchsorted(np.cumsum(known) / known.sum(), (np.arange(n) + np.random.default_rng(self.seed).random()) / n).clip(max=len(x) - 1)
-        trees = HistGradientBoostingRegressor(max_iter=100, max_leaf_nodes=leaves, min_samples_leaf=30, categorical_features=[x.shape[1] - 2, x.shape[1] - 1], early_stopping=False, random_state=self.seed)
+        at = np.searchsorted(
+            np.cumsum(known) / known.sum(), (np.arange(n) + np.random.default_rng(self.seed).random()) / n
+        ).clip(max=len(x) - 1)
+        trees = HistGradientBoostingRegressor(
+            max_iter=100,
+            max_leaf_nodes=leaves,
+            min_samples_leaf=30,
+            categorical_features=[x.shape[1] - 2, x.shape[1] - 1],
+            early_stopping=False,
+            random_state=self.seed,
+        )
         return trees.fit(x[at], np.divide(right, known, out=np.zeros(len(x)), where=known > 0)[at])
 
-    def _mean(self, trees, x, s, row): return np.bincount(row, trees.predict(x) * s[:, 0]) / np.bincount(row, s[:, 0])
+    def _mean(self, trees, x, s, row):
+        return np.bincount(row, trees.predict(x) * s[:, 0]) / np.bincount(row, s[:, 0])
 
     def _held(self, x, s, row, part, leaves): # (n,) of each map by trees of the other part
         out = np.empty(len(part))
         for k in (0, 1):
             new = part[row] == k
-            out[part == k] = self._mean(self._boost(x[~new], s[~new], leaves), x[new], s[new], np.unique(row[new], return_inverse=True)[1])
+            out[part == k] = self._mean(
+                self._boost(x[~new], s[~new], leaves),
+                x[new],
+                s[new],
+                np.unique(row[new], return_inverse=True)[1],
+            )
         return out
 
     def fit(self, X: pd.DataFrame, y=None):
         s, row = self._segments(X)
-        if not s[:, -1].any(): raise MissingFeatures('segments cannot learn', 'found no true class in them', 'put the truth into the store before the first fit, see rssqa.tables.rs_sqed_open.unpack_grids')
-        self.datasets_, self.methods_ = sorted(X.dataset.astype(str).unique()), sorted(X.method.astype(str).unique())
-        self.classes_, oa, part = np.unique(self._classes(X, s, row)), X.oa.to_numpy(float), deal_scenes(X, 2, self.seed)
-        x, trials = self._x(X, s, row), []
+        if not s[:, -1].any():
+            raise MissingFeatures(
+                'segments cannot learn',
+                'found no true class in them',
+                'put the truth into the store before the first fit, see rssqa.tables.rs_sqed_open.unpack_grids',
+            )
+        self.datasets_ = sorted(X.dataset.astype(str).unique())
+        self.methods_ = sorted(X.method.astype(str).unique())
+        self.classes_, oa, part = (
+            np.unique(self._classes(X, s, row)),
+            X.oa.to_numpy(float),
+            deal_scenes(X, 2, self.seed),
+        )
+        x = self._x(X, s, row)
+        trials = []
         for leaves in self.leaves if part.any() else ():
             held = self._held(x, s, row, part, leaves)
             line = np.polyfit(held, oa, 1) if len(X) > 2 and np.ptp(held) > 0 else np.array([1.0, 0.0])
             trials.append((np.abs(np.polyval(line, held) - oa).mean(), leaves, line))
-        _, self.chosen_, self.line_ = min(trials, key=lambda t: t[0]) if trials else (0, self.leaves[-1], np.array([1.0, 0.0]))
+        _, self.chosen_, self.line_ = (
+            min(trials, key=lambda t: t[0]) if trials else (0, self.leaves[-1], np.array([1.0, 0.0]))
+        )
         self.trees_ = self._boost(x, s, self.chosen_)
         return self
 
@@ -272,9 +395,14 @@ class SegmentBaseline(RegressorMixin, BaseEstimator):
         s, row = self._segments(X)
         return np.clip(np.polyval(self.line_, self._mean(self.trees_, self._x(X, s, row), s, row)), 0, 1)
 
-# %% ../../nbs/54_quality.baselines.ipynb #72aa8d21
-GRIDS = dict(ridge=[dict(alpha=float(a)) for a in np.logspace(-1, 5, 13)], trees=[dict(min_samples_leaf=n, max_features=f) for n in (2, 6) for f in (0.15, 0.35)], boosting=[dict(max_leaf_nodes=n) for n in (5, 15, 31)])
-FAST = dict(ridge={}, trees=dict(n_estimators=25), boosting=dict(max_iter=100, learning_rate=0.1)) # while choosing
+# %% ../../nbs/54_quality.baselines.ipynb #e1a8b838
+GRIDS = dict(
+    ridge=[dict(alpha=float(a)) for a in np.logspace(-1, 5, 13)],
+    trees=[dict(min_samples_leaf=n, max_features=f) for n in (2, 6) for f in (0.15, 0.35)],
+    boosting=[dict(max_leaf_nodes=n) for n in (5, 15, 31)],
+)
+# while choosing
+FAST = dict(ridge={}, trees=dict(n_estimators=25), boosting=dict(max_iter=100, learning_rate=0.1))
 
 
 def _learner(name, seed, **how):
@@ -282,7 +410,9 @@ def _learner(name, seed, **how):
     from sklearn.linear_model import Ridge
     if name == 'ridge': return Ridge(**how)
     if name == 'trees': return ExtraTreesRegressor(n_jobs=1, random_state=seed, **how)
-    return HistGradientBoostingRegressor(l2_regularization=1.0, early_stopping=False, random_state=seed, **how)
+    return HistGradientBoostingRegressor(
+        l2_regularization=1.0, early_stopping=False, random_state=seed, **how
+    )
 
 
 def _trial(make, parts): # mean absolute error on the scenes left out, after each stage
@@ -295,37 +425,68 @@ def _trial(make, parts): # mean absolute error on the scenes left out, after eac
 
 
 def _tuned(name, X, x_of, seed): # x_of: (n,) bool rows that train -> (n,F); a learner fitted on all rows
-    part, y, grid = deal_scenes(X, 5 if name == 'ridge' else 2, seed), X.oa.to_numpy(float), GRIDS[name]
+    part = deal_scenes(X, 5 if name == 'ridge' else 2, seed)
+    y = X.oa.to_numpy(float)
+    grid = GRIDS[name]
     seen = [(part != k, x_of(part != k)) for k in np.unique(part)] if part.any() else []
     parts = [(x[t], y[t], x[~t], y[~t]) for t, x in seen]
-    tried = [_trial(lambda: _learner(name, seed, **FAST[name], **how), parts) for how in grid] if parts else [np.zeros(1)]
+    tried = (
+        [_trial(lambda: _learner(name, seed, **FAST[name], **how), parts) for how in grid]
+        if parts
+        else [np.zeros(1)]
+    )
     best = int(np.argmin([t.min() for t in tried]))
-    final = dict(ridge={}, trees=dict(n_estimators=150), boosting=dict(max_iter=2 * int(tried[best].argmin() + 1), learning_rate=0.05))[name]      # twice the trees at half the rate
+    # twice the trees at half the rate
+    final = dict(
+        ridge={},
+        trees=dict(n_estimators=150),
+        boosting=dict(max_iter=2 * int(tried[best].argmin() + 1), learning_rate=0.05),
+    )[name]
     return _learner(name, seed, **grid[best], **final).fit(x_of(np.ones(len(X), bool)), y)
 
 
 def _one_hot(methods, X): # (n,M); an unseen method is all zero
-    return np.eye(len(methods) + 1, dtype=np.float32)[pd.Index(methods).get_indexer(X.method.astype(str))][:, :-1]
+    return np.eye(len(methods) + 1, dtype=np.float32)[pd.Index(methods).get_indexer(X.method.astype(str))][
+        :, :-1
+    ]
 
 
 class BlockBaseline(RegressorMixin, BaseEstimator):
     "Ridge regression, extra-trees or gradient boosting on chosen blocks (see rssqa.quality.features), tuned across scenes."
     def __init__(self, blocks: tuple = ('single_map', 'cross_method', 'prior', 'intermediate', 'semantic'), learner: str = 'ridge', store: str = '', semantic: str = '', directions: int = 24, seed: int = 0):
-        self.blocks, self.learner, self.store, self.semantic, self.directions, self.seed = blocks, learner, store, semantic, directions, seed
+        self.blocks = blocks
+        self.learner = learner
+        self.store = store
+        self.semantic = semantic
+        self.directions = directions
+        self.seed = seed
 
     def _rest(self, X): # all but the prior
         b = self.features_.transform(X)
-        return np.concatenate([getattr(b, name) for name in self.blocks if name != 'prior'] + [_one_hot(self.features_.methods, X)], 1)
+        return np.concatenate(
+            [getattr(b, name) for name in self.blocks if name != 'prior']
+            + [_one_hot(self.features_.methods, X)],
+            1,
+        )
 
-    def _join(self, scaler, prior, rest): return np.concatenate([scaler.transform(spread(prior)), rest], 1) if 'prior' in self.blocks else rest
+    def _join(self, scaler, prior, rest):
+        return np.concatenate([scaler.transform(spread(prior)), rest], 1) if 'prior' in self.blocks else rest
 
-    def _x(self, X): return self._join(self.features_.prior_scaler, self.features_.prior.transform(X), self._rest(X))
+    def _x(self, X):
+        return self._join(self.features_.prior_scaler, self.features_.prior.transform(X), self._rest(X))
 
     def fit(self, X: pd.DataFrame, y=None):
-        self.features_ = FeatureExtractor(self.store, self.semantic if 'semantic' in self.blocks else '', 'intermediate' in self.blocks, 'cross_method' in self.blocks, self.directions).fit(X)
+        self.features_ = FeatureExtractor(
+            self.store,
+            self.semantic if 'semantic' in self.blocks else '',
+            'intermediate' in self.blocks,
+            'cross_method' in self.blocks,
+            self.directions,
+        ).fit(X)
         rest = self._rest(X)
         def x_of(train): # the prior of the rows that train, for each of them without its own scene
-            prior, out = Prior().fit(X[train]), np.empty((len(X), 3), np.float32)
+            prior = Prior().fit(X[train])
+            out = np.empty((len(X), 3), np.float32)
             out[train] = prior.transform(X[train], training=True)
             if not train.all(): out[~train] = prior.transform(X[~train])
             return self._join(Scaler().fit(spread(out[train])), out, rest)
@@ -335,7 +496,7 @@ class BlockBaseline(RegressorMixin, BaseEstimator):
     def predict(self, X: pd.DataFrame) -> np.ndarray: # (len(X),) 0..1
         return np.clip(self.learner_.predict(self._x(X)), 0, 1)
 
-# %% ../../nbs/54_quality.baselines.ipynb #3b893326
+# %% ../../nbs/54_quality.baselines.ipynb #3553865e
 def _neighbour_mean(near, oa, k): # near (q,n) cosines, -inf where forbidden; oa (n,M), NaN where missing -> (q,M)
     out = np.full((len(near), oa.shape[1]), np.nan)
     for m, column in enumerate(oa.T):
@@ -355,7 +516,12 @@ class NeighbourBaseline(RegressorMixin, BaseEstimator):
         counts: tuple = (1, 3, 8, 20, 50), # numbers of neighbours to choose from
         sample: int = 2000, # images to choose on
         seed: int = 0,
-    ): self.store, self.semantic, self.counts, self.sample, self.seed = store, semantic, counts, sample, seed
+    ):
+        self.store = store
+        self.semantic = semantic
+        self.counts = counts
+        self.sample = sample
+        self.seed = seed
 
     def _vectors(self, ids):
         v = get_vectors(Store(self.store), self.semantic, ids)
@@ -369,7 +535,9 @@ class NeighbourBaseline(RegressorMixin, BaseEstimator):
         scene = pd.factorize(of.dataset.astype(str) + '|' + of.scene.astype(str))[0]
         ask = np.random.default_rng(self.seed).permutation(len(oa))[:self.sample]
         near = np.where(scene[ask, None] == scene, -np.inf, self.vectors_[ask] @ self.vectors_.T)
-        self.k_ = min(self.counts, key=lambda k: np.nanmean(np.abs(_neighbour_mean(near, self.oa_, k) - self.oa_[ask])))
+        self.k_ = min(
+            self.counts, key=lambda k: np.nanmean(np.abs(_neighbour_mean(near, self.oa_, k) - self.oa_[ask]))
+        )
         return self
 
     def predict(self, X: pd.DataFrame) -> np.ndarray: # (len(X),) 0..1
@@ -377,46 +545,73 @@ class NeighbourBaseline(RegressorMixin, BaseEstimator):
         found = _neighbour_mean(self._vectors(ids) @ self.vectors_.T, self.oa_, self.k_)
         return found[image, pd.Index(self.methods_).get_indexer(X.method.astype(str))]
 
-# %% ../../nbs/54_quality.baselines.ipynb #8bc37a74
+# %% ../../nbs/54_quality.baselines.ipynb #b0e17af6
 class QualityColumns(RegressorMixin, BaseEstimator):
     "Ridge regression on the columns that begin with a prefix."
     def __init__(self, prefix: str = 'iqa_', seed: int = 0): self.prefix, self.seed = prefix, seed
 
     def _x(self, X):
-        if lost := [c for c in self.columns_ if c not in X]: raise SchemaError(f'cannot use the columns {self.prefix}…', f'found no {lost[0]}', 'merge the result of image_quality into the table')
+        if lost := [c for c in self.columns_ if c not in X]:
+            raise SchemaError(
+                f'cannot use the columns {self.prefix}…',
+                f'found no {lost[0]}',
+                'merge the result of image_quality into the table',
+            )
         x = X[self.columns_].to_numpy(np.float64)
         opened = np.clip(x, 1e-7, 1 - 1e-7)
         return np.where(self.share_, np.log(opened / (1 - opened)), x)
 
     def fit(self, X: pd.DataFrame, y=None):
-        self.columns_, self.methods_ = [c for c in X if c.startswith(self.prefix)] or [self.prefix], sorted(X.method.astype(str).unique())
+        self.columns_ = [c for c in X if c.startswith(self.prefix)] or [self.prefix]
+        self.methods_ = sorted(X.method.astype(str).unique())
         self.share_ = np.char.startswith(self.columns_, 'iqa_prompt_')
         self.scaler_ = Scaler().fit(self._x(X))
         self.learner_ = _tuned('ridge', X, lambda train: self._both(X), self.seed)
         return self
 
-    def _both(self, X): return np.concatenate([self.scaler_.transform(self._x(X)), _one_hot(self.methods_, X)], 1)
+    def _both(self, X):
+        return np.concatenate([self.scaler_.transform(self._x(X)), _one_hot(self.methods_, X)], 1)
 
     def predict(self, X: pd.DataFrame) -> np.ndarray: # (len(X),) 0..1
         return np.clip(self.learner_.predict(self._both(X)), 0, 1)
 
-# %% ../../nbs/54_quality.baselines.ipynb #8fa3e82c
-COLUMNS = {'max-softmax': 'conf', 'max-softmax, temperature-scaled': 'conf_t', 'entropy': 'entropy', 'margin': 'margin', 'flip agreement': 'tta', 'agreement with the other methods': 'agree_mean',
-           'agreement with their majority': 'agree_majority'}
+# %% ../../nbs/54_quality.baselines.ipynb #b2eaceb6
+COLUMNS = {
+    'max-softmax': 'conf',
+    'max-softmax, temperature-scaled': 'conf_t',
+    'entropy': 'entropy',
+    'margin': 'margin',
+    'flip agreement': 'tta',
+    'agreement with the other methods': 'agree_mean',
+    'agreement with their majority': 'agree_majority',
+}
 
 
 def _of_lattices(table, store, seed):
     if not store or not has_grids(Store(store), table): return {}
     truth = not Store(store).missing('truth', table.image_id.unique())
-    condense(Store(store), table, tables=('conf_hist', *(['segments'] if truth else [])))      # once, before processes run side by side
-    found = {'ATC': ThresholdBaseline(store), 'ATC, negative entropy': ThresholdBaseline(store, 'certainty'), 'ATC, line fitted': ThresholdBaseline(store, fitted=True)}
+    # once, before processes run side by side
+    condense(Store(store), table, tables=('conf_hist', *(['segments'] if truth else [])))
+    found = {
+        'ATC': ThresholdBaseline(store),
+        'ATC, negative entropy': ThresholdBaseline(store, 'certainty'),
+        'ATC, line fitted': ThresholdBaseline(store, fitted=True),
+    }
     return found | ({'MetaSeg-style segments + boosting': SegmentBaseline(store, seed=seed)} if truth else {})
 
 
 def _of_quality(table, seed):
     kinds = {'iqa_brisque_': 'BRISQUE statistics + ridge', 'iqa_prompt_': 'CLIP-IQA prompts + ridge'}
-    found = {name: QualityColumns(prefix, seed) for prefix, name in kinds.items() if any(c.startswith(prefix) for c in table)}
-    return found | {f'image quality: {c.removeprefix("iqa_score_")}': ColumnBaseline(c) for c in table if c.startswith('iqa_score_')}
+    found = {
+        name: QualityColumns(prefix, seed)
+        for prefix, name in kinds.items()
+        if any(c.startswith(prefix) for c in table)
+    }
+    return found | {
+        f'image quality: {c.removeprefix("iqa_score_")}': ColumnBaseline(c)
+        for c in table
+        if c.startswith('iqa_score_')
+    }
 
 
 def baselines(
@@ -428,14 +623,25 @@ def baselines(
     "List the rivals that can be tried on a table, and condense its prediction_grids where there are some."
     found = {'mean of dataset and method': MeanBaseline()}
     found |= {name: ColumnBaseline(c) for name, c in COLUMNS.items() if c in table and table[c].notna().any()}
-    if 'conf_t' in table: found['max-softmax, temperature-scaled, no fit'] = ColumnBaseline('conf_t', fitted=False)
-    if 'conf_t' in table and table.conf_t.notna().any(): found |= {'DoC': DifferenceBaseline(), 'DoC, regression': DifferenceBaseline(regression=True)}
+    if 'conf_t' in table:
+        found['max-softmax, temperature-scaled, no fit'] = ColumnBaseline('conf_t', fitted=False)
+    if 'conf_t' in table and table.conf_t.notna().any():
+        found |= {'DoC': DifferenceBaseline(), 'DoC, regression': DifferenceBaseline(regression=True)}
     found |= _of_lattices(table, store, seed) | _of_quality(table, seed)
     make = lambda blocks, learner: BlockBaseline(blocks, learner, store, semantic, seed=seed)
     rest = (('intermediate',) if store else ()) + (('semantic',) if semantic else ())
-    if semantic: found |= {'ridge: semantics': make(('semantic',), 'ridge'), 'encoder features + kNN': NeighbourBaseline(store, semantic, seed=seed)}
-    if store: found |= {'ridge: intermediate features': make(('intermediate',), 'ridge'),  'intermediate features + boosting': make(('intermediate',), 'boosting')}
+    if semantic:
+        found |= {
+            'ridge: semantics': make(('semantic',), 'ridge'),
+            'encoder features + kNN': NeighbourBaseline(store, semantic, seed=seed),
+        }
+    if store:
+        found |= {
+            'ridge: intermediate features': make(('intermediate',), 'ridge'),
+            'intermediate features + boosting': make(('intermediate',), 'boosting'),
+        }
     for learner in ('ridge', 'trees', 'boosting'):
         found[f'{learner}: dispersion and agreement'] = make(('single_map', 'cross_method', 'prior'), learner)
-        if rest: found[f'{learner}: everything'] = make(('single_map', 'cross_method', 'prior', *rest), learner)
+        if rest:
+            found[f'{learner}: everything'] = make(('single_map', 'cross_method', 'prior', *rest), learner)
     return found

@@ -21,7 +21,7 @@ from ..core import DataNotFound, MissingFeatures, atomic, read_json, seed_all, w
 from ..tables.sqed import PredictionGrid, limit_grid, prediction_grids
 from ..tables.store import Store
 
-# %% ../../nbs/53_quality.consensus.ipynb #193bdc30
+# %% ../../nbs/53_quality.consensus.ipynb #bac49c2d
 def _around(x, side): # (...,h,w) -> the same, mean over a window of side x side points inside the image
     flat = x.reshape(-1, 1, *x.shape[-2:])
     return nn.functional.avg_pool2d(flat, side, 1, side // 2, count_include_pad=False).reshape(x.shape)
@@ -33,12 +33,31 @@ def point_features(
 ) -> torch.Tensor: # (2M+9,K,h,w) float32; the first of the last nine is the mean probability
     "Arrange what the methods say, class by class."
     present = [m for m in methods if m in s.methods]
-    if not present: raise MissingFeatures(f'no consensus for {s.image_id}', f'found {", ".join(s.methods)}, expected some of {", ".join(methods)}', 'segment it with these methods')
+    if not present:
+        raise MissingFeatures(
+            f'no consensus for {s.image_id}',
+            f'found {", ".join(s.methods)}, expected some of {", ".join(methods)}',
+            'segment it with these methods',
+        )
     at = [s.methods.index(m) for m in present]
-    p = (torch.as_tensor(s.p[at]).float() + torch.as_tensor(s.flip[at])) / 510                                  # (m,K,h,w)
+    # (m,K,h,w)
+    p = (torch.as_tensor(s.p[at]).float() + torch.as_tensor(s.flip[at])) / 510
     vote = nn.functional.one_hot(torch.as_tensor(s.pred[at]).long(), p.shape[1]).movedim(-1, 1).float()
-    log, near, mean = (p + 0.004).log() / 3 + 0.8, _around(vote, 5), p.mean(0)                                  # log about -1 .. 0.8
-    shared = [mean, log.mean(0), vote.mean(0), p.amax(0), p.amin(0), p.std(0, correction=0), mean - _strongest_other(mean), _around(mean, 3), _around(mean, 9)]
+    # log about -1 .. 0.8
+    log = (p + 0.004).log() / 3 + 0.8
+    near = _around(vote, 5)
+    mean = p.mean(0)
+    shared = [
+        mean,
+        log.mean(0),
+        vote.mean(0),
+        p.amax(0),
+        p.amin(0),
+        p.std(0, correction=0),
+        mean - _strongest_other(mean),
+        _around(mean, 3),
+        _around(mean, 9),
+    ]
     placed = lambda v: torch.stack([v[present.index(m)] if m in present else v.mean(0) for m in methods])
     return torch.cat([placed(log), placed(near), torch.stack(shared)])
 
@@ -66,10 +85,21 @@ class ConsensusNet(nn.Module):
         method_dropout: float = 0.0, # share of the testimonies that are replaced by the mean of all while learning
     ):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * methods + 9, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
-        nn.init.zeros_(self.mlp[-1].weight); nn.init.zeros_(self.mlp[-1].bias)
-        self.mean_weight, self.methods, self.method_dropout = nn.Parameter(torch.ones(())), methods, method_dropout
-        self.class_bias = nn.ParameterDict({_slot(d): nn.Parameter(torch.zeros(k)) for d, k in sorted(tables.items())})
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * methods + 9, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, 1),
+        )
+        nn.init.zeros_(self.mlp[-1].weight)
+        nn.init.zeros_(self.mlp[-1].bias)
+        self.mean_weight = nn.Parameter(torch.ones(()))
+        self.methods = methods
+        self.method_dropout = method_dropout
+        self.class_bias = nn.ParameterDict(
+            {_slot(d): nn.Parameter(torch.zeros(k)) for d, k in sorted(tables.items())}
+        )
 
     def forward(self, x, dataset): # (n,K,2M+9), name -> (n,K) logits
         if self.training and self.method_dropout: x = self._silenced(x)
@@ -79,9 +109,11 @@ class ConsensusNet(nn.Module):
     def _silenced(self, x): # a method falls silent at all classes of a point
         own = x[..., :2 * self.methods].unflatten(-1, (2, self.methods))
         silent = torch.rand(len(x), 1, 1, self.methods) < self.method_dropout
-        return torch.cat([torch.where(silent, own.mean(-1, keepdim=True), own).flatten(-2), x[..., 2 * self.methods:]], -1)
+        return torch.cat(
+            [torch.where(silent, own.mean(-1, keepdim=True), own).flatten(-2), x[..., 2 * self.methods :]], -1
+        )
 
-# %% ../../nbs/53_quality.consensus.ipynb #5cc4defb
+# %% ../../nbs/53_quality.consensus.ipynb #735276e2
 def sample_points(
     seen: list[PredictionGrid], # with truth
     methods: list[str], # methods that may testify
@@ -89,11 +121,18 @@ def sample_points(
     seed: int = 0,
 ) -> dict: # dataset -> (n,K,2M+9) float32 point_features, (n,) int64 classes
     "Draw labelled points."
-    rng, out = np.random.default_rng(seed), {}
+    rng = np.random.default_rng(seed)
+    out = {}
     for s in seen:
         known = np.flatnonzero(s.truth != 255)
         at = rng.choice(known, min(points, len(known)), replace=False)
-        if len(at): out.setdefault(s.dataset, []).append((point_features(s, methods).flatten(2)[..., at].permute(2, 1, 0), torch.as_tensor(s.truth.ravel()[at]).long()))
+        if len(at):
+            out.setdefault(s.dataset, []).append(
+                (
+                    point_features(s, methods).flatten(2)[..., at].permute(2, 1, 0),
+                    torch.as_tensor(s.truth.ravel()[at]).long(),
+                )
+            )
     return {d: tuple(map(torch.cat, zip(*parts))) for d, parts in sorted(out.items())}
 
 
@@ -110,26 +149,35 @@ def train_member(
 ) -> ConsensusNet:
     "Learn the posterior from labelled points."
     seed_all(seed)
-    net = ConsensusNet(methods, {d: x.shape[1] for d, (x, _) in drawn.items()} if class_bias else {}, width, method_dropout)
+    net = ConsensusNet(
+        methods, {d: x.shape[1] for d, (x, _) in drawn.items()} if class_bias else {}, width, method_dropout
+    )
     optimiser = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2)
     steps = sum(-(-len(y) // batch) for _, y in drawn.values())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=epochs * steps + 1, pct_start=0.15)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, lr, total_steps=epochs * steps + 1, pct_start=0.15
+    )
     for _ in range(epochs):
         jobs = [(d, at) for d, (_, y) in drawn.items() for at in torch.randperm(len(y)).split(batch)]
         for i in torch.randperm(len(jobs)).tolist():
             dataset, at = jobs[i]
             x, y = drawn[dataset]
             loss = nn.functional.cross_entropy(net(x[at], dataset), y[at])
-            optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
     return net.eval()
 
-# %% ../../nbs/53_quality.consensus.ipynb #d7f2d515
+# %% ../../nbs/53_quality.consensus.ipynb #833aa1d8
 class ConsensusEnsemble:
     "Jurors by dataset."
     def __init__(self,
         methods: list[str], # methods that may testify, in the order of the point_features
         members: dict, # dataset -> [ConsensusNet]; '' for any dataset without members of its own
-    ): self.methods, self.members = list(methods), members
+    ):
+        self.methods = list(methods)
+        self.members = members
 
     def of(self, dataset: str) -> list[ConsensusNet]:
         "Return the members of a dataset."
@@ -147,18 +195,31 @@ def train_ensemble(
 ) -> ConsensusEnsemble:
     "Train the members."
     class_bias_of = [dict(class_bias=h, method_dropout=0.0 if h else method_dropout) for h in class_bias_of]
-    pair = lambda part, first: [train_member(part, len(methods), seed=10 * seed + first + i, **kind, **options) for i, kind in enumerate(class_bias_of)]
+    pair = lambda part, first: [
+        train_member(part, len(methods), seed=10 * seed + first + i, **kind, **options)
+        for i, kind in enumerate(class_bias_of)
+    ]
     every = pair(drawn, 0)
-    return ConsensusEnsemble(methods, {'': every} | ({d: every + pair({d: drawn[d]}, 2) for d in drawn} if own and len(drawn) > 1 else {}))
+    return ConsensusEnsemble(
+        methods,
+        {'': every} | ({d: every + pair({d: drawn[d]}, 2) for d in drawn} if own and len(drawn) > 1 else {}),
+    )
 
-# %% ../../nbs/53_quality.consensus.ipynb #9d31b761
-CONSENSUS_COLUMNS = ('consensus_oa', 'consensus_agreement', 'consensus_low', 'consensus_confidence', 'consensus_entropy')
+# %% ../../nbs/53_quality.consensus.ipynb #0658f41d
+CONSENSUS_COLUMNS = (
+    'consensus_oa',
+    'consensus_agreement',
+    'consensus_low',
+    'consensus_confidence',
+    'consensus_entropy',
+)
 
 
 @torch.inference_mode()
 def posterior(consensus: ConsensusEnsemble, s: PredictionGrid) -> torch.Tensor: # (K,h,w), mean over members
     "Return the consensus's class probabilities at every grid point."
-    x, members = point_features(s, consensus.methods).permute(2, 3, 1, 0), consensus.of(s.dataset)
+    x = point_features(s, consensus.methods).permute(2, 3, 1, 0)
+    members = consensus.of(s.dataset)
     return sum(net(x, s.dataset).softmax(-1) for net in members).permute(2, 0, 1) / len(members)
 
 
@@ -171,12 +232,26 @@ def consensus_table(consensus: ConsensusEnsemble, seen: list[PredictionGrid]) ->
         pred = torch.as_tensor(s.pred).long()
         best, own = q.max(0)
         belief = q.gather(0, pred)                                      # (M,h,w)
-        whole = dict(image_id=s.image_id, consensus_confidence=best.mean().item(), consensus_entropy=float(-(q * (q + 1e-6).log()).sum(0).mean()) / np.log(max(len(q), 2)))
-        rows += [whole | dict(method=m, consensus_oa=b.mean().item(), consensus_agreement=(y == own).float().mean().item(), consensus_low=(b < 0.3).float().mean().item())
-                 for m, b, y in zip(s.methods, belief, pred)]
-    return pd.DataFrame(rows, columns=['image_id', 'method', *CONSENSUS_COLUMNS]).astype(dict.fromkeys(CONSENSUS_COLUMNS, 'float32'))
+        whole = dict(
+            image_id=s.image_id,
+            consensus_confidence=best.mean().item(),
+            consensus_entropy=float(-(q * (q + 1e-6).log()).sum(0).mean()) / np.log(max(len(q), 2)),
+        )
+        rows += [
+            whole
+            | dict(
+                method=m,
+                consensus_oa=b.mean().item(),
+                consensus_agreement=(y == own).float().mean().item(),
+                consensus_low=(b < 0.3).float().mean().item(),
+            )
+            for m, b, y in zip(s.methods, belief, pred)
+        ]
+    return pd.DataFrame(rows, columns=['image_id', 'method', *CONSENSUS_COLUMNS]).astype(
+        dict.fromkeys(CONSENSUS_COLUMNS, 'float32')
+    )
 
-# %% ../../nbs/53_quality.consensus.ipynb #1cbf17ac
+# %% ../../nbs/53_quality.consensus.ipynb #dde00045
 def _judged(consensus, X, seen): # consensus_table in the order of the rows
     told = consensus_table(consensus, seen).set_index(['image_id', 'method'])
     return told.loc[pd.MultiIndex.from_frame(X[['image_id', 'method']].astype(str))].reset_index(drop=True)
@@ -193,17 +268,42 @@ class ConsensusModel(RegressorMixin, BaseEstimator):
         class_bias_of: tuple = (True, False), # members with class_bias, members without
         own: bool = True, # also members who know one dataset alone
         seed: int = 0,
-    ): self.store, self.points, self.epochs, self.width, self.method_dropout, self.class_bias_of, self.own, self.seed = store, points, epochs, width, method_dropout, class_bias_of, own, seed
+    ):
+        self.store = store
+        self.points = points
+        self.epochs = epochs
+        self.width = width
+        self.method_dropout = method_dropout
+        self.class_bias_of = class_bias_of
+        self.own = own
+        self.seed = seed
 
     def _grids(self, X): return map(limit_grid, prediction_grids(Store(self.store), X))
 
     def fit(self, X: pd.DataFrame, y=None) -> 'ConsensusModel':
         "Train on rows of an SQED table whose prediction_grids and truths are in the store."
-        if not self.store: raise MissingFeatures('a consensus needs prediction_grids', 'found no store', 'pass store=, see build_sqed')
+        if not self.store:
+            raise MissingFeatures(
+                'a consensus needs prediction_grids', 'found no store', 'pass store=, see build_sqed'
+            )
         methods = sorted(X.method.astype(str).unique())
         drawn = sample_points(self._grids(X), methods, self.points, self.seed)
-        if not drawn: raise MissingFeatures('a consensus learns from truth', f'found none for {X.image_id.nunique()} images', 'build the table from tiles with masks, see build_sqed')
-        self.jury_ = train_ensemble(drawn, methods, self.method_dropout, self.class_bias_of, self.own, self.seed, epochs=self.epochs, width=self.width)
+        if not drawn:
+            raise MissingFeatures(
+                'a consensus learns from truth',
+                f'found none for {X.image_id.nunique()} images',
+                'build the table from tiles with masks, see build_sqed',
+            )
+        self.jury_ = train_ensemble(
+            drawn,
+            methods,
+            self.method_dropout,
+            self.class_bias_of,
+            self.own,
+            self.seed,
+            epochs=self.epochs,
+            width=self.width,
+        )
         return self
 
     def describe(self, X: pd.DataFrame, seen: list[PredictionGrid] = None) -> pd.DataFrame: # the columns CONSENSUS_COLUMNS, rows of X
@@ -244,22 +344,39 @@ class LevelPooledEnsemble(RegressorMixin, BaseEstimator):
         check_is_fitted(self, 'jury_')
         return pool_image_level(self.jury_.predict(X), [m.predict(X) for m in self.members_], X.image_id)
 
-# %% ../../nbs/53_quality.consensus.ipynb #7980e52f
+# %% ../../nbs/53_quality.consensus.ipynb #a9936fe3
 def save_consensus(consensus: ConsensusEnsemble, folder: str | Path) -> Path:
     "Write a consensus."
     from safetensors.torch import save_file
-    nets, folder = list(dict.fromkeys(n for several in consensus.members.values() for n in several)), Path(folder)
-    with atomic(folder/'consensus.safetensors') as tmp: save_file({f'{i}.{k}': v.contiguous() for i, n in enumerate(nets) for k, v in n.state_dict().items()}, tmp)
-    write_json(folder/'consensus.json', dict(kind='ConsensusEnsemble', methods=consensus.methods, width=nets[0].mlp[0].out_features, tables=[{d: len(h) for d, h in n.class_bias.items()} for n in nets],
-               members={d: [nets.index(n) for n in several] for d, several in consensus.members.items()}))
+    nets = list(dict.fromkeys(n for several in consensus.members.values() for n in several))
+    folder = Path(folder)
+    with atomic(folder/'consensus.safetensors') as tmp:
+        save_file(
+            {f'{i}.{k}': v.contiguous() for i, n in enumerate(nets) for k, v in n.state_dict().items()}, tmp
+        )
+    write_json(
+        folder / 'consensus.json',
+        dict(
+            kind='ConsensusEnsemble',
+            methods=consensus.methods,
+            width=nets[0].mlp[0].out_features,
+            tables=[{d: len(h) for d, h in n.class_bias.items()} for n in nets],
+            members={d: [nets.index(n) for n in several] for d, several in consensus.members.items()},
+        ),
+    )
     return folder
 
 
 def load_consensus(folder: str | Path) -> ConsensusEnsemble:
     "Read a consensus written by save_consensus."
     from safetensors.torch import load_file
-    if not (Path(folder)/'consensus.json').exists(): raise DataNotFound(f'no consensus in {folder}', 'found no consensus.json', 'write one with save_consensus')
-    told, state = read_json(Path(folder)/'consensus.json'), load_file(Path(folder)/'consensus.safetensors')
+    if not (Path(folder)/'consensus.json').exists():
+        raise DataNotFound(
+            f'no consensus in {folder}', 'found no consensus.json', 'write one with save_consensus'
+        )
+    told = read_json(Path(folder)/'consensus.json')
+    state = load_file(Path(folder)/'consensus.safetensors')
     nets = [ConsensusNet(len(told['methods']), tables, told['width']).eval() for tables in told['tables']]
-    for i, n in enumerate(nets): n.load_state_dict({k.removeprefix(f'{i}.'): v for k, v in state.items() if k.startswith(f'{i}.')})
+    for i, n in enumerate(nets):
+        n.load_state_dict({k.removeprefix(f'{i}.'): v for k, v in state.items() if k.startswith(f'{i}.')})
     return ConsensusEnsemble(told['methods'], {d: [nets[i] for i in at] for d, at in told['members'].items()})

@@ -41,19 +41,27 @@ def spread(
     opened = np.clip(x, 0.002, 0.998)
     return np.where(share, np.log(opened / (1 - opened)), x).astype(np.float32)
 
-# %% ../../nbs/51_quality.features.ipynb #1523231c
+# %% ../../nbs/51_quality.features.ipynb #e71e7dc1
 class Prior:
     "Mean training OA of method, dataset, and method on dataset, without the row's own scene."
     pull = 8 # rows of weight that draw a (dataset, method) mean towards the method's
 
     def fit(self, table: pd.DataFrame) -> 'Prior':
         t = table.assign(method=table.method.astype(str), dataset=table.dataset.astype(str))
-        self.sums = {by: t.groupby(list(by)).oa.agg(['sum', 'count']) for by in ((), ('method',), ('dataset',), ('dataset', 'method')) if by}
+        self.sums = {
+            by: t.groupby(list(by)).oa.agg(['sum', 'count'])
+            for by in ((), ('method',), ('dataset',), ('dataset', 'method'))
+            if by
+        }
         self.overall = float(t.oa.mean())
         return self
 
     def _mean(self, table, by, pull_to, own=None): # (n,) shrunken mean; `own` holds the scene's sums to leave out
-        keys = pd.MultiIndex.from_frame(table[list(by)].astype(str)) if len(by) > 1 else pd.Index(table[by[0]].astype(str))
+        keys = (
+            pd.MultiIndex.from_frame(table[list(by)].astype(str))
+            if len(by) > 1
+            else pd.Index(table[by[0]].astype(str))
+        )
         found = self.sums[by].reindex(keys).fillna(0).to_numpy()
         total, count = (found - own).T if own is not None else found.T
         return (total + self.pull * pull_to) / (count + self.pull)
@@ -62,17 +70,22 @@ class Prior:
         "Give the three means; with `training`, leave out the scene of each row."
         def own(by):
             if not training: return None
-            g = table.groupby([*by, 'dataset', 'scene'] if 'dataset' not in by else [*by, 'scene'], observed=True).oa
+            g = table.groupby(
+                [*by, 'dataset', 'scene'] if 'dataset' not in by else [*by, 'scene'], observed=True
+            ).oa
             return np.stack([g.transform('sum'), g.transform('count')], 1)
         method = self._mean(table, ('method',), self.overall, own(('method',)))
         dataset = self._mean(table, ('dataset',), self.overall, own(('dataset',)))
-        return np.stack([method, dataset, self._mean(table, ('dataset', 'method'), method, own(('dataset', 'method')))], 1).astype(np.float32)
+        return np.stack(
+            [method, dataset, self._mean(table, ('dataset', 'method'), method, own(('dataset', 'method')))], 1
+        ).astype(np.float32)
 
-# %% ../../nbs/51_quality.features.ipynb #0aeed017
+# %% ../../nbs/51_quality.features.ipynb #c83ff2d9
 class Scaler:
     "Standardise columns; fill missing values with the mean; clip at 6 standard deviations."
     def fit(self, x):
-        known, x = np.isfinite(x), np.nan_to_num(x, posinf=0, neginf=0).astype(np.float64)
+        known = np.isfinite(x)
+        x = np.nan_to_num(x, posinf=0, neginf=0).astype(np.float64)
         count = np.maximum(known.sum(0), 1)
         self.mean = (x * known).sum(0) / count
         self.std = np.sqrt((((x - self.mean) * known)**2).sum(0) / count)
@@ -114,7 +127,7 @@ class FeatureBlocks:
         "Concatenate the blocks that no label has touched."
         return np.concatenate([self.single_map, self.cross_method, self.intermediate, self.semantic], 1)
 
-# %% ../../nbs/51_quality.features.ipynb #f6ce3867
+# %% ../../nbs/51_quality.features.ipynb #6766b54c
 class FeatureExtractor:
     "Turn rows of an SQED table into five scaled blocks."
     def __init__(self,
@@ -123,26 +136,48 @@ class FeatureExtractor:
         intermediate: bool = True, # use pooled intermediate (needs the store)
         cross_method: bool = True, # use agreement and relative columns
         dim: int = 24, # directions kept of semantic and of intermediate
-    ): self.store, self.semantic, self.intermediate, self.cross_method, self.dim = store, semantic, intermediate and bool(store), cross_method, dim
+    ):
+        self.store = store
+        self.semantic = semantic
+        self.intermediate = intermediate and bool(store)
+        self.cross_method = cross_method
+        self.dim = dim
 
     def fit(self, table: pd.DataFrame) -> 'FeatureExtractor':
-        self.columns, self.methods = self_columns(table), sorted(table.method.astype(str).unique())
-        self.agree = [c for c in AGREEMENT if c in table and table[c].notna().any()] if self.cross_method else []
-        if not self.columns: raise MissingFeatures('cannot learn from this table', 'found no label-free column', 'build it with build_sqed')
+        self.columns = self_columns(table)
+        self.methods = sorted(table.method.astype(str).unique())
+        self.agree = (
+            [c for c in AGREEMENT if c in table and table[c].notna().any()] if self.cross_method else []
+        )
+        if not self.columns:
+            raise MissingFeatures(
+                'cannot learn from this table', 'found no label-free column', 'build it with build_sqed'
+            )
         self.share = shares(table[self.columns].to_numpy(np.float32))
         own, cross_method = self._stats(table)
-        self.own_scaler, self.peer_scaler = Scaler().fit(own), Scaler().fit(cross_method)
+        self.own_scaler = Scaler().fit(own)
+        self.peer_scaler = Scaler().fit(cross_method)
         self.prior = Prior().fit(table)
         self.prior_scaler = Scaler().fit(spread(self.prior.transform(table, training=True)))
         raw = stored_features(Store(self.store), table) if self.intermediate else {}
         self.tap_reducers = {m: Reducer(self.dim).fit(v) for m, v in raw.items()}
-        if self.semantic: self.sem_reducer = Reducer(self.dim).fit(self._vectors(table.drop_duplicates('image_id')))
+        if self.semantic:
+            self.sem_reducer = Reducer(self.dim).fit(self._vectors(table.drop_duplicates('image_id')))
         return self
 
     def _stats(self, table):
-        if lost := [c for c in self.columns if c not in table]: raise MissingFeatures('cannot score this table', f'found no columns {", ".join(lost[:4])}', 'build it with the same rssqa version')
+        if lost := [c for c in self.columns if c not in table]:
+            raise MissingFeatures(
+                'cannot score this table',
+                f'found no columns {", ".join(lost[:4])}',
+                'build it with the same rssqa version',
+            )
         own = spread(table[self.columns].to_numpy(np.float32), self.share)
-        agree = spread(table.reindex(columns=self.agree).to_numpy(np.float32)) if self.agree else np.zeros((len(table), 0), np.float32)
+        agree = (
+            spread(table.reindex(columns=self.agree).to_numpy(np.float32))
+            if self.agree
+            else np.zeros((len(table), 0), np.float32)
+        )
         return own, np.concatenate([agree, relative(table, self.columns)], 1) if self.cross_method else agree
 
     def _vectors(self, table): return get_vectors(Store(self.store), self.semantic, table.image_id)
@@ -152,14 +187,27 @@ class FeatureExtractor:
         own, cross_method = self._stats(table)
         alone = table.groupby('image_id').image_id.transform('size').to_numpy() < 2
         raw_peers = self.peer_scaler.transform(cross_method) * ~alone[:, None]
-        cross_method = np.concatenate([raw_peers, alone[:, None]], 1).astype(np.float32) if self.cross_method else raw_peers
+        cross_method = (
+            np.concatenate([raw_peers, alone[:, None]], 1).astype(np.float32)
+            if self.cross_method
+            else raw_peers
+        )
         code = pd.Index(self.methods).get_indexer(table.method.astype(str)).astype(np.int64)
         prior = self.prior_scaler.transform(spread(self.prior.transform(table, training)))
-        return FeatureBlocks(self.own_scaler.transform(own), cross_method, prior, self._tap_block(table, intermediate), self._sem_block(table, semantic), code)
+        return FeatureBlocks(
+            self.own_scaler.transform(own),
+            cross_method,
+            prior,
+            self._tap_block(table, intermediate),
+            self._sem_block(table, semantic),
+            code,
+        )
 
     def _sem_block(self, table, semantic):
         if not self.semantic: return np.zeros((len(table), 0), np.float32)
-        return self.sem_reducer.transform(self._vectors(table) if semantic is None else semantic).astype(np.float32)
+        return self.sem_reducer.transform(self._vectors(table) if semantic is None else semantic).astype(
+            np.float32
+        )
 
     def _tap_block(self, table, intermediate):
         if not self.intermediate: return np.zeros((len(table), 0), np.float32)

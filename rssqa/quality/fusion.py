@@ -11,13 +11,16 @@ from torch import nn
 
 from ..core import Incompatible, fusions, unknown
 
-# %% ../../nbs/50_quality.fusion.ipynb #b0fecab4
+# %% ../../nbs/50_quality.fusion.ipynb #adee8e96
 class Gate(nn.Module):
     "Turn a vector into multiplicative weights around 1."
     def __init__(self, dim: int):
         super().__init__()
-        self.norm, self.inner, self.outer = nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
-        nn.init.normal_(self.outer.weight, std=0.02); nn.init.ones_(self.outer.bias)
+        self.norm = nn.LayerNorm(dim)
+        self.inner = nn.Linear(dim, dim)
+        self.outer = nn.Linear(dim, dim)
+        nn.init.normal_(self.outer.weight, std=0.02)
+        nn.init.ones_(self.outer.bias)
 
     def forward(self, x): return self.outer(nn.functional.gelu(self.inner(self.norm(x))))        # (N,dim)
 
@@ -32,18 +35,25 @@ class CrossGating(nn.Module):
         dropout: float = 0.1,
     ):
         super().__init__()
-        if mode not in (modes := ('semantic_guided', 'symmetric')): raise unknown('mode of cross-gating', mode, modes)
-        self.sem, self.seg = nn.Linear(d_sem, dim), nn.Linear(d_seg, dim)
-        self.by_sem, self.mix_seg = Gate(dim), nn.Sequential(nn.Linear(dim, dim), nn.Dropout(dropout))
-        if mode == 'symmetric': self.by_seg, self.mix_sem = Gate(dim), nn.Sequential(nn.Linear(dim, dim), nn.Dropout(dropout))
+        if mode not in (modes := ('semantic_guided', 'symmetric')):
+            raise unknown('mode of cross-gating', mode, modes)
+        self.sem = nn.Linear(d_sem, dim)
+        self.seg = nn.Linear(d_seg, dim)
+        self.by_sem = Gate(dim)
+        self.mix_seg = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(dropout))
+        if mode == 'symmetric':
+            self.by_seg = Gate(dim)
+            self.mix_sem = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(dropout))
         self.mode = mode
 
     def forward(self, sem, seg): # (N,d_sem), (N,d_seg) -> (N,dim)
-        x, y = self.sem(sem), self.seg(seg)                                    # (N,dim) each
+        # (N,dim) each
+        x = self.sem(sem)
+        y = self.seg(seg)
         fused = y + self.mix_seg(y * self.by_sem(x))
         return fused + x + self.mix_sem(x * self.by_seg(y)) if self.mode == 'symmetric' else fused
 
-# %% ../../nbs/50_quality.fusion.ipynb #5811d95a
+# %% ../../nbs/50_quality.fusion.ipynb #4a90360a
 class Concat(nn.Module):
     "Put both vectors side by side and read them linearly."
     def __init__(self, d_sem: int, d_seg: int, dim: int):
@@ -68,44 +78,72 @@ class SegOnly(nn.Module):
     def forward(self, sem, seg): return self.read(seg)
 
 
-for _name, _make in dict(scgb=CrossGating, concat=Concat, sem=SemOnly, seg=SegOnly).items(): fusions.register(_name, _make, replace=True)
-fusions.register('scgb-symmetric', lambda d_sem, d_seg, dim: CrossGating(d_sem, d_seg, dim, 'symmetric'), replace=True)
+for _name, _make in dict(scgb=CrossGating, concat=Concat, sem=SemOnly, seg=SegOnly).items():
+    fusions.register(_name, _make, replace=True)
+fusions.register(
+    'scgb-symmetric', lambda d_sem, d_seg, dim: CrossGating(d_sem, d_seg, dim, 'symmetric'), replace=True
+)
 
-# %% ../../nbs/50_quality.fusion.ipynb #f2ab64d9
+# %% ../../nbs/50_quality.fusion.ipynb #2651be56
 def check_fusion(name: str, d_sem: int = 12, d_seg: int = 20, dim: int = 16) -> nn.Module: # the block it built
     "Try a registered fusion block; raise one error that lists every broken promise."
     block = fusions[name](d_sem, d_seg, dim)
-    sem, seg = torch.randn(6, d_sem, requires_grad=True), torch.randn(6, d_seg, requires_grad=True)
-    out, faults = block(sem, seg), []
-    others = [g[1:] for g in torch.autograd.grad(out[0].sum(), (sem, seg), retain_graph=True, allow_unused=True) if g is not None]     # what row 0 hears of them
+    sem = torch.randn(6, d_sem, requires_grad=True)
+    seg = torch.randn(6, d_seg, requires_grad=True)
+    out = block(sem, seg)
+    faults = []
+    # what row 0 hears of them
+    others = [
+        g[1:]
+        for g in torch.autograd.grad(out[0].sum(), (sem, seg), retain_graph=True, allow_unused=True)
+        if g is not None
+    ]
     if out.shape != (6, dim): faults.append(f'result has shape {tuple(out.shape)}, expected (6, {dim})')
     out.pow(2).sum().backward()
-    if idle := [n for n, p in block.named_parameters() if p.grad is None or not p.grad.any()]: faults.append(f'no gradient reaches {", ".join(idle)}')
+    if idle := [n for n, p in block.named_parameters() if p.grad is None or not p.grad.any()]:
+        faults.append(f'no gradient reaches {", ".join(idle)}')
     block.eval()
     with torch.no_grad():
-        if any(g.any() for g in others) or not torch.allclose(block(sem, seg)[:2], block(sem[:2], seg[:2]), atol=1e-5): faults.append('a row depends on the other rows')
-        if not torch.isfinite(block(sem * 100, seg * 100)).all(): faults.append('large inputs give values that are not finite')
-    if faults: raise Incompatible(f'fusion block {name!r} breaks its promises', '; '.join(faults), 'mend these and run check_fusion again')
+        if any(g.any() for g in others) or not torch.allclose(block(sem, seg)[:2], block(sem[:2], seg[:2]), atol=1e-5):
+            faults.append('a row depends on the other rows')
+        if not torch.isfinite(block(sem * 100, seg * 100)).all():
+            faults.append('large inputs give values that are not finite')
+    if faults:
+        raise Incompatible(
+            f'fusion block {name!r} breaks its promises',
+            '; '.join(faults),
+            'mend these and run check_fusion again',
+        )
     return block
 
-# %% ../../nbs/50_quality.fusion.ipynb #c6b16763
+# %% ../../nbs/50_quality.fusion.ipynb #64f807ed
 class QualityNet(nn.Module):
     "Score segmentations from their blocks (see rssqa.quality.features.FeatureBlocks)."
     def __init__(self, own: int, cross_method: int, prior: int, intermediate: int, sem: int, methods: int, fusion: str = 'scgb', dim: int = 48, hidden: int = 48, dropout: float = 0.2):
         super().__init__()
-        self.adapters = nn.Parameter(torch.randn(methods, intermediate, dim) * 0.1 * max(intermediate, 1)**-0.5)
+        self.adapters = nn.Parameter(
+            torch.randn(methods, intermediate, dim) * 0.1 * max(intermediate, 1) ** -0.5
+        )
         self.base = nn.Linear(own + cross_method + prior, 1)
         self.fuse = fusions[fusion](max(sem, 1), own + cross_method + prior + dim, dim)
-        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 1))
+        self.head = nn.Sequential(
+            nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 1)
+        )
         self.drop = nn.Dropout(dropout)
-        nn.init.zeros_(self.head[-1].weight); nn.init.zeros_(self.head[-1].bias)
+        nn.init.zeros_(self.head[-1].weight)
+        nn.init.zeros_(self.head[-1].bias)
 
     def embed(self, own, cross_method, prior, intermediate, sem, method): # (N,S) (N,P) (N,3) (N,T) (N,D) (N,) -> (N,dim)
         known = (method >= 0).float()[:, None]
-        adapted = torch.einsum('nt,ntd->nd', self.drop(intermediate), self.adapters[method.clamp_min(0)]) * known           # (N,dim)
+        # (N,dim)
+        adapted = (
+            torch.einsum('nt,ntd->nd', self.drop(intermediate), self.adapters[method.clamp_min(0)]) * known
+        )
         sem = sem if sem.shape[1] else torch.ones_like(own[:, :1])
         return self.fuse(self.drop(sem), torch.cat([own, cross_method, prior, adapted], 1))
 
     def forward(self, own, cross_method, prior, intermediate, sem, method): # -> (N,) 0..1
         start = self.base(torch.cat([own, cross_method, prior], 1))
-        return torch.sigmoid(start + self.head(self.embed(own, cross_method, prior, intermediate, sem, method)))[:, 0]
+        return torch.sigmoid(
+            start + self.head(self.embed(own, cross_method, prior, intermediate, sem, method))
+        )[:, 0]

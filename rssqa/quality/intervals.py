@@ -17,15 +17,17 @@ from sklearn.utils.validation import check_is_fitted
 
 from ..core import Incompatible, LeakError, SchemaError, atomic, digest, read_json, write_json
 
-# %% ../../nbs/55_quality.intervals.ipynb #d19dd532
+# %% ../../nbs/55_quality.intervals.ipynb #45b524b7
 def scene_quantile(
     score, # (n,) finite numbers
     scene, # (n,) which scene each row is of
     confidence: float = 0.9, # 0..1
 ) -> float: # infinite where the scenes are too few
     "Find the smallest value that holds a random row of a new scene with this confidence (Lee, Barber & Willett 2023)."
-    score, scene = np.asarray(score, float), pd.factorize(np.asarray(scene))[0]
-    order, rows = np.argsort(score, kind='stable'), np.bincount(scene)
+    score = np.asarray(score, float)
+    scene = pd.factorize(np.asarray(scene))[0]
+    order = np.argsort(score, kind='stable')
+    rows = np.bincount(scene)
     at = np.searchsorted(np.cumsum(1 / rows[scene][order]), confidence * (len(rows) + 1) - 1e-9)
     return float(score[order[at]]) if at < len(score) else math.inf
 
@@ -34,7 +36,7 @@ def scenes_needed(confidence: float) -> int:
     "Count the scenes without which no finite interval has this confidence."
     return math.ceil(confidence / (1 - confidence) - 1e-9)
 
-# %% ../../nbs/55_quality.intervals.ipynb #c87265bc
+# %% ../../nbs/55_quality.intervals.ipynb #5bc8ab0e
 class ShiftCheck:
     "Measure how far feature vectors lie from the nearest calibration scenes."
     def __init__(self,
@@ -44,18 +46,31 @@ class ShiftCheck:
 
     def fit(self, features, scene): # (n,d) finite; (n,) scenes
         "Learn scale, reference rows and what distance is usual."
-        x, scene = np.asarray(features, float), pd.factorize(np.asarray(scene), sort=True)[0]
-        if not len(scene) or scene.max() < 1: raise SchemaError('cannot fit a shift check', 'found features of fewer than two scenes', 'add scenes, or fit without features')
-        self.mean, self.std = x.mean(0), np.where(x.std(0) < 1e-6, 1, x.std(0))
-        rows = np.unique(np.column_stack([np.float32(scene), self._scaled(x)]), axis=0)      # methods of an image may share its features; sorted by scene
-        self.scene, self.rows = rows[:, 0].astype(np.int32), np.ascontiguousarray(rows[:, 1:], np.float32)
-        far, weight = self._distance(self.rows, self.scene), 1 / np.bincount(self.scene)[self.scene]
-        self.middle, self.limit = (float(q) for q in np.quantile(far, [0.5, self.edge], weights=weight, method='inverted_cdf'))
+        x = np.asarray(features, float)
+        scene = pd.factorize(np.asarray(scene), sort=True)[0]
+        if not len(scene) or scene.max() < 1:
+            raise SchemaError(
+                'cannot fit a shift check',
+                'found features of fewer than two scenes',
+                'add scenes, or fit without features',
+            )
+        self.mean = x.mean(0)
+        self.std = np.where(x.std(0) < 1e-6, 1, x.std(0))
+        # methods of an image may share its features; sorted by scene
+        rows = np.unique(np.column_stack([np.float32(scene), self._scaled(x)]), axis=0)
+        self.scene = rows[:, 0].astype(np.int32)
+        self.rows = np.ascontiguousarray(rows[:, 1:], np.float32)
+        far = self._distance(self.rows, self.scene)
+        weight = 1 / np.bincount(self.scene)[self.scene]
+        self.middle, self.limit = (
+            float(q) for q in np.quantile(far, [0.5, self.edge], weights=weight, method='inverted_cdf')
+        )
         return self
 
     def transform(self, features) -> np.ndarray: # (n,) from 0; NaN where features are missing
         "Measure the shift of (n,d) features."
-        x, out = np.asarray(features, float), np.full(len(features), np.nan)
+        x = np.asarray(features, float)
+        out = np.full(len(features), np.nan)
         known = np.isfinite(x).all(1)
         if not known.any(): return out
         unique, back = np.unique(self._scaled(x[known]), axis=0, return_inverse=True)
@@ -70,12 +85,15 @@ class ShiftCheck:
         starts = np.flatnonzero(np.diff(self.scene, prepend=-1))
         k = min(self.neighbours, len(starts) - (own is not None))
         def nearest(d, start):
-            d = np.minimum.reduceat(d, starts, axis=1)                                        # (chunk, scenes)
+            # (chunk, scenes)
+            d = np.minimum.reduceat(d, starts, axis=1)
             if own is not None: d[np.arange(len(d)), own[start:start + len(d)]] = np.inf
             return np.partition(d, k - 1, axis=1)[:, :k].mean(1)
-        return np.concatenate(list(pairwise_distances_chunked(x, self.rows, reduce_func=nearest, working_memory=128)))
+        return np.concatenate(
+            list(pairwise_distances_chunked(x, self.rows, reduce_func=nearest, working_memory=128))
+        )
 
-# %% ../../nbs/55_quality.intervals.ipynb #24e4c766
+# %% ../../nbs/55_quality.intervals.ipynb #f186e19d
 class Intervals(BaseEstimator):
     "Put intervals around predicted OA, calibrated by scene."
     def __init__(self,
@@ -89,16 +107,35 @@ class Intervals(BaseEstimator):
         widen: float = 1.0, # growth of the width for each unit of shift beyond 1
         refuse: float = 3.0, # shift beyond which there is no interval
     ):
-        self.confidence, self.by, self.difficulty, self.floor, self.min_scenes = confidence, by, difficulty, floor, min_scenes
-        self.neighbours, self.edge, self.widen, self.refuse = neighbours, edge, widen, refuse
+        self.confidence = confidence
+        self.by = by
+        self.difficulty = difficulty
+        self.floor = floor
+        self.min_scenes = min_scenes
+        self.neighbours = neighbours
+        self.edge = edge
+        self.widen = widen
+        self.refuse = refuse
 
     def fit(self, table: pd.DataFrame, features: np.ndarray = None) -> 'Intervals': # features (len(table),d)
         "Calibrate on rows with oa and honest predictions."
-        if not 0 < self.confidence < 1: raise SchemaError('cannot calibrate', f'found confidence {self.confidence}, expected a share between 0 and 1', 'use 0.9')
+        if not 0 < self.confidence < 1:
+            raise SchemaError(
+                'cannot calibrate',
+                f'found confidence {self.confidence}, expected a share between 0 and 1',
+                'use 0.9',
+            )
         _need(table, 'dataset', 'scene', 'oa', 'predicted', self.by, self.difficulty)
         features, (t, known) = _matrix(features, len(table)), _usable(table, self.difficulty)
-        self.scale_, scene = _scale(t, self.difficulty), _scenes(t)
-        self.bins_ = _bins((t.oa - t.predicted).abs().to_numpy(float) / _sigma(t, self.difficulty, self.scale_, self.floor), scene, t[self.by] if self.by else None, self.confidence, self.min_scenes)
+        self.scale_ = _scale(t, self.difficulty)
+        scene = _scenes(t)
+        self.bins_ = _bins(
+            (t.oa - t.predicted).abs().to_numpy(float) / _sigma(t, self.difficulty, self.scale_, self.floor),
+            scene,
+            t[self.by] if self.by else None,
+            self.confidence,
+            self.min_scenes,
+        )
         self.shift_ = None
         if features is not None:
             whole = np.isfinite(features[known]).all(1)
@@ -109,71 +146,149 @@ class Intervals(BaseEstimator):
         "Give an interval for each row, or the reason why not."
         check_is_fitted(self)
         _need(table, 'predicted', self.by, self.difficulty)
-        shift, sigma, y = self._shift(features, len(table)), _sigma(table, self.difficulty, self.scale_, self.floor), table.predicted.to_numpy(float)
-        bins = self.bins_.reindex(table[self.by].astype(str) if self.by else np.full(len(table), '')).fillna(self.bins_.loc[''].to_dict())
-        half = bins['quantile'].to_numpy(float) * sigma * (1 + self.widen * np.maximum(np.nan_to_num(shift) - 1, 0))
-        reason = np.select([~np.isfinite(y), ~np.isfinite(sigma), np.isnan(shift) & (self.shift_ is not None), shift > self.refuse],
-                           ['no prediction', 'difficulty unknown', 'features unknown', 'far from all calibration scenes'], '')
-        state = np.select([reason != '', shift > 1, np.isnan(shift)], ['refused', 'widened', 'unchecked'], 'ok')
+        shift = self._shift(features, len(table))
+        sigma = _sigma(table, self.difficulty, self.scale_, self.floor)
+        y = table.predicted.to_numpy(float)
+        bins = self.bins_.reindex(table[self.by].astype(str) if self.by else np.full(len(table), '')).fillna(
+            self.bins_.loc[''].to_dict()
+        )
+        half = (
+            bins['quantile'].to_numpy(float)
+            * sigma
+            * (1 + self.widen * np.maximum(np.nan_to_num(shift) - 1, 0))
+        )
+        reason = np.select(
+            [
+                ~np.isfinite(y),
+                ~np.isfinite(sigma),
+                np.isnan(shift) & (self.shift_ is not None),
+                shift > self.refuse,
+            ],
+            ['no prediction', 'difficulty unknown', 'features unknown', 'far from all calibration scenes'],
+            '',
+        )
+        state = np.select(
+            [reason != '', shift > 1, np.isnan(shift)], ['refused', 'widened', 'unchecked'], 'ok'
+        )
         low, high = (np.where(reason != '', np.nan, np.clip(v, 0, 1)) for v in (y - half, y + half))
-        return pd.DataFrame(dict(low=low, high=high, shift=shift, state=state, bin=bins['bin'].to_numpy(str), reason=reason), index=table.index)
+        return pd.DataFrame(
+            dict(low=low, high=high, shift=shift, state=state, bin=bins['bin'].to_numpy(str), reason=reason),
+            index=table.index,
+        )
 
     def _shift(self, features, n): # (n,), NaN without features
         features = _matrix(features, n)
         if (features is None) != (self.shift_ is None):
-            raise Incompatible('cannot check for shift', f'fitted {"without" if features is not None else "with"} features, predicting {"with" if features is not None else "without"}', 'pass features to both or to neither')
+            raise Incompatible(
+                'cannot check for shift',
+                f'fitted {"without" if features is not None else "with"} features, predicting {"with" if features is not None else "without"}',
+                'pass features to both or to neither',
+            )
         if features is None: return np.full(n, np.nan)
-        if features.shape[1] != len(self.shift_.mean): raise Incompatible('cannot check for shift', f'found {features.shape[1]} features, expected {len(self.shift_.mean)}', 'use the features of fit')
+        if features.shape[1] != len(self.shift_.mean):
+            raise Incompatible(
+                'cannot check for shift',
+                f'found {features.shape[1]} features, expected {len(self.shift_.mean)}',
+                'use the features of fit',
+            )
         return self.shift_.transform(features)
 
-# %% ../../nbs/55_quality.intervals.ipynb #69a023de
+# %% ../../nbs/55_quality.intervals.ipynb #b4492428
 def _need(table, *columns):
     missing = [c for c in columns if c and c not in table]
-    if missing: raise SchemaError(f'the table lacks {", ".join(missing)}', f'found {", ".join(map(str, table.columns[:8]))} …', 'add the columns; predicted comes from rssqa.quality.model or rssqa.bench.protocol')
+    if missing:
+        raise SchemaError(
+            f'the table lacks {", ".join(missing)}',
+            f'found {", ".join(map(str, table.columns[:8]))} …',
+            'add the columns; predicted comes from rssqa.quality.model or rssqa.bench.protocol',
+        )
 
 
 def _matrix(features, n): # (n,d) float, or None
     if features is None: return None
     x = np.asarray(features, float)
-    if x.ndim != 2 or len(x) != n: raise Incompatible('cannot use the features', f'found shape {x.shape}, expected ({n}, d)', 'pass one row of features for each row of the table')
+    if x.ndim != 2 or len(x) != n:
+        raise Incompatible(
+            'cannot use the features',
+            f'found shape {x.shape}, expected ({n}, d)',
+            'pass one row of features for each row of the table',
+        )
     return x
 
 
 def _usable(table, difficulty): # rows that can calibrate, and which they are
-    known = np.isfinite(table[[c for c in ('oa', 'predicted', difficulty) if c]].astype(float)).all(axis=1).to_numpy()
+    known = (
+        np.isfinite(table[[c for c in ('oa', 'predicted', difficulty) if c]].astype(float))
+        .all(axis=1)
+        .to_numpy()
+    )
     t = table[known]
-    if ((t.oa < 0) | (t.oa > 1)).any(): raise SchemaError('cannot calibrate', f'found OA {t.oa.min():.3g}..{t.oa.max():.3g}, expected 0..1', 'divide percent by 100')
+    if ((t.oa < 0) | (t.oa > 1)).any():
+        raise SchemaError(
+            'cannot calibrate',
+            f'found OA {t.oa.min():.3g}..{t.oa.max():.3g}, expected 0..1',
+            'divide percent by 100',
+        )
     return t, known
 
 
 def _scenes(table): # (n,) scene numbers
-    code = table.groupby([table.dataset.astype(str), 'scene'], observed=True).ngroup().fillna(-1).to_numpy(int)
-    if (code < 0).any(): raise SchemaError('cannot calibrate by scene', f'found {(code < 0).sum()} rows without a scene', 'name the scene of every row')
+    code = (
+        table.groupby([table.dataset.astype(str), 'scene'], observed=True).ngroup().fillna(-1).to_numpy(int)
+    )
+    if (code < 0).any():
+        raise SchemaError(
+            'cannot calibrate by scene',
+            f'found {(code < 0).sum()} rows without a scene',
+            'name the scene of every row',
+        )
     return code
 
 
 def _scale(table, difficulty): # mean difficulty
     if not difficulty: return 1.0
-    if (table[difficulty] < 0).any(): raise SchemaError(f'cannot use {difficulty} as difficulty', f'found {table[difficulty].min():.3g}, expected numbers from 0', 'choose a column that grows with doubt')
+    if (table[difficulty] < 0).any():
+        raise SchemaError(
+            f'cannot use {difficulty} as difficulty',
+            f'found {table[difficulty].min():.3g}, expected numbers from 0',
+            'choose a column that grows with doubt',
+        )
     return float(table[difficulty].mean()) or 1.0
 
 
 def _sigma(table, difficulty, scale, floor): # (n,) positive, NaN where unknown
-    return table[difficulty].astype(float).clip(lower=0).to_numpy() / scale + floor if difficulty else np.ones(len(table))
+    return (
+        table[difficulty].astype(float).clip(lower=0).to_numpy() / scale + floor
+        if difficulty
+        else np.ones(len(table))
+    )
 
 
 def _bins(score, scene, group, confidence, min_scenes): # index '' (pooled) and the groups; quantile, scenes, bin
-    n, need = len(np.unique(scene)), scenes_needed(confidence)
+    n = len(np.unique(scene))
+    need = scenes_needed(confidence)
     if n < max(need, 2):
         lower = f', or ask for confidence {math.floor(100 * n / (n + 1)) / 100} or less' if n > 1 else ''
-        raise SchemaError(f'cannot calibrate at confidence {confidence:g}', f'found {n} {"scene" if n == 1 else "scenes"} with oa and predicted, expected at least {max(need, 2)}', f'add labelled scenes{lower}')
-    pooled, rows = scene_quantile(score, scene, confidence), []
+        raise SchemaError(
+            f'cannot calibrate at confidence {confidence:g}',
+            f'found {n} {"scene" if n == 1 else "scenes"} with oa and predicted, expected at least {max(need, 2)}',
+            f'add labelled scenes{lower}',
+        )
+    pooled = scene_quantile(score, scene, confidence)
+    rows = []
     for name, at in ({} if group is None else pd.Series(range(len(score))).groupby(group.astype(str).to_numpy()).indices).items():
-        n_own, own = len(np.unique(scene[at])), min(scene_quantile(score[at], scene[at], confidence), score[at].max())
-        rows.append((name, own, n_own, 'own') if n_own >= max(min_scenes, need) else (name, max(own, pooled), n_own, 'mixed'))
-    return pd.DataFrame([('', pooled, n, 'pooled'), *rows], columns=['group', 'quantile', 'scenes', 'bin']).set_index('group')
+        n_own = len(np.unique(scene[at]))
+        own = min(scene_quantile(score[at], scene[at], confidence), score[at].max())
+        rows.append(
+            (name, own, n_own, 'own')
+            if n_own >= max(min_scenes, need)
+            else (name, max(own, pooled), n_own, 'mixed')
+        )
+    return pd.DataFrame(
+        [('', pooled, n, 'pooled'), *rows], columns=['group', 'quantile', 'scenes', 'bin']
+    ).set_index('group')
 
-# %% ../../nbs/55_quality.intervals.ipynb #58e98d52
+# %% ../../nbs/55_quality.intervals.ipynb #5c23d831
 def coverage(
     table: pd.DataFrame, # dataset, scene, oa, low and high, and the columns of `by`
     by: tuple = ('dataset', 'method'), # columns to look into
@@ -183,19 +298,38 @@ def coverage(
     "Measure how often intervals hold the truth, all in all and within groups."
     _need(table, 'dataset', 'scene', 'oa', 'low', 'high', *by)
     t = table[np.isfinite(table.oa.astype(float))]
-    out, answered = (t.low - t.oa).clip(lower=0) + (t.oa - t.high).clip(lower=0), t.low.notna()
-    told = pd.DataFrame(dict(scene=_scenes(t), coverage=(out == 0).where(answered).astype(float), width=t.high - t.low, winkler=t.high - t.low + 2 / (1 - confidence) * out, refused=~answered), index=t.index)
-    lines = [dict(by='all', group='') | _covered(told)] + [dict(by=c, group=str(g)) | _covered(part) for c in by for g, part in told.groupby(t[c], observed=True)]
+    out = (t.low - t.oa).clip(lower=0) + (t.oa - t.high).clip(lower=0)
+    answered = t.low.notna()
+    told = pd.DataFrame(
+        dict(
+            scene=_scenes(t),
+            coverage=(out == 0).where(answered).astype(float),
+            width=t.high - t.low,
+            winkler=t.high - t.low + 2 / (1 - confidence) * out,
+            refused=~answered,
+        ),
+        index=t.index,
+    )
+    lines = [dict(by='all', group='') | _covered(told)] + [
+        dict(by=c, group=str(g)) | _covered(part) for c in by for g, part in told.groupby(t[c], observed=True)
+    ]
     judged = [line for line in lines[1:] if line['scenes'] >= min_scenes]
-    if judged: worst = min(judged, key=lambda line: line['coverage']); lines.append(worst | dict(by='worst', group=f'{worst["by"]}={worst["group"]}'))
+    if judged:
+        worst = min(judged, key=lambda line: line['coverage'])
+        lines.append(worst | dict(by='worst', group=f'{worst["by"]}={worst["group"]}'))
     return pd.DataFrame(lines)
 
 
 def _covered(told): # one line: means over scenes of means within
     scenes = told[~told.refused].groupby('scene')[['coverage', 'width', 'winkler']].mean()
-    return scenes.mean().to_dict() | dict(se=scenes.coverage.std() / max(len(scenes), 1)**0.5, refused=told.refused.mean(), rows=len(told), scenes=len(scenes))
+    return scenes.mean().to_dict() | dict(
+        se=scenes.coverage.std() / max(len(scenes), 1) ** 0.5,
+        refused=told.refused.mean(),
+        rows=len(told),
+        scenes=len(scenes),
+    )
 
-# %% ../../nbs/55_quality.intervals.ipynb #7268f6d5
+# %% ../../nbs/55_quality.intervals.ipynb #9fd2d4a0
 def row_intervals(
     known: pd.DataFrame, # calibration rows with oa and predicted
     table: pd.DataFrame, # rows with predicted
@@ -205,23 +339,30 @@ def row_intervals(
     floor: float = 0.5, # as in Intervals
 ) -> pd.DataFrame: # low, high; index of table
     "Calibrate as if rows were independent: split conformal prediction by crepes."
-    _need(known, 'oa', 'predicted', by, difficulty); _need(table, 'predicted', by, difficulty)
+    _need(known, 'oa', 'predicted', by, difficulty)
+    _need(table, 'predicted', by, difficulty)
     known, scale = _usable(known, difficulty)[0], _scale(known, difficulty)
     sigma = lambda t: _sigma(t, difficulty, scale, floor)
     out = _crepes(known, table, sigma, confidence)
-    if by and (seen := table[by].astype(str).isin(known[by].astype(str)).to_numpy()).any(): out[seen] = _crepes(known, table[seen], sigma, confidence, by)
+    if by and (seen := table[by].astype(str).isin(known[by].astype(str)).to_numpy()).any():
+        out[seen] = _crepes(known, table[seen], sigma, confidence, by)
     return pd.DataFrame(out, columns=['low', 'high'], index=table.index)
 
 
 def _crepes(known, table, sigma, confidence, by=''): # (len(table),2)
     with warnings.catch_warnings():                                                           # crepes makes all warnings show when imported
         from crepes import ConformalRegressor
-        warnings.simplefilter('ignore')                                                       # too few rows: the interval is 0..1
+        # too few rows: the interval is 0..1
+        warnings.simplefilter('ignore')
         bins = lambda t: t[by].astype(str).to_numpy(str) if by else None
-        fitted = ConformalRegressor().fit((known.oa - known.predicted).to_numpy(float), sigma(known), bins(known))
-        return fitted.predict_int(table.predicted.to_numpy(float), sigma(table), bins(table), confidence - 1e-9, 0, 1)
+        fitted = ConformalRegressor().fit(
+            (known.oa - known.predicted).to_numpy(float), sigma(known), bins(known)
+        )
+        return fitted.predict_int(
+            table.predicted.to_numpy(float), sigma(table), bins(table), confidence - 1e-9, 0, 1
+        )
 
-# %% ../../nbs/55_quality.intervals.ipynb #7d2702fa
+# %% ../../nbs/55_quality.intervals.ipynb #7da333ee
 def cross_intervals(
     table: pd.DataFrame, # oa, out-of-fold predicted, dataset, scene
     fold, # (len(table),) the fold of each row
@@ -230,10 +371,22 @@ def cross_intervals(
     **options, # of Intervals
 ) -> pd.DataFrame: # as from Intervals.predict, index of table
     "Give each fold intervals that were calibrated on the other folds."
-    fold, features, parts = np.asarray(fold), _matrix(features, len(table)), []
+    fold = np.asarray(fold)
+    features = _matrix(features, len(table))
+    parts = []
     shared = pd.Series(fold).groupby(_scenes(table)).nunique().gt(1).sum()
-    if shared: raise LeakError('cannot calibrate by fold', f'found {shared} scenes in more than one fold', 'make folds with rssqa.bench.protocol.scene_folds')
-    if columns and len(np.unique(fold)) < 3: raise SchemaError('cannot learn widths by fold', f'found {len(np.unique(fold))} folds, expected three or more', 'make more folds, or leave out columns')
+    if shared:
+        raise LeakError(
+            'cannot calibrate by fold',
+            f'found {shared} scenes in more than one fold',
+            'make folds with rssqa.bench.protocol.scene_folds',
+        )
+    if columns and len(np.unique(fold)) < 3:
+        raise SchemaError(
+            'cannot learn widths by fold',
+            f'found {len(np.unique(fold))} folds, expected three or more',
+            'make more folds, or leave out columns',
+        )
     if columns: options = dict(difficulty='expected_error', floor=0.1) | options
     pick = lambda at: None if features is None else features[at]
     for k in np.unique(fold):
@@ -243,7 +396,7 @@ def cross_intervals(
     order = np.argsort(np.concatenate([np.flatnonzero(fold == k) for k in np.unique(fold)]))
     return pd.concat(parts).iloc[order].set_axis(table.index)
 
-# %% ../../nbs/55_quality.intervals.ipynb #e918ecc0
+# %% ../../nbs/55_quality.intervals.ipynb #411d1318
 def expect_errors(
     known: pd.DataFrame, # rows with oa and out-of-fold predicted
     fold, # (len(known),) the fold of each, two or more
@@ -253,12 +406,25 @@ def expect_errors(
     seed: int = 0,
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # known and new, with a column expected_error, 0..1
     "Learn how large the error of a prediction tends to be."
-    columns, fold = [*dict.fromkeys((*columns, 'predicted'))], np.asarray(fold)
-    _need(known, 'oa', *columns); _need(new, *columns)
-    if len(np.unique(fold)) < 2: raise SchemaError('cannot learn expected errors', 'found one fold, expected two or more', 'number the folds of the rows, see rssqa.bench.protocol.scene_folds')
-    usable, told = _usable(known, '')[1], np.zeros(len(known))
-    for k in np.unique(fold): told[fold == k] = _error_trees(known[usable & (fold != k)], columns, trees, seed).predict(_numbers(known[fold == k], columns))
-    return known.assign(expected_error=told), new.assign(expected_error=_error_trees(known[usable], columns, trees, seed).predict(_numbers(new, columns)))
+    columns = [*dict.fromkeys((*columns, 'predicted'))]
+    fold = np.asarray(fold)
+    _need(known, 'oa', *columns)
+    _need(new, *columns)
+    if len(np.unique(fold)) < 2:
+        raise SchemaError(
+            'cannot learn expected errors',
+            'found one fold, expected two or more',
+            'number the folds of the rows, see rssqa.bench.protocol.scene_folds',
+        )
+    usable = _usable(known, '')[1]
+    told = np.zeros(len(known))
+    for k in np.unique(fold):
+        told[fold == k] = _error_trees(known[usable & (fold != k)], columns, trees, seed).predict(
+            _numbers(known[fold == k], columns)
+        )
+    return known.assign(expected_error=told), new.assign(
+        expected_error=_error_trees(known[usable], columns, trees, seed).predict(_numbers(new, columns))
+    )
 
 
 def _numbers(table, columns): return table[columns].astype(np.float32).to_numpy()
@@ -268,9 +434,11 @@ def _error_trees(rows, columns, trees, seed): # each scene weighs the same
     from sklearn.ensemble import ExtraTreesRegressor
     scene = _scenes(rows)
     weight = 1 / np.bincount(scene)[scene]
-    return ExtraTreesRegressor(trees, min_samples_leaf=20, max_features=0.3, random_state=seed).fit(_numbers(rows, columns), (rows.oa - rows.predicted).abs(), weight)
+    return ExtraTreesRegressor(trees, min_samples_leaf=20, max_features=0.3, random_state=seed).fit(
+        _numbers(rows, columns), (rows.oa - rows.predicted).abs(), weight
+    )
 
-# %% ../../nbs/55_quality.intervals.ipynb #8b002752
+# %% ../../nbs/55_quality.intervals.ipynb #11de36ec
 def save_intervals(
     intervals: Intervals, # fitted
     folder, # made if missing
@@ -278,12 +446,22 @@ def save_intervals(
     "Write fitted intervals."
     from safetensors.numpy import save_file
     check_is_fitted(intervals)
-    folder, s = Path(folder), intervals.shift_
+    folder = Path(folder)
+    s = intervals.shift_
     if s is not None:
-        with atomic(folder/'intervals.safetensors') as tmp: save_file(dict(rows=s.rows, scene=s.scene, mean=s.mean, std=s.std), tmp)
+        with atomic(folder/'intervals.safetensors') as tmp:
+            save_file(dict(rows=s.rows, scene=s.scene, mean=s.mean, std=s.std), tmp)
     else: (folder/'intervals.safetensors').unlink(missing_ok=True)
-    write_json(folder/'intervals.json', dict(kind='Intervals', params=intervals.get_params(), scale=intervals.scale_, bins=intervals.bins_.reset_index().to_dict('list'),
-               shift=s and dict(middle=s.middle, limit=s.limit, rows=digest(s.rows, s.scene, s.mean, s.std))))
+    write_json(
+        folder / 'intervals.json',
+        dict(
+            kind='Intervals',
+            params=intervals.get_params(),
+            scale=intervals.scale_,
+            bins=intervals.bins_.reset_index().to_dict('list'),
+            shift=s and dict(middle=s.middle, limit=s.limit, rows=digest(s.rows, s.scene, s.mean, s.std)),
+        ),
+    )
     return folder
 
 
@@ -294,10 +472,22 @@ def load_intervals(
     from safetensors.numpy import load_file
     told = read_json(Path(folder)/'intervals.json')
     intervals = Intervals(**told['params'])
-    intervals.scale_, intervals.bins_, intervals.shift_ = told['scale'], pd.DataFrame(told['bins']).set_index('group')[['quantile', 'scenes', 'bin']], None
+    intervals.scale_ = told['scale']
+    intervals.bins_ = pd.DataFrame(told['bins']).set_index('group')[['quantile', 'scenes', 'bin']]
+    intervals.shift_ = None
     if told['shift']:
-        arrays, s = load_file(Path(folder)/'intervals.safetensors'), ShiftCheck(intervals.neighbours, intervals.edge)
-        s.rows, s.scene, s.mean, s.std, s.middle, s.limit = *(arrays[k] for k in ('rows', 'scene', 'mean', 'std')), told['shift']['middle'], told['shift']['limit']
-        if digest(s.rows, s.scene, s.mean, s.std) != told['shift']['rows']: raise SchemaError(f'cannot read intervals from {folder}', 'intervals.json and intervals.safetensors are not of one fit', 'save them again')
+        arrays = load_file(Path(folder)/'intervals.safetensors')
+        s = ShiftCheck(intervals.neighbours, intervals.edge)
+        s.rows, s.scene, s.mean, s.std, s.middle, s.limit = (
+            *(arrays[k] for k in ('rows', 'scene', 'mean', 'std')),
+            told['shift']['middle'],
+            told['shift']['limit'],
+        )
+        if digest(s.rows, s.scene, s.mean, s.std) != told['shift']['rows']:
+            raise SchemaError(
+                f'cannot read intervals from {folder}',
+                'intervals.json and intervals.safetensors are not of one fit',
+                'save them again',
+            )
         intervals.shift_ = s
     return intervals

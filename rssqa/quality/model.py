@@ -18,7 +18,7 @@ from .features import FeatureExtractor, Reducer, Scaler
 from ..core import SchemaError, atomic, read_json, seed_all, write_json
 from ..segment.metrics import evaluate, within
 
-# %% ../../nbs/52_quality.model.ipynb #6ebe45c9
+# %% ../../nbs/52_quality.model.ipynb #909835b8
 def plcc_loss(
     s, # (n,) predicted, torch
     y, # (n,) true
@@ -29,7 +29,8 @@ def plcc_loss(
     for g in group.unique():
         a, b = s[group == g], y[group == g]
         if len(a) < 8 or b.std() < 1e-4: continue
-        a, b = a - a.mean(), b - b.mean()
+        a = a - a.mean()
+        b = b - b.mean()
         losses.append((1 - (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-6)) / 2)
     return sum(losses) / len(losses) if losses else s.sum() * 0
 
@@ -39,11 +40,14 @@ def rank_loss(
     y, # (B,M) true, NaN where a method is missing
 ): # scalar
     "Penalise pairs of an image whose predicted gap is smaller than the true one, or on the wrong side."
-    gap, found = y[:, :, None] - y[:, None, :], s[:, :, None] - s[:, None, :]                  # (B,M,M)
-    pairs = gap > 0                                                                           # NaN compares as False
+    # (B,M,M)
+    gap = y[:, :, None] - y[:, None, :]
+    found = s[:, :, None] - s[:, None, :]
+    # NaN compares as False
+    pairs = gap > 0
     return (gap - found)[pairs].clamp_min(0).mean() if pairs.any() else s.sum() * 0
 
-# %% ../../nbs/52_quality.model.ipynb #85758396
+# %% ../../nbs/52_quality.model.ipynb #b22f4059
 class QualityModel(RegressorMixin, BaseEstimator):
     "Predict the overall accuracy of segmentations from label-free columns, segmenter intermediate and scene semantics."
     def __init__(self,
@@ -67,18 +71,36 @@ class QualityModel(RegressorMixin, BaseEstimator):
         store: str = '', # folder of the store
         seed: int = 0,
     ):
-        self.semantic, self.intermediate, self.cross_method, self.fusion, self.directions, self.dim = semantic, intermediate, cross_method, fusion, directions, dim
+        self.semantic = semantic
+        self.intermediate = intermediate
+        self.cross_method = cross_method
+        self.fusion = fusion
+        self.directions = directions
+        self.dim = dim
         self.absolute, self.linear, self.rank = absolute, linear, rank
-        self.epochs, self.patience, self.lr, self.weight_decay, self.dropout, self.images = epochs, patience, lr, weight_decay, dropout, images
-        self.members, self.target, self.store, self.seed = members, target, store, seed
+        self.epochs = epochs
+        self.patience = patience
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.dropout = dropout
+        self.images = images
+        self.members = members
+        self.target = target
+        self.store = store
+        self.seed = seed
 
     def fit(self, X: pd.DataFrame, y=None) -> 'QualityModel':
         "Train on rows of an SQED table; y defaults to the target column."
         X = X.assign(oa=np.asarray(y, float) if y is not None else _target(X, self.target))
-        self.features_ = FeatureExtractor(self.store, self.semantic, self.intermediate, self.cross_method, self.directions).fit(X)
-        blocks, rows = self.features_.transform(X, training=True), X[['image_id', 'method', 'dataset', 'scene', 'oa']]
+        self.features_ = FeatureExtractor(
+            self.store, self.semantic, self.intermediate, self.cross_method, self.directions
+        ).fit(X)
+        blocks = self.features_.transform(X, training=True)
+        rows = X[['image_id', 'method', 'dataset', 'scene', 'oa']]
         found = Parallel()(delayed(_train_member)(self, blocks, rows, m) for m in range(self.members))
-        self.nets_, self.history_, self.n_features_in_ = [net for net, _ in found], pd.DataFrame(sum((h for _, h in found), [])), X.shape[1]
+        self.nets_ = [net for net, _ in found]
+        self.history_ = pd.DataFrame(sum((h for _, h in found), []))
+        self.n_features_in_ = X.shape[1]
         return self
 
     def predict(self, X: pd.DataFrame, semantic: np.ndarray = None, intermediate: dict = None) -> np.ndarray: # (len(X),) 0..1, in the order of X
@@ -93,16 +115,23 @@ class QualityModel(RegressorMixin, BaseEstimator):
 
     def evaluate(self, X: pd.DataFrame, train: pd.DataFrame) -> dict:
         "Measure in all views, see rssqa.segment.metrics.evaluate."
-        return evaluate(_rows(X, None, self.target, self.predict(X)), train.assign(oa=_target(train, self.target)))
+        return evaluate(
+            _rows(X, None, self.target, self.predict(X)), train.assign(oa=_target(train, self.target))
+        )
 
     def embed(self, X: pd.DataFrame) -> np.ndarray: # (len(X), dim)
         "Return the fused vectors of the first network, for plots."
         check_is_fitted(self)
         return _forward(self.nets_[0], self.features_.transform(X), embed=True)
 
-# %% ../../nbs/52_quality.model.ipynb #30644da0
+# %% ../../nbs/52_quality.model.ipynb #efe0bb2b
 def _target(X, name):
-    if name not in X: raise SchemaError(f'cannot fit on column {name!r}', f'found {", ".join(map(str, X.columns[:8]))} …', 'choose target="oa" or "miou"')
+    if name not in X:
+        raise SchemaError(
+            f'cannot fit on column {name!r}',
+            f'found {", ".join(map(str, X.columns[:8]))} …',
+            'choose target="oa" or "miou"',
+        )
     return X[name].astype(float)
 
 
@@ -112,76 +141,142 @@ def _rows(X, y, target, predicted):
 
 def _tensors(blocks):
     import torch
-    return [torch.tensor(v) for v in (blocks.single_map, blocks.cross_method, blocks.prior, blocks.intermediate, blocks.semantic, blocks.method)]
+    return [
+        torch.tensor(v)
+        for v in (
+            blocks.single_map,
+            blocks.cross_method,
+            blocks.prior,
+            blocks.intermediate,
+            blocks.semantic,
+            blocks.method,
+        )
+    ]
 
 
 def _forward(net, blocks, embed=False):
     import torch
     with torch.inference_mode(): return (net.embed if embed else net)(*_tensors(blocks)).numpy()
 
-# %% ../../nbs/52_quality.model.ipynb #eb943db8
+# %% ../../nbs/52_quality.model.ipynb #39c70d19
 def _grid(X): # (images, methods) row numbers, -1 where missing
-    return X.assign(row=np.arange(len(X))).pivot(index='image_id', columns='method', values='row').fillna(-1).to_numpy().astype(np.int64)
+    return (
+        X.assign(row=np.arange(len(X)))
+        .pivot(index='image_id', columns='method', values='row')
+        .fillna(-1)
+        .to_numpy()
+        .astype(np.int64)
+    )
 
 
 def _hold_scenes(X, seed, share=0.12): # boolean (len(X),)
-    rng, held = np.random.default_rng(seed), np.zeros(len(X), bool)
+    rng = np.random.default_rng(seed)
+    held = np.zeros(len(X), bool)
     for dataset, rows in X.groupby('dataset', observed=True):
         scenes = np.sort(rows.scene.astype(str).unique())
-        if len(scenes) > 4: held |= ((X.dataset == dataset) & X.scene.astype(str).isin(rng.choice(scenes, max(1, round(share * len(scenes))), replace=False))).to_numpy()
+        if len(scenes) > 4:
+            held |= (
+                (X.dataset == dataset)
+                & X.scene.astype(str).isin(
+                    rng.choice(scenes, max(1, round(share * len(scenes))), replace=False)
+                )
+            ).to_numpy()
     if held.any() or X.image_id.nunique() < 2: return held
-    return X.image_id.isin(rng.choice(X.image_id.unique(), max(1, X.image_id.nunique() // 8), replace=False)).to_numpy()
+    return X.image_id.isin(
+        rng.choice(X.image_id.unique(), max(1, X.image_id.nunique() // 8), replace=False)
+    ).to_numpy()
 
 
 def _loss(model, net, tensors, y, group, grid): # grid (B,M) row numbers of whole images
     import torch
     rows = grid[grid >= 0]
     s = net(*[t[rows] for t in tensors])
-    full = torch.full(grid.shape, float('nan')).masked_scatter(grid >= 0, s), torch.full(grid.shape, float('nan')).masked_scatter(grid >= 0, y[rows])
+    full = (
+        torch.full(grid.shape, float('nan')).masked_scatter(grid >= 0, s),
+        torch.full(grid.shape, float('nan')).masked_scatter(grid >= 0, y[rows]),
+    )
     absolute = torch.nn.functional.smooth_l1_loss(s, y[rows], beta=0.05)
-    return model.absolute * absolute + model.linear * plcc_loss(s, y[rows], group[rows]) + model.rank * rank_loss(*full)
+    return (
+        model.absolute * absolute
+        + model.linear * plcc_loss(s, y[rows], group[rows])
+        + model.rank * rank_loss(*full)
+    )
 
-# %% ../../nbs/52_quality.model.ipynb #65f0229a
+# %% ../../nbs/52_quality.model.ipynb #8dcd2870
 def _new_net(model, blocks):
     from rssqa.quality.fusion import QualityNet
-    return QualityNet(blocks.single_map.shape[1], blocks.cross_method.shape[1], blocks.prior.shape[1], blocks.intermediate.shape[1], blocks.semantic.shape[1], max(len(model.features_.methods), 1), model.fusion, model.dim, model.dim, model.dropout)
+    return QualityNet(
+        blocks.single_map.shape[1],
+        blocks.cross_method.shape[1],
+        blocks.prior.shape[1],
+        blocks.intermediate.shape[1],
+        blocks.semantic.shape[1],
+        max(len(model.features_.methods), 1),
+        model.fusion,
+        model.dim,
+        model.dim,
+        model.dropout,
+    )
 
 
 def _train_member(model, blocks, X, member): # network, one line an epoch
     import torch
     seed_all(model.seed * 1000 + member)
-    net, tensors = _new_net(model, blocks), _tensors(blocks)
-    y, group = torch.as_tensor(X.oa.to_numpy(np.float32)), torch.as_tensor(pd.factorize(X.dataset)[0])
+    net = _new_net(model, blocks)
+    tensors = _tensors(blocks)
+    y = torch.as_tensor(X.oa.to_numpy(np.float32))
+    group = torch.as_tensor(pd.factorize(X.dataset)[0])
     net.base.bias.data.fill_(float(torch.logit(y.mean().clamp(0.02, 0.98))))
     held = _hold_scenes(X, model.seed * 1000 + member)
-    train, test = (torch.as_tensor(_grid(part) if len(part) else np.zeros((0, 1), int)) for part in (X[~held], X[held]))
-    train, test = (torch.where(g >= 0, torch.as_tensor(np.flatnonzero(k))[g.clamp_min(0)], -1) for g, k in ((train, ~held), (test, held)))
+    train, test = (
+        torch.as_tensor(_grid(part) if len(part) else np.zeros((0, 1), int)) for part in (X[~held], X[held])
+    )
+    train, test = (
+        torch.where(g >= 0, torch.as_tensor(np.flatnonzero(k))[g.clamp_min(0)], -1)
+        for g, k in ((train, ~held), (test, held))
+    )
     opt = torch.optim.AdamW(net.parameters(), model.lr, weight_decay=model.weight_decay)
-    test = test if len(test) else train                                # a single image: nothing can be held out
-    best, kept, waited, history = float('inf'), {k: v.clone() for k, v in net.state_dict().items()}, 0, []
+    # a single image: nothing can be held out
+    test = test if len(test) else train
+    best = float('inf')
+    kept = {k: v.clone() for k, v in net.state_dict().items()}
+    waited = 0
+    history = []
     for epoch in range(model.epochs):
         net.train()
         for part in torch.randperm(len(train)).split(model.images):
-            opt.zero_grad(); _loss(model, net, tensors, y, group, train[part]).backward(); opt.step()
+            opt.zero_grad()
+            _loss(model, net, tensors, y, group, train[part]).backward()
+            opt.step()
         with torch.inference_mode(): loss = _loss(model, net.eval(), tensors, y, group, test).item()
         history.append(dict(member=member, epoch=epoch, loss=loss))
-        if loss < best: best, kept, waited = loss, {k: v.clone() for k, v in net.state_dict().items()}, 0
+        if loss < best:
+            best = loss
+            kept = {k: v.clone() for k, v in net.state_dict().items()}
+            waited = 0
         elif (waited := waited + 1) > model.patience: break
     net.load_state_dict(kept)
     return net.eval(), history
 
-# %% ../../nbs/52_quality.model.ipynb #4870e094
+# %% ../../nbs/52_quality.model.ipynb #3b579033
 def explain(model: QualityModel, X: pd.DataFrame) -> pd.DataFrame: # one row each: predicted, and the part due to own, cross_method, prior, intermediate, semantic
     "Split each prediction by leaving out one block at a time."
     from dataclasses import replace
     check_is_fitted(model)
     blocks = model.features_.transform(X)
     full = np.mean([_forward(net, blocks) for net in model.nets_], 0)
-    parts = {b: full - np.mean([_forward(net, replace(blocks, **{b: np.zeros_like(getattr(blocks, b))})) for net in model.nets_], 0)
-             for b in ('single_map', 'cross_method', 'prior', 'intermediate', 'semantic') if getattr(blocks, b).shape[1]}
+    parts = {
+        b: full
+        - np.mean(
+            [_forward(net, replace(blocks, **{b: np.zeros_like(getattr(blocks, b))})) for net in model.nets_],
+            0,
+        )
+        for b in ('single_map', 'cross_method', 'prior', 'intermediate', 'semantic')
+        if getattr(blocks, b).shape[1]
+    }
     return pd.DataFrame(dict(predicted=full) | parts, index=X.index)
 
-# %% ../../nbs/52_quality.model.ipynb #ed8591ca
+# %% ../../nbs/52_quality.model.ipynb #97df3c36
 def save_model(
     model: QualityModel, # fitted
     folder, # made if missing
@@ -191,14 +286,34 @@ def save_model(
     from safetensors.numpy import save_file
     check_is_fitted(model)
     b, arrays = model.features_, {}
-    for name, scaler in [('single_map', b.own_scaler), ('cross_method', b.peer_scaler), ('prior', b.prior_scaler)]: arrays |= {f'{name}.mean': scaler.mean, f'{name}.std': scaler.std}
+    for name, scaler in [('single_map', b.own_scaler), ('cross_method', b.peer_scaler), ('prior', b.prior_scaler)]:
+        arrays |= {f'{name}.mean': scaler.mean, f'{name}.std': scaler.std}
     for name, r in [(f'intermediate.{m}', r) for m, r in b.tap_reducers.items()] + ([('semantic', b.sem_reducer)] if b.semantic else []):
         arrays |= {f'{name}.mean': r.scaler.mean, f'{name}.std': r.scaler.std, f'{name}.basis': r.basis}
-    for i, net in enumerate(model.nets_): arrays |= {f'net{i}.{k}': v.numpy() for k, v in net.state_dict().items()}
+    for i, net in enumerate(model.nets_):
+        arrays |= {f'net{i}.{k}': v.numpy() for k, v in net.state_dict().items()}
     folder = Path(folder)
-    with atomic(folder/'weights.safetensors') as tmp: save_file({k: np.ascontiguousarray(v, np.float32) for k, v in arrays.items()}, tmp)
-    write_json(folder/'config.json', dict(kind='QualityModel', params=model.get_params() | dict(store=''), columns=b.columns, share=b.share.tolist(), agree=b.agree, methods=b.methods,
-               prior=dict(overall=b.prior.overall, sums=[[list(by), list(map(list, g.reset_index().astype(object).to_numpy()))] for by, g in b.prior.sums.items()]), facts=facts))
+    with atomic(folder/'weights.safetensors') as tmp:
+        save_file({k: np.ascontiguousarray(v, np.float32) for k, v in arrays.items()}, tmp)
+    write_json(
+        folder / 'config.json',
+        dict(
+            kind='QualityModel',
+            params=model.get_params() | dict(store=''),
+            columns=b.columns,
+            share=b.share.tolist(),
+            agree=b.agree,
+            methods=b.methods,
+            prior=dict(
+                overall=b.prior.overall,
+                sums=[
+                    [list(by), list(map(list, g.reset_index().astype(object).to_numpy()))]
+                    for by, g in b.prior.sums.items()
+                ],
+            ),
+            facts=facts,
+        ),
+    )
     return folder
 
 
@@ -208,18 +323,30 @@ def load_model(
 ) -> QualityModel:
     "Read a fitted model."
     from safetensors.numpy import load_file
-    config, arrays = read_json(Path(folder)/'config.json'), load_file(Path(folder)/'weights.safetensors')
+    config = read_json(Path(folder)/'config.json')
+    arrays = load_file(Path(folder)/'weights.safetensors')
     model = QualityModel(**config['params'] | dict(store=store))
-    b = model.features_ = FeatureExtractor(store, model.semantic, model.intermediate, model.cross_method, model.directions)
-    b.columns, b.share, b.agree, b.methods, b.intermediate = config['columns'], np.array(config['share'], bool), config['agree'], config['methods'], any(k.startswith('intermediate.') for k in arrays)
-    b.own_scaler, b.peer_scaler, b.prior_scaler = (_scaler(arrays, n) for n in ('single_map', 'cross_method', 'prior'))
+    b = model.features_ = FeatureExtractor(
+        store, model.semantic, model.intermediate, model.cross_method, model.directions
+    )
+    b.columns = config['columns']
+    b.share = np.array(config['share'], bool)
+    b.agree = config['agree']
+    b.methods = config['methods']
+    b.intermediate = any(k.startswith('intermediate.') for k in arrays)
+    b.own_scaler, b.peer_scaler, b.prior_scaler = (
+        _scaler(arrays, n) for n in ('single_map', 'cross_method', 'prior')
+    )
     b.prior = _prior(**config['prior'])
-    b.tap_reducers = {m: _reducer(arrays, f'intermediate.{m}') for m in b.methods if f'intermediate.{m}.basis' in arrays}
+    b.tap_reducers = {
+        m: _reducer(arrays, f'intermediate.{m}') for m in b.methods if f'intermediate.{m}.basis' in arrays
+    }
     if model.semantic: b.sem_reducer = _reducer(arrays, 'semantic')
-    model.nets_, model.facts_ = [_net(model, arrays, f'net{i}.') for i in range(model.members)], config['facts']
+    model.nets_ = [_net(model, arrays, f'net{i}.') for i in range(model.members)]
+    model.facts_ = config['facts']
     return model
 
-# %% ../../nbs/52_quality.model.ipynb #fa0cc58d
+# %% ../../nbs/52_quality.model.ipynb #d3cb8c6b
 def _scaler(arrays, name):
     s = Scaler()
     s.mean, s.std = arrays[f'{name}.mean'], arrays[f'{name}.std']
@@ -230,13 +357,16 @@ def _prior(overall, sums):
     from rssqa.quality.features import Prior
     p = Prior()
     p.overall = overall
-    p.sums = {tuple(by): pd.DataFrame(rows, columns=[*by, 'sum', 'count']).set_index(list(by)) for by, rows in sums}
+    p.sums = {
+        tuple(by): pd.DataFrame(rows, columns=[*by, 'sum', 'count']).set_index(list(by)) for by, rows in sums
+    }
     return p
 
 
 def _reducer(arrays, name):
     r = Reducer(arrays[f'{name}.basis'].shape[1])
-    r.scaler, r.basis = _scaler(arrays, name), arrays[f'{name}.basis']
+    r.scaler = _scaler(arrays, name)
+    r.basis = arrays[f'{name}.basis']
     return r
 
 
@@ -245,7 +375,19 @@ def _net(model, arrays, prefix):
     from types import SimpleNamespace
     b = model.features_
     width = lambda n: SimpleNamespace(shape=(0, n))
-    own, cross_method = len(b.own_scaler.mean), len(b.peer_scaler.mean) + bool(b.cross_method)
-    net = _new_net(model, SimpleNamespace(single_map=width(own), cross_method=width(cross_method), prior=width(3), intermediate=width(b.dim if b.intermediate else 0), semantic=width(b.dim if b.semantic else 0)))
-    net.load_state_dict({k.removeprefix(prefix): torch.as_tensor(v) for k, v in arrays.items() if k.startswith(prefix)})
+    own = len(b.own_scaler.mean)
+    cross_method = len(b.peer_scaler.mean) + bool(b.cross_method)
+    net = _new_net(
+        model,
+        SimpleNamespace(
+            single_map=width(own),
+            cross_method=width(cross_method),
+            prior=width(3),
+            intermediate=width(b.dim if b.intermediate else 0),
+            semantic=width(b.dim if b.semantic else 0),
+        ),
+    )
+    net.load_state_dict(
+        {k.removeprefix(prefix): torch.as_tensor(v) for k, v in arrays.items() if k.startswith(prefix)}
+    )
     return net.eval()

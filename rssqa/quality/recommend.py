@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'Pack', 'write_pack', 'bundled_pack', 'default_pack', 'rank', 'score', 'recommend']
 
-# %% ../../nbs/58_quality.recommend.ipynb #91a847cb
+# %% ../../nbs/58_quality.recommend.ipynb #9d2a1f7d
 import os
 from functools import cached_property
 from pathlib import Path
@@ -14,33 +14,52 @@ import numpy as np
 import pandas as pd
 
 from ..segment.confidence import agreement
-from ..core import BadImage, DataNotFound, Incompatible, as_image, cache_dir, progress, read_json, bundled, unknown, write_json
+from rssqa.core import (
+    BadImage,
+    DataNotFound,
+    Incompatible,
+    as_image,
+    cache_dir,
+    progress,
+    read_json,
+    bundled,
+    unknown,
+    write_json,
+)
 from ..segment.methods.training import load_segmenter
 from .model import load_model
 from ..segment.protocol import MIN_SIDE
 from .consensus import pool_image_level, load_consensus, consensus_table
 from ..tables.sqed import PredictionGrid, limit_grid, describe_prediction, subsample
 
-# %% ../../nbs/58_quality.recommend.ipynb #ed77185a
+# %% ../../nbs/58_quality.recommend.ipynb #2fff86c8
 class Pack:
     "Segmenters and a quality model that belong together."
     def __init__(self,
         folder, # made by write_pack
         device: str = 'auto',
     ):
-        self.folder, self.device = Path(folder), device
-        if not (self.folder/'pack.json').exists(): raise DataNotFound(f'no pack in {folder}', 'found no pack.json', 'make one with: rssqa demo')
+        self.folder = Path(folder)
+        self.device = device
+        if not (self.folder/'pack.json').exists():
+            raise DataNotFound(f'no pack in {folder}', 'found no pack.json', 'make one with: rssqa demo')
         self.config = read_json(self.folder/'pack.json')
         self._open = {}
 
     @property
     def datasets(self) -> list[str]: return sorted(self.config['networks'])
-    def methods(self, dataset: str) -> list[str]: return sorted(self.config['networks'][self._dataset(dataset)])
+    def methods(self, dataset: str) -> list[str]:
+        return sorted(self.config['networks'][self._dataset(dataset)])
 
     def _dataset(self, name):
         if name is None and len(self.datasets) == 1: return self.datasets[0]
         if name is None and self.config.get('default'): return self.config['default']
-        if name is None: raise Incompatible('which class table?', f'the pack knows {", ".join(self.datasets)}', f'pass dataset={self.datasets[0]!r}')
+        if name is None:
+            raise Incompatible(
+                'which class table?',
+                f'the pack knows {", ".join(self.datasets)}',
+                f'pass dataset={self.datasets[0]!r}',
+            )
         if name not in self.datasets: raise unknown('dataset in this pack', name, self.datasets)
         return name
 
@@ -49,20 +68,28 @@ class Pack:
         dataset = self._dataset(dataset)
         known = self.config['networks'][dataset]
         if method not in known: raise unknown(f'method for {dataset}', method, known)
-        if (dataset, method) not in self._open: self._open[dataset, method] = load_segmenter(self.folder/known[method], self.device)
+        if (dataset, method) not in self._open:
+            self._open[dataset, method] = load_segmenter(self.folder/known[method], self.device)
         return self._open[dataset, method]
 
     @cached_property
     def model(self): return load_model(self.folder/self.config['model'])
 
     @cached_property
-    def consensus(self): return load_consensus(self.folder/self.config['consensus']) if self.config.get('consensus') else None
+    def consensus(self):
+        return load_consensus(self.folder/self.config['consensus']) if self.config.get('consensus') else None
 
     def predict(self, table: pd.DataFrame, semantic: np.ndarray = None, intermediate: dict = None, seen: PredictionGrid = None) -> np.ndarray: # (len(table),) 0..1
         "Predict the OA of the maps of one image; a consensus sits where most of its witnesses testify."
         told = self.model.predict(table, semantic, intermediate)
-        if self.consensus is None or seen is None or 2 * len(set(seen.methods) & set(self.consensus.methods)) <= len(self.consensus.methods): return told
-        judged = consensus_table(self.consensus, [limit_grid(seen)]).set_index('method').consensus_oa[table.method].to_numpy(float)
+        if self.consensus is None or seen is None or 2 * len(set(seen.methods) & set(self.consensus.methods)) <= len(self.consensus.methods):
+            return told
+        judged = (
+            consensus_table(self.consensus, [limit_grid(seen)])
+            .set_index('method')
+            .consensus_oa[table.method]
+            .to_numpy(float)
+        )
         return pool_image_level(judged, [told], table.image_id)
 
     @cached_property
@@ -72,10 +99,17 @@ class Pack:
         if not self.model.semantic: return None
         encoder = load_encoder(self.config['encoder'], device=self.device, dtype='float32')
         if feature_table(encoder) != self.model.semantic:
-            raise Incompatible(f'encoder {self.config["encoder"]} is not the one this pack was trained with', f'found {feature_table(encoder)}, expected {self.model.semantic}', 'restore its weights or train the pack again')
+            raise Incompatible(
+                f'encoder {self.config["encoder"]} is not the one this pack was trained with',
+                f'found {feature_table(encoder)}, expected {self.model.semantic}',
+                'restore its weights or train the pack again',
+            )
         return encoder
 
-    def __repr__(self): return f'Pack {self.folder.name}: ' + '; '.join(f'{d} ({len(self.methods(d))} methods)' for d in self.datasets)
+    def __repr__(self):
+        return f'Pack {self.folder.name}: ' + '; '.join(
+            f'{d} ({len(self.methods(d))} methods)' for d in self.datasets
+        )
 
 
 def write_pack(
@@ -88,8 +122,11 @@ def write_pack(
 ) -> Path:
     "Write down which networks and which quality model belong together."
     paths = {}
-    for n in networks[networks.fold.isin([fold, -1])].itertuples(): paths.setdefault(n.dataset, {})[n.method] = str(Path(n.folder).relative_to(folder))
-    return write_json(Path(folder)/'pack.json', dict(networks=paths, model=model, encoder=str(encoder)) | more).parent
+    for n in networks[networks.fold.isin([fold, -1])].itertuples():
+        paths.setdefault(n.dataset, {})[n.method] = str(Path(n.folder).relative_to(folder))
+    return write_json(
+        Path(folder) / 'pack.json', dict(networks=paths, model=model, encoder=str(encoder)) | more
+    ).parent
 
 
 def bundled_pack() -> Path:
@@ -104,7 +141,7 @@ def default_pack() -> Path:
     made = Path(read_json(latest)['pack']) if latest.exists() else None
     return made if made and (made/'pack.json').exists() else bundled_pack()
 
-# %% ../../nbs/58_quality.recommend.ipynb #aa66b582
+# %% ../../nbs/58_quality.recommend.ipynb #ba3fc084
 def rank(
     image, # anything as_image takes
     pack: Pack,
@@ -113,17 +150,30 @@ def rank(
     keep_masks: bool = False, # add a column mask (H,W)
 ) -> pd.DataFrame: # one row a method, best first: method, predicted and the label-free columns
     "Segment an image by every method and rank the maps by predicted OA."
-    x, dataset = as_image(image)[None], pack._dataset(dataset)
+    x = as_image(image)[None]
+    dataset = pack._dataset(dataset)
     if min(x.shape[2:]) < MIN_SIDE:
-        raise BadImage(f'cannot segment {image if isinstance(image, (str, Path)) else "this image"}', f'found {x.shape[3]}x{x.shape[2]} pixels, expected at least {MIN_SIDE}', 'use a larger one')
-    rows, masks, intermediate, points = [], [], {}, []
+        raise BadImage(
+            f'cannot segment {image if isinstance(image, (str, Path)) else "this image"}',
+            f'found {x.shape[3]}x{x.shape[2]} pixels, expected at least {MIN_SIDE}',
+            'use a larger one',
+        )
+    rows = []
+    masks = []
+    intermediate = {}
+    points = []
     names = sorted(chosen or pack.methods(dataset))
     for method in names:
         told, mask, pooled, said = describe_prediction(pack.segmenter(method, dataset), x)
-        rows.append(told.assign(method=method)); masks.append(mask[0]); intermediate[method] = pooled; points.append(said[0])
+        rows.append(told.assign(method=method))
+        masks.append(mask[0])
+        intermediate[method] = pooled
+        points.append(said[0])
     table = pd.concat(rows, ignore_index=True).assign(image_id='image', dataset=dataset)
     if len(masks) > 1: table = table.assign(**agreement(np.stack(masks)).to_dict('list'))
-    table['predicted'] = pack.predict(table, _semantics(x, pack, len(table)), intermediate, _grid_of(dataset, names, points, masks))
+    table['predicted'] = pack.predict(
+        table, _semantics(x, pack, len(table)), intermediate, _grid_of(dataset, names, points, masks)
+    )
     if keep_masks: table['mask'] = masks
     first = ['method', 'predicted', *(['mask'] if keep_masks else [])]
     rest = [c for c in table if c not in (*first, 'oa', 'miou', 'mf1', 'n_valid', 'confusion', 'image_id')]
@@ -131,8 +181,11 @@ def rank(
 
 
 def _grid_of(dataset, names, points, masks): # of an image without labels
-    both, pred = np.stack(points), np.stack([subsample(m) for m in masks])
-    return PredictionGrid('image', dataset, list(names), both[:, 0], both[:, 1], pred, np.full(pred.shape[1:], 255, np.uint8))
+    both = np.stack(points)
+    pred = np.stack([subsample(m) for m in masks])
+    return PredictionGrid(
+        'image', dataset, list(names), both[:, 0], both[:, 1], pred, np.full(pred.shape[1:], 255, np.uint8)
+    )
 
 
 def _semantics(x, pack, n): # (n,D) or None
@@ -140,7 +193,7 @@ def _semantics(x, pack, n): # (n,D) or None
     import torch
     return np.repeat(pack.encoder.encode_image(torch.as_tensor(x)).pooled.float().cpu().numpy(), n, 0)
 
-# %% ../../nbs/58_quality.recommend.ipynb #d01c73a0
+# %% ../../nbs/58_quality.recommend.ipynb #4295876a
 def score(
     image, # path, PIL image or array
     method: str, # such as 'unetformer'
@@ -167,11 +220,25 @@ def recommend(
     pack = pack if isinstance(pack, Pack) else Pack(pack or default_pack())
     if not Path(folder).is_dir(): raise DataNotFound(f'no folder {folder}', '', 'check the path')
     paths = sorted(p for p in Path(folder).rglob('*') if p.suffix.lower() in SUFFIXES)
-    if not paths: raise DataNotFound(f'no image in {folder}', f'expected files ending in {", ".join(SUFFIXES)}', 'point to a folder with images')
+    if not paths:
+        raise DataNotFound(
+            f'no image in {folder}',
+            f'expected files ending in {", ".join(SUFFIXES)}',
+            'point to a folder with images',
+        )
     rows, skipped = [], []
     for path in progress(paths, 'recommending', unit='image'):
         try: ranked = rank(path, pack, dataset)[['method', 'predicted']]
-        except BadImage as e: skipped.append(dict(path=str(path.relative_to(folder)), reason=str(e))); continue
-        rows.append(ranked.assign(path=str(path.relative_to(folder)), recommended=np.arange(len(ranked)) == 0))
-    if not rows: raise BadImage(f'no image in {folder} could be read', f'all {len(paths)} failed', skipped[0]['reason'])
-    return pd.concat(rows, ignore_index=True)[['path', 'method', 'predicted', 'recommended']], pd.DataFrame(skipped, columns=['path', 'reason'])
+        except BadImage as e:
+            skipped.append(dict(path=str(path.relative_to(folder)), reason=str(e)))
+            continue
+        rows.append(
+            ranked.assign(path=str(path.relative_to(folder)), recommended=np.arange(len(ranked)) == 0)
+        )
+    if not rows:
+        raise BadImage(
+            f'no image in {folder} could be read', f'all {len(paths)} failed', skipped[0]['reason']
+        )
+    return pd.concat(rows, ignore_index=True)[['path', 'method', 'predicted', 'recommended']], pd.DataFrame(
+        skipped, columns=['path', 'reason']
+    )

@@ -10,7 +10,7 @@ __all__ = ['CRUMB', 'AGREEMENT', 'uncertainty', 'boundary', 'segments', 'label_f
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/21_segment.confidence.ipynb #d596ca4f
+# %% ../../nbs/21_segment.confidence.ipynb #4e4fa916
 def uncertainty(
     logits, # (N,K,H,W) torch
     temperature: float = 1.0, # divides the logits
@@ -19,30 +19,35 @@ def uncertainty(
     logp = (logits / temperature).log_softmax(1)
     p = logp.exp()
     first, at = p.max(1, keepdim=True)
-    second = p.scatter(1, at, 0).amax(1)                               # far faster than topk over a strided axis
+    # far faster than topk over a strided axis
+    second = p.scatter(1, at, 0).amax(1)
     entropy = -(p * logp).sum(1) / max(np.log(logits.shape[1]), 1e-9)
     return dict(conf=first[:, 0], margin=first[:, 0] - second, entropy=entropy)
 
-# %% ../../nbs/21_segment.confidence.ipynb #906c7940
+# %% ../../nbs/21_segment.confidence.ipynb #6d283df2
 def boundary(mask: np.ndarray) -> np.ndarray: # (H,W) bool
     "Mark pixels with a right or lower neighbour of another class, on both sides of the edge."
     edge = np.zeros(mask.shape, bool)
     down, right = mask[1:] != mask[:-1], mask[:, 1:] != mask[:, :-1]
-    edge[1:] |= down; edge[:-1] |= down; edge[:, 1:] |= right; edge[:, :-1] |= right
+    edge[1:] |= down
+    edge[:-1] |= down
+    edge[:, 1:] |= right
+    edge[:, :-1] |= right
     return edge
 
 
 def segments(mask: np.ndarray) -> np.ndarray: # (H,W) int32, 0 .. number of segments - 1
     "Number the connected regions of equal class (4-neighbourhood)."
     from scipy.ndimage import label
-    out, start = np.zeros(mask.shape, np.int32), 0
+    out = np.zeros(mask.shape, np.int32)
+    start = 0
     for c in np.unique(mask):
         found, n = label(mask == c)
         out[found > 0] = found[found > 0] + start - 1
         start += n
     return out
 
-# %% ../../nbs/21_segment.confidence.ipynb #4585e70f
+# %% ../../nbs/21_segment.confidence.ipynb #0f001daf
 CRUMB = 0.001
 
 
@@ -50,15 +55,26 @@ def _mean(x, where): return float(x[where].mean()) if where.any() else float(x.m
 
 
 def _shape_row(mask, conf): # (H,W) uint8, (H,W) float32
-    edge, parts = boundary(mask), segments(mask)
+    edge = boundary(mask)
+    parts = segments(mask)
     area = np.bincount(parts.ravel())
     part_conf = np.bincount(parts.ravel(), conf.ravel()) / area
     share = np.bincount(mask.ravel()) / mask.size
     share = share[share > 0]
-    return dict(conf_in=_mean(conf, ~edge), conf_edge=_mean(conf, edge), conf_low=float(np.quantile(conf, 0.1)), conf_std=float(conf.std()),
-                edge=float(edge.mean()), parts=float(np.log1p(len(area))), crumbs=float(area[area < CRUMB * mask.size].sum() / mask.size),
-                seg_conf=float(part_conf.mean()), seg_conf_std=float(part_conf.std()),
-                class_entropy=float(-(share * np.log(share)).sum()), classes_seen=float(len(share)), top_share=float(share.max()))
+    return dict(
+        conf_in=_mean(conf, ~edge),
+        conf_edge=_mean(conf, edge),
+        conf_low=float(np.quantile(conf, 0.1)),
+        conf_std=float(conf.std()),
+        edge=float(edge.mean()),
+        parts=float(np.log1p(len(area))),
+        crumbs=float(area[area < CRUMB * mask.size].sum() / mask.size),
+        seg_conf=float(part_conf.mean()),
+        seg_conf_std=float(part_conf.std()),
+        class_entropy=float(-(share * np.log(share)).sum()),
+        classes_seen=float(len(share)),
+        top_share=float(share.max()),
+    )
 
 
 def label_free(
@@ -67,25 +83,39 @@ def label_free(
     flipped=None, # (N,K,H,W) logits of the mirrored image, mirrored back; None skips the column
 ) -> pd.DataFrame: # N rows of float32 columns
     "Describe each segmentation of a batch without labels."
-    raw, calibrated = uncertainty(logits), uncertainty(logits, temperature)
+    raw = uncertainty(logits)
+    calibrated = uncertainty(logits, temperature)
     table = {k: v.mean((1, 2)).tolist() for k, v in raw.items()}
-    table |= dict(conf_t=calibrated['conf'].mean((1, 2)).tolist(), entropy_t=calibrated['entropy'].mean((1, 2)).tolist(),
-                  low_t=(calibrated['conf'] < 0.5).float().mean((1, 2)).tolist(), energy=logits.logsumexp(1).mean((1, 2)).tolist())
-    masks = logits.max(1).indices                                        # 8x faster than argmax over a strided axis
+    table |= dict(
+        conf_t=calibrated['conf'].mean((1, 2)).tolist(),
+        entropy_t=calibrated['entropy'].mean((1, 2)).tolist(),
+        low_t=(calibrated['conf'] < 0.5).float().mean((1, 2)).tolist(),
+        energy=logits.logsumexp(1).mean((1, 2)).tolist(),
+    )
+    # 8x faster than argmax over a strided axis
+    masks = logits.max(1).indices
     if flipped is not None: table |= _flip_columns(logits, masks, flipped)
     shape = pd.DataFrame([_shape_row(m, c) for m, c in zip(masks.byte().numpy(), calibrated['conf'].numpy())])
     return pd.concat([pd.DataFrame(table), shape], axis=1).astype(np.float32)
 
 
 def _flip_columns(logits, masks, flipped):
-    gap = (logits.softmax(1) - flipped.softmax(1)).abs().sum(1).mean((1, 2)) / 2                    # total variation, 0..1
+    # total variation, 0..1
+    gap = (logits.softmax(1) - flipped.softmax(1)).abs().sum(1).mean((1, 2)) / 2
     return dict(tta=(masks == flipped.max(1).indices).float().mean((1, 2)).tolist(), tta_gap=gap.tolist())
 
-# %% ../../nbs/21_segment.confidence.ipynb #6f619a85
+# %% ../../nbs/21_segment.confidence.ipynb #94957e8c
 def pool_features(features: tuple): # [(N,C_i,h_i,w_i)] torch -> (N, 2 * sum C_i)
     "Pool each tap to its channel means and standard deviations."
     import torch
-    return torch.cat([stat for f in features for stat in (f.float().mean((2, 3)), f.float().flatten(2).std(2, correction=0))], 1)
+    return torch.cat(
+        [
+            stat
+            for f in features
+            for stat in (f.float().mean((2, 3)), f.float().flatten(2).std(2, correction=0))
+        ],
+        1,
+    )
 
 
 def _spread(f): # (N,C,P) centred -> (N,) share of directions used, 1/C .. 1
@@ -96,10 +126,11 @@ def _spread(f): # (N,C,P) centred -> (N,) share of directions used, 1/C .. 1
 def _fisher(f, masks, classes): # (N,C,P) centred, (N,P) -> (N,) 0..1
     import torch
     member = torch.nn.functional.one_hot(masks, classes).transpose(1, 2).to(f.dtype)                 # (N,K,P)
-    sums, counts = member @ f.transpose(1, 2), member.sum(2)
+    sums = member @ f.transpose(1, 2)
+    counts = member.sum(2)
     return (sums.pow(2).sum(2) / counts.clamp_min(1)).sum(1) / f.pow(2).sum((1, 2)).clamp_min(1e-12)
 
-# %% ../../nbs/21_segment.confidence.ipynb #c47d962d
+# %% ../../nbs/21_segment.confidence.ipynb #8fb3cec5
 def feature_columns(
     features: tuple, # [(N,C_i,h_i,w_i)] torch
     masks, # (N,H,W) predicted class ids
@@ -108,16 +139,31 @@ def feature_columns(
 ) -> pd.DataFrame: # N rows: norm, rank, fisher and shift for each tap
     "Describe feature maps by numbers that any two networks share."
     import torch
-    table, pooled, at = {}, pool_features(features), 0
+    table = {}
+    pooled = pool_features(features)
+    at = 0
     if reference is not None: reference = reference.to(pooled.device)
     for name, f in zip(feature_names(len(features)), features):
-        small = torch.nn.functional.interpolate(masks[:, None].float(), f.shape[-2:], mode='nearest')[:, 0].long().flatten(1)
+        small = (
+            torch.nn.functional.interpolate(masks[:, None].float(), f.shape[-2:], mode='nearest')[:, 0]
+            .long()
+            .flatten(1)
+        )
         flat = f.float().flatten(2)
         centred = flat - flat.mean(2, keepdim=True)
-        table |= {f'{name}_norm': flat.pow(2).mean((1, 2)).sqrt().clamp_min(1e-6).log(), f'{name}_rank': _spread(centred), f'{name}_fisher': _fisher(centred, small, classes)}
+        table |= {
+            f'{name}_norm': flat.pow(2).mean((1, 2)).sqrt().clamp_min(1e-6).log(),
+            f'{name}_rank': _spread(centred),
+            f'{name}_fisher': _fisher(centred, small, classes),
+        }
         if reference is not None:
             width = slice(at, at := at + 2 * f.shape[1])
-            table[f'{name}_shift'] = ((pooled[:, width] - reference[0, width]) / reference[1, width].clamp_min(1e-4)).abs().clamp_max(20).mean(1)
+            table[f'{name}_shift'] = (
+                ((pooled[:, width] - reference[0, width]) / reference[1, width].clamp_min(1e-4))
+                .abs()
+                .clamp_max(20)
+                .mean(1)
+            )
     return pd.DataFrame({k: v.cpu().numpy() for k, v in table.items()}, dtype=np.float32)
 
 
@@ -125,7 +171,7 @@ def feature_names(n: int) -> list[str]:
     "Name layers: decoder and encoder where there are two, numbers elsewhere."
     return ['dec', 'enc'] if n == 2 else [f'tap{i}' for i in range(n)]
 
-# %% ../../nbs/21_segment.confidence.ipynb #0aa5d932
+# %% ../../nbs/21_segment.confidence.ipynb #f71ab597
 def agreement(masks: np.ndarray) -> pd.DataFrame: # masks (M,H,W) uint8 of one image -> M rows
     "Compare each method's map with the others: mean, best and worst pairwise agreement, and agreement with the majority of the others."
     m = len(masks)
@@ -133,10 +179,20 @@ def agreement(masks: np.ndarray) -> pd.DataFrame: # masks (M,H,W) uint8 of one i
     flat = masks.reshape(m, -1)
     pairs = np.array([[(a == b).mean() for b in flat] for a in flat])
     others = pairs[~np.eye(m, dtype=bool)].reshape(m, m - 1)
-    ballots = flat[:, None] == np.arange(int(flat.max()) + 1, dtype=flat.dtype)[:, None]                   # (M,K,H*W)
+    # (M,K,H*W)
+    ballots = flat[:, None] == np.arange(int(flat.max()) + 1, dtype=flat.dtype)[:, None]
     votes = ballots.sum(0, dtype=np.int8)
-    majority = [(row == (votes - own).argmax(0)).mean() for row, own in zip(flat, ballots)]           # own vote taken out
-    return pd.DataFrame(dict(agree_mean=others.mean(1), agree_majority=majority, agree_max=others.max(1), agree_min=others.min(1)), dtype=np.float32)
+    # own vote taken out
+    majority = [(row == (votes - own).argmax(0)).mean() for row, own in zip(flat, ballots)]
+    return pd.DataFrame(
+        dict(
+            agree_mean=others.mean(1),
+            agree_majority=majority,
+            agree_max=others.max(1),
+            agree_min=others.min(1),
+        ),
+        dtype=np.float32,
+    )
 
 
 AGREEMENT = ('agree_mean', 'agree_majority', 'agree_max', 'agree_min')

@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..core import SchemaError
 
-# %% ../../nbs/22_segment.metrics.ipynb #2891f23b
+# %% ../../nbs/22_segment.metrics.ipynb #a1232bb5
 IGNORE = 255
 
 
@@ -27,24 +27,39 @@ def confusion(
 ) -> np.ndarray: # (K,K) int64, rows truth, columns predicted
     "Count true against predicted classes over labelled pixels."
     if truth.shape != predicted.shape:
-        raise SchemaError('cannot compare two masks', f'found shapes {truth.shape} and {predicted.shape}', 'pass masks of the same image')
+        raise SchemaError(
+            'cannot compare two masks',
+            f'found shapes {truth.shape} and {predicted.shape}',
+            'pass masks of the same image',
+        )
     if ((truth >= classes) & (truth != IGNORE) | (truth < 0)).any() or predicted.max(initial=0) >= classes or predicted.min(initial=0) < 0:
         ids = np.concatenate([truth[truth != IGNORE], predicted.ravel()])
-        raise SchemaError('cannot count classes', f'found ids {ids.min()}..{ids.max()}, expected 0..{classes - 1}', 'check the class table')
+        raise SchemaError(
+            'cannot count classes',
+            f'found ids {ids.min()}..{ids.max()}, expected 0..{classes - 1}',
+            'check the class table',
+        )
     kind = np.uint8 if classes * (classes + 1) <= 256 else np.int64
-    index = np.minimum(truth, classes).astype(kind) * kind(classes) + predicted.astype(kind, copy=False)    # ignored pixels form one more row
-    return np.bincount(index.ravel(), minlength=classes * (classes + 1)).reshape(classes + 1, classes)[:classes]
+    # ignored pixels form one more row
+    index = np.minimum(truth, classes).astype(kind) * kind(classes) + predicted.astype(kind, copy=False)
+    return np.bincount(index.ravel(), minlength=classes * (classes + 1)).reshape(classes + 1, classes)[
+        :classes
+    ]
 
-# %% ../../nbs/22_segment.metrics.ipynb #6f01502b
+# %% ../../nbs/22_segment.metrics.ipynb #f9238c20
 def class_iou(c: np.ndarray) -> np.ndarray: # (K,) 0..1, NaN where a class is absent from the truth
     "Return the intersection over union of each class present."
-    hit, true, guess = np.diag(c).astype(float), c.sum(1), c.sum(0)
+    hit = np.diag(c).astype(float)
+    true = c.sum(1)
+    guess = c.sum(0)
     return np.divide(hit, true + guess - hit, out=np.full(len(c), np.nan), where=true > 0)
 
 
 def class_f1(c: np.ndarray) -> np.ndarray: # (K,) 0..1, NaN where absent
     "Return the F1 score (Dice) of each class present."
-    hit, true, guess = np.diag(c).astype(float), c.sum(1), c.sum(0)
+    hit = np.diag(c).astype(float)
+    true = c.sum(1)
+    guess = c.sum(0)
     return np.divide(2 * hit, true + guess, out=np.full(len(c), np.nan), where=true > 0)
 
 
@@ -54,13 +69,16 @@ def accuracy(c: np.ndarray) -> dict: # oa, miou, mf1 in 0..1 (NaN without labels
     if n == 0: return dict(oa=np.nan, miou=np.nan, mf1=np.nan, n_valid=0)
     return dict(oa=np.trace(c) / n, miou=np.nanmean(class_iou(c)), mf1=np.nanmean(class_f1(c)), n_valid=n)
 
-# %% ../../nbs/22_segment.metrics.ipynb #9d324d73
+# %% ../../nbs/22_segment.metrics.ipynb #152a5f63
 TIE = 1e-12 # numbers nearer than this differ by the order of additions only
 
 
 def _varied(y, s): # both columns finite, of one length, and not constant
-    y, s = np.asarray(y, float), np.asarray(s, float)
-    return len(y) > 2 and np.isfinite(y).all() and np.isfinite(s).all() and np.ptp(y) > TIE and np.ptp(s) > TIE
+    y = np.asarray(y, float)
+    s = np.asarray(s, float)
+    return (
+        len(y) > 2 and np.isfinite(y).all() and np.isfinite(s).all() and np.ptp(y) > TIE and np.ptp(s) > TIE
+    )
 
 
 def _levels(x): # (n,) numbers -> (n,) integers in the same order
@@ -92,7 +110,7 @@ def mae(y, s) -> float: # unit of y; y (n,) truth, s (n,) prediction
     "Return the mean absolute error."
     return float(np.mean(np.abs(np.asarray(y) - np.asarray(s))))
 
-# %% ../../nbs/22_segment.metrics.ipynb #626d3330
+# %% ../../nbs/22_segment.metrics.ipynb #5038e111
 def logistic(
     y, # (n,) truth
     s, # (n,) prediction in any unit
@@ -100,20 +118,27 @@ def logistic(
     "Bend a prediction by the four-parameter logistic of the VQEG test plan, fitted on these rows; leave it as it is where no fit exists."
     from scipy.optimize import curve_fit
     from scipy.special import expit
-    y, s = np.asarray(y, float), np.asarray(s, float)
+    y = np.asarray(y, float)
+    s = np.asarray(s, float)
     if not _varied(y, s): return s
     curve = lambda x, b1, b2, b3, b4: (b1 - b2) * expit((x - b3) / abs(b4)) + b2
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                                # a curve that is determined poorly is still the best curve
-        try: return curve(s, *curve_fit(curve, s, y, (y.max(), y.min(), s.mean(), s.std() / 4), maxfev=5000)[0])
-        except (RuntimeError, TypeError): return s                     # no convergence, or fewer rows than parameters
+        # a curve that is determined poorly is still the best curve
+        warnings.simplefilter('ignore')
+        try:
+            return curve(
+                s, *curve_fit(curve, s, y, (y.max(), y.min(), s.mean(), s.std() / 4), maxfev=5000)[0]
+            )
+        except (RuntimeError, TypeError):
+            # no convergence, or fewer rows than parameters
+            return s
 
 
 def plcc_fitted(y, s) -> float: # 0..1; y (n,) truth, s (n,) prediction in any unit
     "Return PLCC after the logistic fit (fitted and measured on the same rows)."
     return plcc(y, logistic(y, s))
 
-# %% ../../nbs/22_segment.metrics.ipynb #7103f95c
+# %% ../../nbs/22_segment.metrics.ipynb #9a7d8d19
 class Ranks:
     "The order of a column within groups, found once; ranks for any multiplicities of its rows are running sums."
     def __init__(self,
@@ -122,11 +147,15 @@ class Ranks:
     ):
         x, group = np.asarray(x, float), np.zeros(len(x), int) if group is None else np.asarray(group)
         self.order = np.lexsort((x, group))
-        fresh = np.diff(group, prepend=-1) > 0                                       # the same in sorted order: groups are contiguous
+        # the same in sorted order: groups are contiguous
+        fresh = np.diff(group, prepend=-1) > 0
         new = fresh | (np.diff(x[self.order], prepend=-np.inf) > TIE)
-        self.first, self.run = np.flatnonzero(fresh), np.cumsum(new) - 1             # (G,) first row of a group, (n,) run of equal values of a sorted row
+        # (G,) first row of a group, (n,) run of equal values of a sorted row
+        self.first = np.flatnonzero(fresh)
+        self.run = np.cumsum(new) - 1
         self.last = np.append(np.flatnonzero(new)[1:], len(x)) - 1                   # (R,) last row of a run
-        self.group, self.tied = (np.cumsum(fresh) - 1)[self.last], len(self.last) < len(x)     # (R,) and whether any two rows are equal
+        # (R,) and whether any two rows are equal
+        self.group, self.tied = (np.cumsum(fresh) - 1)[self.last], len(self.last) < len(x)
 
     def totals(self, v: np.ndarray) -> np.ndarray: # (n,B) -> (R,B)
         "Sum a column over all rows up to the end of each run."
@@ -147,7 +176,8 @@ class Ranks:
 
     def scatter(self, upto: np.ndarray) -> np.ndarray: # (R,B) totals of the multiplicities -> (G,B)
         "Sum the squared deviations of the ranks: (N³ - Σt³)/12 with runs of length t."
-        runs, at = np.diff(upto, axis=0, prepend=0), np.flatnonzero(np.diff(self.group, prepend=-1))
+        runs = np.diff(upto, axis=0, prepend=0)
+        at = np.flatnonzero(np.diff(self.group, prepend=-1))
         return (np.add.reduceat(runs, at, axis=0)**3 - np.add.reduceat(runs * runs * runs, at, axis=0)) / 12
 
 
@@ -161,8 +191,11 @@ def weighted_srocc(
     "Return Spearman's rank correlation, group by group and weighting by weighting."
     upto = s.totals(w) if upto is None else upto
     deviation, count, yy, untied = known or known_truth(y, w)
-    ys, ss = np.add.reduceat(deviation * s.place(upto), y.first, axis=0), s.scatter(upto) if s.tied else untied
-    return np.divide(ys, np.sqrt(yy * ss), out=np.full(ys.shape, np.nan), where=(yy > 0) & (ss > 0) & (count > 2))
+    ys = np.add.reduceat(deviation * s.place(upto), y.first, axis=0)
+    ss = s.scatter(upto) if s.tied else untied
+    return np.divide(
+        ys, np.sqrt(yy * ss), out=np.full(ys.shape, np.nan), where=(yy > 0) & (ss > 0) & (count > 2)
+    )
 
 
 def known_truth(
@@ -174,13 +207,14 @@ def known_truth(
     count = add(w)
     return y(w) * w, count, y.scatter(y.totals(w)), (count**3 - add(w**3)) / 12
 
-# %% ../../nbs/22_segment.metrics.ipynb #e59b72da
+# %% ../../nbs/22_segment.metrics.ipynb #5bb9c24e
 def moments(
     y, # (n,) truth, best centred
     s, # (n,) prediction, best centred
 ) -> np.ndarray: # (n,6)
     "Give the columns whose weighted sums are all that PLCC needs."
-    y, s = np.asarray(y, float), np.asarray(s, float)
+    y = np.asarray(y, float)
+    s = np.asarray(s, float)
     return np.stack([np.ones(len(y)), y, s, y * y, s * s, y * s], -1)
 
 
@@ -190,9 +224,15 @@ def moment_plcc(
     "Derive PLCC from sums of moments."
     n, y, s, yy, ss, ys = np.moveaxis(m, -1, 0)
     k = np.maximum(n, 1)
-    vy, vs = yy - y * y / k, ss - s * s / k
+    vy = yy - y * y / k
+    vs = ss - s * s / k
     ok = (n > 2) & (vy > np.maximum(TIE * yy, TIE**2 * n)) & (vs > np.maximum(TIE * ss, TIE**2 * n))
-    return np.divide(ys - y * s / k, np.sqrt(vy * vs, where=ok, out=np.ones_like(n)), where=ok, out=np.full(n.shape, np.nan))
+    return np.divide(
+        ys - y * s / k,
+        np.sqrt(vy * vs, where=ok, out=np.ones_like(n)),
+        where=ok,
+        out=np.full(n.shape, np.nan),
+    )
 
 
 def pair_balance(
@@ -214,7 +254,7 @@ def pair_balance(
 
 def _signs(x, y): return (x > y).view(np.int8) - (x < y).view(np.int8)
 
-# %% ../../nbs/22_segment.metrics.ipynb #76f13357
+# %% ../../nbs/22_segment.metrics.ipynb #eaadb43e
 def within(
     table: pd.DataFrame, # columns oa, predicted and the grouping columns
     by: str | list[str], # 'dataset', 'image_id', ['dataset', 'method'] ...
@@ -230,7 +270,9 @@ def within(
 
 
 def _within_srocc(table, by, min_rows): # all groups at once: a table has thousands of images
-    values = grouped_srocc(table.oa, table.predicted, table.groupby(by, observed=True, sort=True).ngroup(), min_rows)
+    values = grouped_srocc(
+        table.oa, table.predicted, table.groupby(by, observed=True, sort=True).ngroup(), min_rows
+    )
     used = values[np.isfinite(values)]
     return float(used.mean()) if len(used) else np.nan, len(used), len(values) - len(used)
 
@@ -245,12 +287,13 @@ def grouped_srocc(
     order = np.argsort(group, kind='stable')[(np.asarray(group) < 0).sum():]
     y, s, group = (np.asarray(v)[order] for v in (y, s, group))
     if not len(group): return np.zeros(0)
-    one, known = np.ones((len(group), 1)), np.isfinite(y) & np.isfinite(s)
+    one = np.ones((len(group), 1))
+    known = np.isfinite(y) & np.isfinite(s)
     y, s = (Ranks(np.where(known, v, 0), group) for v in (y, s))
     lost, size = (np.add.reduceat(v, y.first) for v in (~known * 1, one[:, 0]))
     return np.where((lost > 0) | (size < min_rows), np.nan, weighted_srocc(y, s, one)[:, 0])
 
-# %% ../../nbs/22_segment.metrics.ipynb #3c44fc84
+# %% ../../nbs/22_segment.metrics.ipynb #98d7181f
 def single_best(train: pd.DataFrame) -> dict: # dataset -> method; '' for datasets never seen
     "Return the method that is best on average, per dataset, on training rows."
     train = train.dropna(subset='oa')
@@ -270,16 +313,29 @@ def choices(
     tie: float = 0.005, # OA difference that counts as equal
 ) -> pd.DataFrame: # index image_id: top1, top1_tie, top1_single, regret, regret_single; images without all methods are left out
     "Judge the choice of the highest predicted method, image by image; among equal predictions every one is as likely."
-    oa, score = wide(table, 'oa'), wide(table, 'predicted')
+    oa = wide(table, 'oa')
+    score = wide(table, 'predicted')
     complete = oa.notna().all(axis=1) & score.notna().all(axis=1)
-    oa, score = oa[complete], score[complete].to_numpy()
+    oa = oa[complete]
+    score = score[complete].to_numpy()
     dataset = table.drop_duplicates('image_id').set_index('image_id').dataset.astype(str).reindex(oa.index)
     rival = oa.columns.get_indexer([best.get(d, best['']) for d in dataset])
-    values, top = oa.to_numpy(float), oa.to_numpy(float).max(axis=1, initial=0, keepdims=True)
+    values = oa.to_numpy(float)
+    top = oa.to_numpy(float).max(axis=1, initial=0, keepdims=True)
     chance = score >= score.max(axis=1, initial=-np.inf, keepdims=True) - TIE
     mean = lambda v: (v * chance).sum(1) / chance.sum(1)
-    lost = top[:, 0] - np.where(rival < 0, np.nan, values[np.arange(len(oa)), rival])    # NaN: the rival has no rows here
-    return pd.DataFrame(dict(top1=mean(values >= top), top1_tie=mean(values >= top - tie), top1_single=1 - np.sign(lost), regret=mean(top - values), regret_single=lost), oa.index)
+    # NaN: the rival has no rows here
+    lost = top[:, 0] - np.where(rival < 0, np.nan, values[np.arange(len(oa)), rival])
+    return pd.DataFrame(
+        dict(
+            top1=mean(values >= top),
+            top1_tie=mean(values >= top - tie),
+            top1_single=1 - np.sign(lost),
+            regret=mean(top - values),
+            regret_single=lost,
+        ),
+        oa.index,
+    )
 
 
 def gains(
@@ -299,17 +355,20 @@ def recommendation(
     "Judge the choice of the highest predicted method per image against the single best and the oracle."
     return gains(choices(table, best, tie))
 
-# %% ../../nbs/22_segment.metrics.ipynb #20d49cdb
+# %% ../../nbs/22_segment.metrics.ipynb #e7f71419
 def weighted_aurc(
     risk: np.ndarray, # (n,B) risks 1 - OA times multiplicities
     s: Ranks, # of the prediction, in one group
     upto: np.ndarray, # (R,B) s.totals of the multiplicities
 ) -> np.ndarray: # (B,)
     "Return the area under the risk-coverage curve, its mean over all orders of equal predictions."
-    kept = (upto[-1] - np.concatenate([np.zeros_like(upto[:1]), upto])).astype(int)      # (R+1,B) rows that are kept longer: N .. 0
+    # (R+1,B) rows that are kept longer: N .. 0
+    kept = (upto[-1] - np.concatenate([np.zeros_like(upto[:1]), upto])).astype(int)
     harmonic = np.concatenate([[0], np.cumsum(1 / np.arange(1, kept.max() + 1))])
-    sums, count = np.concatenate([[0], np.cumsum(harmonic)])[kept], kept[:-1] - kept[1:]
-    late = np.divide(sums[:-1] - sums[1:], count, where=count > 0, out=np.zeros(upto.shape))   # position q weighs H(N) - H(q-1): the mean of H(q-1) over a run
+    sums = np.concatenate([[0], np.cumsum(harmonic)])[kept]
+    count = kept[:-1] - kept[1:]
+    # position q weighs H(N) - H(q-1): the mean of H(q-1) over a run
+    late = np.divide(sums[:-1] - sums[1:], count, where=count > 0, out=np.zeros(upto.shape))
     late = late[s.run] if s.tied else late
     return (harmonic[kept[0]] * risk.sum(0) - np.einsum('nb,nb->b', risk[s.order], late)) / kept[0]
 
@@ -318,7 +377,9 @@ def aurc(y, s) -> float: # 0..1, lower is better; y (n,) OA, s (n,) prediction
     "Return the area under the risk-coverage curve (Geifman and El-Yaniv, 2017), its mean over all orders of equal predictions."
     if not len(y): return np.nan
     ranks = Ranks(s)
-    return float(weighted_aurc(1 - np.asarray(y, float)[:, None], ranks, ranks.totals(np.ones((len(y), 1))))[0])
+    return float(
+        weighted_aurc(1 - np.asarray(y, float)[:, None], ranks, ranks.totals(np.ones((len(y), 1))))[0]
+    )
 
 
 def weighted_auroc(
@@ -327,7 +388,8 @@ def weighted_auroc(
     upto: np.ndarray, # (R,B) s.totals of all multiplicities
 ) -> np.ndarray: # (B,) NaN where all or none fail
     "Return how well a low prediction finds failures (Mann-Whitney)."
-    fail, n = bad.sum(0), upto[-1]
+    fail = bad.sum(0)
+    n = upto[-1]
     above = fail * n / 2 - np.einsum('nb,nb->b', bad, s.place(upto))
     return np.divide(above, fail * (n - fail), out=np.full(len(n), np.nan), where=fail * (n - fail) > 0) + 0.5
 
@@ -340,9 +402,13 @@ def failure_auroc(
     "Return how well a low prediction finds maps whose accuracy is below a threshold."
     if not len(y): return np.nan
     ranks = Ranks(s)
-    return float(weighted_auroc((np.asarray(y) < threshold)[:, None] * 1.0, ranks, ranks.totals(np.ones((len(y), 1))))[0])
+    return float(
+        weighted_auroc((np.asarray(y) < threshold)[:, None] * 1.0, ranks, ranks.totals(np.ones((len(y), 1))))[
+            0
+        ]
+    )
 
-# %% ../../nbs/22_segment.metrics.ipynb #3d21b61b
+# %% ../../nbs/22_segment.metrics.ipynb #44f9aa1f
 FAILURE = 0.7 # OA below it counts as a failed map, unless another threshold is stated
 
 
@@ -351,10 +417,26 @@ def views(
     threshold: float = FAILURE, # OA below it is a failure
 ) -> dict:
     "Measure a prediction by correlation, error and refusal, pooled and within groups."
-    y, s, mean = table.oa.to_numpy(float), table.predicted.to_numpy(float), lambda *a: within(table, *a)[0]
-    return dict(srocc_image=mean('image_id'), srocc_dataset=mean('dataset'), srocc_method=mean(['dataset', 'method']), plcc_dataset=mean('dataset', plcc),
-                plcc_fitted_dataset=mean('dataset', plcc_fitted), krocc_dataset=mean('dataset', krocc), srocc=srocc(y, s), plcc=plcc(y, s), plcc_fitted=plcc_fitted(y, s),
-                krocc=krocc(y, s), mae=mae(y, s), rmse=rmse(y, s), aurc=aurc(y, s), failure_auroc=failure_auroc(y, s, threshold), failure_below=threshold)
+    y = table.oa.to_numpy(float)
+    s = table.predicted.to_numpy(float)
+    mean = lambda *a: within(table, *a)[0]
+    return dict(
+        srocc_image=mean('image_id'),
+        srocc_dataset=mean('dataset'),
+        srocc_method=mean(['dataset', 'method']),
+        plcc_dataset=mean('dataset', plcc),
+        plcc_fitted_dataset=mean('dataset', plcc_fitted),
+        krocc_dataset=mean('dataset', krocc),
+        srocc=srocc(y, s),
+        plcc=plcc(y, s),
+        plcc_fitted=plcc_fitted(y, s),
+        krocc=krocc(y, s),
+        mae=mae(y, s),
+        rmse=rmse(y, s),
+        aurc=aurc(y, s),
+        failure_auroc=failure_auroc(y, s, threshold),
+        failure_below=threshold,
+    )
 
 
 def evaluate(
@@ -364,5 +446,10 @@ def evaluate(
 ) -> dict:
     "Measure a prediction in all views: correlation and error, pooled and within groups, and the choices it leads to."
     table = table[np.isfinite(table.oa) & np.isfinite(table.predicted)]
-    if table.empty: raise SchemaError('cannot evaluate', 'found no row with both oa and predicted', 'predict first')
-    return views(table, threshold) | recommendation(table, single_best(train)) | dict(n_rows=len(table), n_images=table.image_id.nunique())
+    if table.empty:
+        raise SchemaError('cannot evaluate', 'found no row with both oa and predicted', 'predict first')
+    return (
+        views(table, threshold)
+        | recommendation(table, single_best(train))
+        | dict(n_rows=len(table), n_images=table.image_id.nunique())
+    )

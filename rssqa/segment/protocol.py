@@ -48,7 +48,7 @@ class Segmenter(Protocol):
         "Adapt any torch segmentation network: see `TorchSegmenter`."
         return TorchSegmenter(model, classes, layers, **kwargs)
 
-# %% ../../nbs/20_segment.protocol.ipynb #5ab2849c
+# %% ../../nbs/20_segment.protocol.ipynb #bc8b395b
 class FeatureHooks:
     "Collect the outputs of named submodules during one forward pass."
     def __init__(self,
@@ -59,7 +59,11 @@ class FeatureHooks:
     def __enter__(self):
         modules = dict(self.net.named_modules())
         if missing := [n for n in self.names if n not in modules]:
-            raise Incompatible(f'cannot tap {", ".join(missing)}', f'the model has {", ".join(list(modules)[1:13])} …', 'pass layers=(...) with names from net.named_modules()')
+            raise Incompatible(
+                f'cannot tap {", ".join(missing)}',
+                f'the model has {", ".join(list(modules)[1:13])} …',
+                'pass layers=(...) with names from net.named_modules()',
+            )
         self.hooks = [modules[n].register_forward_hook(self._hear(n)) for n in self.names]
         return self
 
@@ -75,11 +79,16 @@ class FeatureHooks:
     @property
     def features(self):
         if silent := [n for n in self.names if n not in self.heard]:
-            raise Incompatible(f'cannot tap {", ".join(silent)}', 'these modules did not run in the forward pass', 'tap modules that do')
+            raise Incompatible(
+                f'cannot tap {", ".join(silent)}',
+                'these modules did not run in the forward pass',
+                'tap modules that do',
+            )
         return tuple(self.heard[n] for n in self.names)
 
-# %% ../../nbs/20_segment.protocol.ipynb #143ba7e2
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# %% ../../nbs/20_segment.protocol.ipynb #263eaab5
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 MIN_SIDE = 16
 
 
@@ -96,9 +105,17 @@ class TorchSegmenter:
         temperature: float = 1.0, # divides the logits for calibrated confidence
         device: str = 'cpu',
     ):
-        self.net, self.classes, self.layers, self.name, self.device = net.eval().to(device), tuple(classes), tuple(layers), name, device
-        self.mean, self.std, self.stride, self.temperature = tuple(mean), tuple(std), stride, float(temperature)
-        self.reference = None # statistics of the pooled layers on training images, see rssqa.segment.confidence.feature_columns
+        self.net = net.eval().to(device)
+        self.classes = tuple(classes)
+        self.layers = tuple(layers)
+        self.name = name
+        self.device = device
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self.stride = stride
+        self.temperature = float(temperature)
+        # statistics of the pooled layers on training images, see rssqa.segment.confidence.feature_columns
+        self.reference = None
 
     def __call__(self, x) -> SegOutput: # x (N,3,H,W) float32 RGB 0..1
         import torch
@@ -108,7 +125,9 @@ class TorchSegmenter:
             padded = pad_to(x.to(self.device), self.stride)
             logits = self.net(normalise(padded, self.mean, self.std)).float()
         if logits.shape[-2:] != padded.shape[-2:]:
-            logits = torch.nn.functional.interpolate(logits, padded.shape[-2:], mode='bilinear', align_corners=False)
+            logits = torch.nn.functional.interpolate(
+                logits, padded.shape[-2:], mode='bilinear', align_corners=False
+            )
         return SegOutput(logits[..., :h, :w], tuple(crop_like(f, padded, h, w) for f in ear.features))
 
     @cached_property
@@ -124,22 +143,44 @@ class TorchSegmenter:
 
     @cached_property
     def fingerprint(self):
-        return digest(str(self.net), self.classes, self.layers, self.mean, self.std, self.stride, self.temperature, state_digest(self.net.state_dict()))
+        return digest(
+            str(self.net),
+            self.classes,
+            self.layers,
+            self.mean,
+            self.std,
+            self.stride,
+            self.temperature,
+            state_digest(self.net.state_dict()),
+        )
 
-    def __repr__(self): return f'{self.name}: {len(self.classes)} classes, layers {dict(zip(self.layers, self.channels))}, fingerprint {self.fingerprint}'
+    def __repr__(self):
+        return f'{self.name}: {len(self.classes)} classes, layers {dict(zip(self.layers, self.channels))}, fingerprint {self.fingerprint}'
 
-# %% ../../nbs/20_segment.protocol.ipynb #a6591a72
+# %% ../../nbs/20_segment.protocol.ipynb #451dd6ed
 def check_batch(
     x, # torch tensor, should be (N,3,H,W) float 0..1
     name: str, # who refuses, for messages
 ) -> None:
     "Refuse a batch that breaks the image convention."
     if x.ndim != 4 or x.shape[1] != 3:
-        raise BadImage(f'{name} cannot segment this batch', f'found shape {tuple(x.shape)}, expected (N,3,H,W)', 'convert with as_image and stack')
+        raise BadImage(
+            f'{name} cannot segment this batch',
+            f'found shape {tuple(x.shape)}, expected (N,3,H,W)',
+            'convert with as_image and stack',
+        )
     if min(x.shape[-2:]) < MIN_SIDE:
-        raise BadImage(f'{name} cannot segment this image', f'found {x.shape[-1]}x{x.shape[-2]} pixels, expected at least {MIN_SIDE}', 'use a larger tile')
+        raise BadImage(
+            f'{name} cannot segment this image',
+            f'found {x.shape[-1]}x{x.shape[-2]} pixels, expected at least {MIN_SIDE}',
+            'use a larger tile',
+        )
     if not x.is_floating_point() or not (x.min() >= 0 and x.max() <= 1):       # NaN fails too
-        raise BadImage(f'{name} cannot segment this batch', f'found {x.dtype} values {x.min():.3g}..{x.max():.3g}, expected float 0..1', 'convert with as_image')
+        raise BadImage(
+            f'{name} cannot segment this batch',
+            f'found {x.dtype} values {x.min():.3g}..{x.max():.3g}, expected float 0..1',
+            'convert with as_image',
+        )
 
 
 def normalise(
@@ -169,10 +210,13 @@ def crop_like(
     w: int, # columns before padding
 ): # the part of `feature` that saw real pixels
     "Drop the feature rows and columns that belong to padding alone."
-    return feature[..., :-(-h * feature.shape[-2] // padded.shape[-2]), :-(-w * feature.shape[-1] // padded.shape[-1])]
+    return feature[
+        ..., : -(-h * feature.shape[-2] // padded.shape[-2]), : -(-w * feature.shape[-1] // padded.shape[-1])
+    ]
 
-# %% ../../nbs/20_segment.protocol.ipynb #ff1e2e49
-def _starts(length, window, step): return sorted({*range(0, max(length - window, 0) + 1, step), max(length - window, 0)})
+# %% ../../nbs/20_segment.protocol.ipynb #ec75ed23
+def _starts(length, window, step):
+    return sorted({*range(0, max(length - window, 0) + 1, step), max(length - window, 0)})
 
 
 def _hat(n): # (n,) weights, largest in the middle
@@ -188,10 +232,14 @@ def predict_large(
 ): # (K,H,W) float32 logits
     "Segment an image of any size with a sliding window, blending the overlaps."
     import torch
-    if not 0 <= overlap < window: raise Incompatible('cannot slide a window', f'found overlap {overlap} and window {window}', 'choose overlap < window')
+    if not 0 <= overlap < window:
+        raise Incompatible(
+            'cannot slide a window', f'found overlap {overlap} and window {window}', 'choose overlap < window'
+        )
     x = torch.as_tensor(as_image(image))[None]
     height, width = x.shape[-2:]
-    total, weight = torch.zeros(len(segmenter.classes), height, width), torch.zeros(height, width)
+    total = torch.zeros(len(segmenter.classes), height, width)
+    weight = torch.zeros(height, width)
     for top in _starts(height, window, window - overlap):
         for left in _starts(width, window, window - overlap):
             part = segmenter(x[..., top:top+window, left:left+window]).logits[0].cpu()   # (K,h,w)
@@ -201,7 +249,7 @@ def predict_large(
             weight[top:top+h, left:left+w] += hat
     return total / weight
 
-# %% ../../nbs/20_segment.protocol.ipynb #5a790ba5
+# %% ../../nbs/20_segment.protocol.ipynb #02756df4
 def check_segmenter(
     segmenter: Segmenter | str, # the object, or a name in the registry
     size: tuple[int, int] = (75, 64), # H, W of the trial images; odd on purpose
@@ -210,10 +258,22 @@ def check_segmenter(
     import torch
     seg = segmenters[segmenter]() if isinstance(segmenter, str) else segmenter
     x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
-    a, b, one, flat = seg(x), seg(x), seg(x[:1]), seg(torch.full_like(x, 0.5))
-    faults = [f'no attribute {n}' for n in ('name', 'classes', 'channels', 'strides', 'fingerprint') if not hasattr(seg, n)]
+    a = seg(x)
+    b = seg(x)
+    one = seg(x[:1])
+    flat = seg(torch.full_like(x, 0.5))
+    faults = [
+        f'no attribute {n}'
+        for n in ('name', 'classes', 'channels', 'strides', 'fingerprint')
+        if not hasattr(seg, n)
+    ]
     faults = faults or _shape_faults(seg, a, size) + _value_faults(a, b, one, flat)
-    if faults: raise Incompatible(f'{getattr(seg, "name", seg)} breaks the segmenter protocol', '; '.join(faults), 'mend these and run check_segmenter again')
+    if faults:
+        raise Incompatible(
+            f'{getattr(seg, "name", seg)} breaks the segmenter protocol',
+            '; '.join(faults),
+            'mend these and run check_segmenter again',
+        )
     return seg
 
 
@@ -222,8 +282,10 @@ def _shape_faults(seg, out, size):
     if out.logits.shape != (2, len(seg.classes), *size):
         faults.append(f'logits have shape {tuple(out.logits.shape)}, expected {(2, len(seg.classes), *size)}')
     found = tuple(f.shape[1] for f in out.features)
-    if found != tuple(seg.channels): faults.append(f'features have {found} channels, declared {tuple(seg.channels)}')
-    if odd := [tuple(f.shape) for f in out.features if f.ndim != 4]: faults.append(f'features have shapes {odd}, expected (N,C,h,w)')
+    if found != tuple(seg.channels):
+        faults.append(f'features have {found} channels, declared {tuple(seg.channels)}')
+    if odd := [tuple(f.shape) for f in out.features if f.ndim != 4]:
+        faults.append(f'features have shapes {odd}, expected (N,C,h,w)')
     if not out.features: faults.append('no features: layers are empty')
     return faults
 
@@ -232,10 +294,14 @@ def _value_faults(a, b, one, flat):
     import torch
     faults = []
     if a.logits.requires_grad: faults.append('logits carry gradients')
-    if not torch.equal(a.logits, b.logits): faults.append('two calls differ: dropout or batch statistics are active')
-    if one.logits.shape[0] != 1 or not torch.allclose(a.logits[:1], one.logits, atol=1e-3, rtol=1e-3): faults.append('the result depends on the other images of the batch')
-    if not all(torch.isfinite(t).all() for o in (a, flat) for t in (o.logits, *o.features)): faults.append('values are not finite')
-    if a.logits.min() >= 0 and torch.allclose(a.logits.sum(1), torch.ones(()), atol=1e-3): faults.append('logits are probabilities already: return them before softmax')
+    if not torch.equal(a.logits, b.logits):
+        faults.append('two calls differ: dropout or batch statistics are active')
+    if one.logits.shape[0] != 1 or not torch.allclose(a.logits[:1], one.logits, atol=1e-3, rtol=1e-3):
+        faults.append('the result depends on the other images of the batch')
+    if not all(torch.isfinite(t).all() for o in (a, flat) for t in (o.logits, *o.features)):
+        faults.append('values are not finite')
+    if a.logits.min() >= 0 and torch.allclose(a.logits.sum(1), torch.ones(()), atol=1e-3):
+        faults.append('logits are probabilities already: return them before softmax')
     return faults
 
 # %% ../../nbs/20_segment.protocol.ipynb #5bb798c8

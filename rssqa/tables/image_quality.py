@@ -26,7 +26,7 @@ def normalised(
     mean = blur(grey)
     return (grey - mean) / (np.sqrt(np.abs(blur(grey**2) - mean**2)) + 1)
 
-# %% ../../nbs/44_tables.image_quality.ipynb #eccafcd0
+# %% ../../nbs/44_tables.image_quality.ipynb #fdd0aed4
 @lru_cache
 def _shapes(): # exponents, and E|x|²/E[x²] of each
     from scipy.special import gammaln
@@ -47,12 +47,19 @@ def _asymmetric(x): # -> exponent, mean, left variance, right variance
     left, right = (np.sqrt(np.sum(x[side]**2) / np.count_nonzero(side)) for side in (x < 0, x > 0))
     g = left / right
     a = _exponent(np.mean(np.abs(x))**2 / np.mean(x**2) * (g**3 + 1) * (g + 1) / (g**2 + 1)**2)
-    return [a, (right - left) * np.exp(gammaln(2 / a) - (gammaln(1 / a) + gammaln(3 / a)) / 2), left**2, right**2]
+    return [
+        a,
+        (right - left) * np.exp(gammaln(2 / a) - (gammaln(1 / a) + gammaln(3 / a)) / 2),
+        left**2,
+        right**2,
+    ]
 
 
 def _one_scale(grey): # (H,W) -> 18 numbers
     x = normalised(grey)
-    return _symmetric(x) + [v for shift in ((0, 1), (1, 0), (1, 1), (-1, 1)) for v in _asymmetric(x * np.roll(x, shift, (0, 1)))]
+    return _symmetric(x) + [
+        v for shift in ((0, 1), (1, 0), (1, 1), (-1, 1)) for v in _asymmetric(x * np.roll(x, shift, (0, 1)))
+    ]
 
 
 def scene_statistics(
@@ -62,15 +69,23 @@ def scene_statistics(
     from PIL import Image
     grey = np.round(255 * np.tensordot([0.299, 0.587, 0.114], image, 1)).astype(np.float32)
     half = Image.fromarray(grey).resize([max(n // 2, 1) for n in grey.shape[::-1]], Image.Resampling.BICUBIC)
-    with np.errstate(divide='ignore', invalid='ignore'): out = np.array(_one_scale(grey) + _one_scale(np.asarray(half)), np.float32)
+    with np.errstate(divide='ignore', invalid='ignore'):
+        out = np.array(_one_scale(grey) + _one_scale(np.asarray(half)), np.float32)
     return np.where(np.isfinite(out), out, np.nan)
 
-# %% ../../nbs/44_tables.image_quality.ipynb #703fbfc8
+# %% ../../nbs/44_tables.image_quality.ipynb #91e53c32
 PROMPTS = dict(
-    good=('a good aerial photo', 'a bad aerial photo'), sharp=('a sharp aerial photo', 'a blurred aerial photo'), clear=('a clear aerial photo', 'a hazy aerial photo'),
-    clean=('a clean aerial photo', 'a noisy aerial photo'), bright=('a bright aerial photo', 'a dark aerial photo'), contrast=('a high contrast aerial photo', 'a low contrast aerial photo'),
-    cloudless=('a cloudless satellite image', 'a cloudy satellite image'), detailed=('a detailed high resolution satellite image', 'a coarse low resolution satellite image'),
-    natural=('an aerial photo with natural colours', 'an aerial photo with distorted colours'), simple=('an unambiguous aerial view', 'a confusing aerial view'))
+    good=('a good aerial photo', 'a bad aerial photo'),
+    sharp=('a sharp aerial photo', 'a blurred aerial photo'),
+    clear=('a clear aerial photo', 'a hazy aerial photo'),
+    clean=('a clean aerial photo', 'a noisy aerial photo'),
+    bright=('a bright aerial photo', 'a dark aerial photo'),
+    contrast=('a high contrast aerial photo', 'a low contrast aerial photo'),
+    cloudless=('a cloudless satellite image', 'a cloudy satellite image'),
+    detailed=('a detailed high resolution satellite image', 'a coarse low resolution satellite image'),
+    natural=('an aerial photo with natural colours', 'an aerial photo with distorted colours'),
+    simple=('an unambiguous aerial view', 'a confusing aerial view'),
+)
 
 
 def prompt_shares(
@@ -79,17 +94,25 @@ def prompt_shares(
 ) -> np.ndarray: # (n,10) float32, share of the better sentence of each pair of PROMPTS, 0..1
     "Ask which sentence of each pair is nearer to the image."
     from scipy.special import expit
-    if not hasattr(encoder, 'encode_text'): raise Incompatible('cannot compare images with sentences', f'found no encode_text in encoder {getattr(encoder, "name", encoder)!r}', 'pass an encoder with a text side, or none')
+    if not hasattr(encoder, 'encode_text'):
+        raise Incompatible(
+            'cannot compare images with sentences',
+            f'found no encode_text in encoder {getattr(encoder, "name", encoder)!r}',
+            'pass an encoder with a text side, or none',
+        )
     text = np.asarray(encoder.encode_text([s for pair in PROMPTS.values() for s in pair]).float().cpu())
     return expit(100 * vectors @ (text[::2] - text[1::2]).T).astype(np.float32)
 
-# %% ../../nbs/44_tables.image_quality.ipynb #92f0ae1b
+# %% ../../nbs/44_tables.image_quality.ipynb #893d3ff7
 def _measured(tiles, store, name, measure, chunk): # (len(tiles),d) from the store, after adding what is missing
     todo = tiles[tiles.image_id.isin(store.missing(name, tiles.image_id))].sort_values('image_id')
     with progress(None, f'measuring {name}', len(todo), 'image') as bar:
         for start in range(0, len(todo), chunk):
-            part, found = todo.iloc[start:start+chunk], []
-            for row in part.itertuples(): found.append(np.atleast_1d(measure(read_image(row)))); bar.update()
+            part = todo.iloc[start:start+chunk]
+            found = []
+            for row in part.itertuples():
+                found.append(np.atleast_1d(measure(read_image(row))))
+                bar.update()
             put_vectors(store, name, part.image_id, np.stack(found))
     return get_vectors(store, name, tiles.image_id)
 
@@ -108,7 +131,22 @@ def image_quality(
 ) -> pd.DataFrame: # index image_id, float32 columns iqa_...
     "Measure the quality of images that nobody has a better copy of; merge the result into an SQED table by image_id."
     tiles = tiles.drop_duplicates('image_id')
-    found = {'iqa/statistics': ([f'iqa_brisque_{i:02d}' for i in range(36)], _measured(tiles, store, 'iqa/statistics', scene_statistics, chunk))}
-    if encoder is not None: found['prompts'] = [f'iqa_prompt_{p}' for p in PROMPTS], prompt_shares(get_vectors(store, extract(tiles, encoder, store), tiles.image_id), encoder)
-    for name, function in (scores or {}).items(): found[name] = [f'iqa_score_{name}'], _measured(tiles, store, f'iqa/score-{name}', _score(function), chunk)
-    return pd.concat([pd.DataFrame(v, tiles.image_id.to_numpy(), c, dtype=np.float32) for c, v in found.values()], axis=1).rename_axis('image_id')
+    found = {
+        'iqa/statistics': (
+            [f'iqa_brisque_{i:02d}' for i in range(36)],
+            _measured(tiles, store, 'iqa/statistics', scene_statistics, chunk),
+        )
+    }
+    if encoder is not None:
+        found['prompts'] = (
+            [f'iqa_prompt_{p}' for p in PROMPTS],
+            prompt_shares(get_vectors(store, extract(tiles, encoder, store), tiles.image_id), encoder),
+        )
+    for name, function in (scores or {}).items():
+        found[name] = (
+            [f'iqa_score_{name}'],
+            _measured(tiles, store, f'iqa/score-{name}', _score(function), chunk),
+        )
+    return pd.concat(
+        [pd.DataFrame(v, tiles.image_id.to_numpy(), c, dtype=np.float32) for c, v in found.values()], axis=1
+    ).rename_axis('image_id')

@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'UNSEEN', 'HALVED', 'DAMAGE', 'RECIPE', 'TAP_STEP', 'LEVELS', 'shrink', 'open_tiles', 'damaged',
            'build_open', 'method_table', 'publish', 'unpack', 'add_semantics', 'publish_grids', 'unpack_grids']
 
-# %% ../../nbs/45_tables.rs_sqed_open.ipynb #a8d4d336
+# %% ../../nbs/45_tables.rs_sqed_open.ipynb #29a36125
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,22 @@ import pandas as pd
 from ..core import DataNotFound, atomic, progress
 from ..data.datasets import folder_spec, folds, read_image, read_mask, scan
 from ..segment.methods.training import Recipe, cross_fit
-from .sqed import SIDE, build_sqed, check_sqed, limit_grid, prediction_grids, load_sqed, pack_points, stored_features, features_table, subsample
+from rssqa.tables.sqed import (
+    SIDE,
+    build_sqed,
+    check_sqed,
+    limit_grid,
+    prediction_grids,
+    load_sqed,
+    pack_points,
+    stored_features,
+    features_table,
+    subsample,
+)
 from .store import read_published, Store, extract, get_vectors, put_vectors
 from ..data.synthetic import degrade
 
-# %% ../../nbs/45_tables.rs_sqed_open.ipynb #95ada8aa
+# %% ../../nbs/45_tables.rs_sqed_open.ipynb #241719b2
 SOURCES = ('dubai_mbrsc', 'mumbai_pleiades', 'czech_ortho', 'amazon_forest')
 UNSEEN = 'dronedeploy'
 HALVED = ('czech_ortho',)
@@ -32,23 +43,33 @@ def shrink(
 ) -> Path: # the new folder
     "Write a dataset at a lower resolution: images averaged, masks at the middle of each cell."
     from PIL import Image
-    folder, out = Path(folder), Path(out)
+    folder = Path(folder)
+    out = Path(out)
     if (out/'classes.json').exists(): return out
     for sub in ('images', 'masks'): (out/sub).mkdir(parents=True, exist_ok=True)
     rows = pd.read_csv(folder/'splits.csv')
     for r in progress(list(rows.itertuples()), f'shrinking {folder.name}', unit='tile'):
         image = Image.open(folder/r.image).convert('RGB')
-        image.resize((image.width // factor, image.height // factor), Image.BOX).save(out/_png_name('images', r.image))
-        Image.fromarray(np.asarray(Image.open(folder/r.mask))[factor//2::factor, factor//2::factor]).save(out/_png_name('masks', r.mask))
-    rows.assign(image=[_png_name('images', p) for p in rows.image], mask=[_png_name('masks', p) for p in rows['mask']],
-                width=rows.width // factor, height=rows.height // factor).to_csv(out/'splits.csv', index=False)
-    (out/'classes.json').write_text((folder/'classes.json').read_text())            # last: its presence says that the rest is there
+        image.resize((image.width // factor, image.height // factor), Image.BOX).save(
+            out / _png_name('images', r.image)
+        )
+        Image.fromarray(
+            np.asarray(Image.open(folder / r.mask))[factor // 2 :: factor, factor // 2 :: factor]
+        ).save(out / _png_name('masks', r.mask))
+    rows.assign(
+        image=[_png_name('images', p) for p in rows.image],
+        mask=[_png_name('masks', p) for p in rows['mask']],
+        width=rows.width // factor,
+        height=rows.height // factor,
+    ).to_csv(out / 'splits.csv', index=False)
+    # last: its presence says that the rest is there
+    (out / 'classes.json').write_text((folder / 'classes.json').read_text())
     return out
 
 
 def _png_name(sub, path): return f'{sub}/{Path(path).stem}.png'
 
-# %% ../../nbs/45_tables.rs_sqed_open.ipynb #c1b57442
+# %% ../../nbs/45_tables.rs_sqed_open.ipynb #05351b1f
 def open_tiles(
     data, # folder of dataset folders
     home, # folder for what is derived
@@ -59,7 +80,12 @@ def open_tiles(
     tables, specs = [], {}
     for name in sources:
         folder = Path(data)/name
-        if not (folder/'splits.csv').exists(): raise DataNotFound(f'no dataset {name} in {data}', 'expected a folder with splits.csv, classes.json, images/ and masks/', 'point to the folder of all sources')
+        if not (folder/'splits.csv').exists():
+            raise DataNotFound(
+                f'no dataset {name} in {data}',
+                'expected a folder with splits.csv, classes.json, images/ and masks/',
+                'point to the folder of all sources',
+            )
         if name in HALVED: folder = shrink(folder, Path(home)/'data'/name)
         spec = folder_spec(folder)
         table = scan(folder, spec)
@@ -67,8 +93,12 @@ def open_tiles(
         specs[spec.name] = spec
     return pd.concat(tables, ignore_index=True), specs
 
-# %% ../../nbs/45_tables.rs_sqed_open.ipynb #1e8aaa1f
-DAMAGE = tuple((kind, level) for kind in ('blur', 'haze', 'noise', 'resolution', 'season', 'jpeg') for level in (0.35, 0.8))
+# %% ../../nbs/45_tables.rs_sqed_open.ipynb #173cfb24
+DAMAGE = tuple(
+    (kind, level)
+    for kind in ('blur', 'haze', 'noise', 'resolution', 'season', 'jpeg')
+    for level in (0.35, 0.8)
+)
 
 
 def damaged(
@@ -79,7 +109,8 @@ def damaged(
 ) -> pd.DataFrame: # tiles with columns kind and level
     "Write damaged copies of a sample of tiles."
     from PIL import Image
-    parts, rng = [], np.random.default_rng(seed)
+    parts = []
+    rng = np.random.default_rng(seed)
     for dataset, rows in tiles.groupby('dataset', sort=True):
         folder = Path(home)/'damaged'/dataset
         (folder/'images').mkdir(parents=True, exist_ok=True)
@@ -87,12 +118,29 @@ def damaged(
             for n, row in enumerate(rows.iloc[rng.permutation(len(rows))[:each]].itertuples()):
                 path = f'images/{kind}{level}-{row.image_id}.png'.replace(':', '_')
                 if not (folder/path).exists():
-                    with atomic(folder/path) as tmp: Image.fromarray((degrade(read_image(row), kind, level, n).transpose(1, 2, 0) * 255).round().astype(np.uint8)).save(tmp, 'PNG')
+                    with atomic(folder/path) as tmp:
+                        Image.fromarray(
+                            (degrade(read_image(row), kind, level, n).transpose(1, 2, 0) * 255)
+                            .round()
+                            .astype(np.uint8)
+                        ).save(tmp, 'PNG')
                 mask = str(Path(row.root)/row.mask_path)
-                parts.append(row._asdict() | dict(image_id=f'{row.image_id}+{kind}{level}', root=str(folder), path=path, mask_path=mask, x=0, y=0, kind=kind, level=level))
+                parts.append(
+                    row._asdict()
+                    | dict(
+                        image_id=f'{row.image_id}+{kind}{level}',
+                        root=str(folder),
+                        path=path,
+                        mask_path=mask,
+                        x=0,
+                        y=0,
+                        kind=kind,
+                        level=level,
+                    )
+                )
     return pd.DataFrame(parts).drop(columns='Index')
 
-# %% ../../nbs/45_tables.rs_sqed_open.ipynb #6cb54d53
+# %% ../../nbs/45_tables.rs_sqed_open.ipynb #6751b053
 RECIPE = Recipe('tiny', steps=640, batch=8, crop=128, zoom=1.5, lr=1.5e-3)
 
 
@@ -107,8 +155,10 @@ def build_open(
 ) -> dict: # 'open', 'damaged' and 'unseen' -> SQED table
     "Build the three tables."
     from dataclasses import replace
-    home, recipe = Path(home), replace(RECIPE, steps=steps, encoder_weights=weights)
-    store, networks = Store(home/'store'), home/'networks'
+    home = Path(home)
+    recipe = replace(RECIPE, steps=steps, encoder_weights=weights)
+    store = Store(home/'store')
+    networks = home/'networks'
     tiles, specs = open_tiles(data, home)
     fleet = cross_fit(tiles, specs, networks, None, recipe, workers, joint=True)
     tables = dict(open=build_sqed(tiles, fleet, specs, store, workers=workers))
@@ -127,10 +177,20 @@ def method_table(table: pd.DataFrame) -> pd.DataFrame: # one row a dataset and m
     for (dataset, method), part in table.groupby(['dataset', 'method'], observed=True):
         side = int(np.sqrt(len(part.confusion.iloc[0])))
         total = accuracy(np.sum([np.reshape(c, (side, side)) for c in part.confusion], 0))
-        rows.append(dict(dataset=dataset, method=method, tiles=len(part), oa=total['oa'], miou=total['miou'], oa_tile=part.oa.mean(), oa_tile_std=part.oa.std()))
+        rows.append(
+            dict(
+                dataset=dataset,
+                method=method,
+                tiles=len(part),
+                oa=total['oa'],
+                miou=total['miou'],
+                oa_tile=part.oa.mean(),
+                oa_tile_std=part.oa.std(),
+            )
+        )
     return pd.DataFrame(rows)
 
-# %% ../../nbs/45_tables.rs_sqed_open.ipynb #7568c5f0
+# %% ../../nbs/45_tables.rs_sqed_open.ipynb #22f6d6cb
 TAP_STEP = 1 / 16
 
 
@@ -144,18 +204,37 @@ def publish(
 ) -> list[Path]:
     "Write a table and its features as parquet, without anything of the imagery."
     import pyarrow as pa, pyarrow.parquet as pq
-    folder, table = Path(out), table.drop(columns=['path', 'mask_path', 'root'], errors='ignore').reset_index(drop=True)
-    with atomic(folder/f'{name}.parquet') as tmp: check_sqed(table).to_parquet(tmp, index=False, compression='zstd')
-    intermediate, order = stored_features(store, table), table.groupby('method', observed=True).indices
+    folder = Path(out)
+    table = table.drop(columns=['path', 'mask_path', 'root'], errors='ignore').reset_index(drop=True)
+    with atomic(folder/f'{name}.parquet') as tmp:
+        check_sqed(table).to_parquet(tmp, index=False, compression='zstd')
+    intermediate = stored_features(store, table)
+    order = table.groupby('method', observed=True).indices
     packed = [None] * len(table)
     for method, at in order.items():
-        for i, v in zip(at, np.clip(np.round(intermediate[method] / TAP_STEP), -127, 127).astype(np.int8)): packed[i] = v.tobytes()
+        for i, v in zip(at, np.clip(np.round(intermediate[method] / TAP_STEP), -127, 127).astype(np.int8)):
+            packed[i] = v.tobytes()
     vectors = table.drop_duplicates('image_id').image_id
-    columns = {semantic: [v.astype(np.float16).tobytes() for v in get_vectors(store, semantic, vectors)] for semantic in sems}
-    with atomic(folder/f'{name}_features.parquet') as tmp: pq.write_table(pa.table(dict(image_id=table.image_id, method=table.method, method_fp=table.method_fp, features=packed)), tmp, compression='zstd', compression_level=12)
-    with atomic(folder/f'{name}_semantics.parquet') as tmp: pq.write_table(pa.table(dict(image_id=vectors, **columns)), tmp, compression='zstd', compression_level=12)
+    columns = {
+        semantic: [v.astype(np.float16).tobytes() for v in get_vectors(store, semantic, vectors)]
+        for semantic in sems
+    }
+    with atomic(folder/f'{name}_features.parquet') as tmp:
+        pq.write_table(
+            pa.table(
+                dict(image_id=table.image_id, method=table.method, method_fp=table.method_fp, features=packed)
+            ),
+            tmp,
+            compression='zstd',
+            compression_level=12,
+        )
+    with atomic(folder/f'{name}_semantics.parquet') as tmp:
+        pq.write_table(
+            pa.table(dict(image_id=vectors, **columns)), tmp, compression='zstd', compression_level=12
+        )
     if quality is not None:
-        with atomic(folder/f'{name}_iqa.parquet') as tmp: quality.loc[vectors].to_parquet(tmp, compression='zstd')
+        with atomic(folder/f'{name}_iqa.parquet') as tmp:
+            quality.loc[vectors].to_parquet(tmp, compression='zstd')
     return sorted(folder.glob(f'{name}*.parquet'))
 
 
@@ -165,11 +244,24 @@ def unpack(
     store: Store, # receives intermediate and vectors
 ) -> tuple[pd.DataFrame, list[str]]: # the table, feature tables of encoders
     "Read a published table and put its features into a store."
-    table, intermediate, sems = load_sqed(Path(folder)/f'{name}.parquet'), read_published(Path(folder)/f'{name}_features.parquet'), pd.read_parquet(Path(folder)/f'{name}_semantics.parquet')
+    table = load_sqed(Path(folder)/f'{name}.parquet')
+    intermediate = read_published(Path(folder)/f'{name}_features.parquet')
+    sems = pd.read_parquet(Path(folder)/f'{name}_semantics.parquet')
     for (method, fp), part in intermediate.groupby(['method', 'method_fp'], sort=True):
-        put_vectors(store, features_table(method, fp), part.image_id, np.stack([np.frombuffer(v, np.int8) for v in part.features]).astype(np.float32) * TAP_STEP)
-    for semantic in sems.columns[1:]: put_vectors(store, semantic, sems.image_id, np.stack([np.frombuffer(v, np.float16) for v in sems[semantic]]))
-    if (iqa := Path(folder)/f'{name}_iqa.parquet').exists(): table = table.merge(pd.read_parquet(iqa), left_on='image_id', right_index=True, how='left', validate='many_to_one')
+        put_vectors(
+            store,
+            features_table(method, fp),
+            part.image_id,
+            np.stack([np.frombuffer(v, np.int8) for v in part.features]).astype(np.float32) * TAP_STEP,
+        )
+    for semantic in sems.columns[1:]:
+        put_vectors(
+            store, semantic, sems.image_id, np.stack([np.frombuffer(v, np.float16) for v in sems[semantic]])
+        )
+    if (iqa := Path(folder)/f'{name}_iqa.parquet').exists():
+        table = table.merge(
+            pd.read_parquet(iqa), left_on='image_id', right_index=True, how='left', validate='many_to_one'
+        )
     return table, list(sems.columns[1:])
 
 
@@ -184,13 +276,17 @@ def add_semantics(
     path = Path(folder)/f'{name}_semantics.parquet'
     rows = pd.read_parquet(path)
     if lost := sorted(set(rows.image_id) - set(tiles.image_id)):
-        raise DataNotFound(f'the tiles do not belong to {path.name}', f'found none for {len(lost)} of {len(rows)} images, {lost[0]} first', 'pass the tiles that the table was made from, byte for byte')
+        raise DataNotFound(
+            f'the tiles do not belong to {path.name}',
+            f'found none for {len(lost)} of {len(rows)} images, {lost[0]} first',
+            'pass the tiles that the table was made from, byte for byte',
+        )
     semantic = extract(tiles[tiles.image_id.isin(rows.image_id)], encoder, store)
     rows[semantic] = [v.astype(np.float16).tobytes() for v in get_vectors(store, semantic, rows.image_id)]
     with atomic(path) as tmp: rows.to_parquet(tmp, index=False, compression='zstd')
     return path
 
-# %% ../../nbs/45_tables.rs_sqed_open.ipynb #2f9d21a8
+# %% ../../nbs/45_tables.rs_sqed_open.ipynb #2f42d005
 LEVELS = 15
 
 
@@ -202,15 +298,27 @@ def publish_grids(
 ) -> Path:
     "Write coarse prediction_grids, four bits a number."
     import pyarrow as pa, pyarrow.parquet as pq
-    ids, parts = table.image_id.drop_duplicates(), []
+    ids = table.image_id.drop_duplicates()
+    parts = []
     for i in range(0, len(ids), chunk):
         for s in map(limit_grid, prediction_grids(store, table[table.image_id.isin(ids[i:i+chunk])])):
             both = (s.p.astype(np.float32) + s.flip) / 510
             codes = np.round(np.sqrt(both) * LEVELS).astype(np.uint8).reshape(len(s.methods), -1)
             codes = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
-            parts += [dict(image_id=s.image_id, method=m, k=s.p.shape[1], h=s.p.shape[2], w=s.p.shape[3], data=(c[0::2] << 4 | c[1::2]).tobytes(), pred=y.tobytes())
-                      for m, c, y in zip(s.methods, codes, s.pred)]
-    with atomic(path) as tmp: pq.write_table(pa.Table.from_pylist(parts), tmp, compression='zstd', compression_level=15)
+            parts += [
+                dict(
+                    image_id=s.image_id,
+                    method=m,
+                    k=s.p.shape[1],
+                    h=s.p.shape[2],
+                    w=s.p.shape[3],
+                    data=(c[0::2] << 4 | c[1::2]).tobytes(),
+                    pred=y.tobytes(),
+                )
+                for m, c, y in zip(s.methods, codes, s.pred)
+            ]
+    with atomic(path) as tmp:
+        pq.write_table(pa.Table.from_pylist(parts), tmp, compression='zstd', compression_level=15)
     return Path(path)
 
 
@@ -227,16 +335,26 @@ def unpack_grids(
     store.put('grid', pd.DataFrame(packed).assign(key=rows.image_id + '|' + rows.method_fp))
     if tiles is None: return
     if lost := sorted(set(table.image_id) - set(tiles[tiles.mask_path.notna()].image_id)):
-        raise DataNotFound('the masks do not belong to this table', f'found none for {len(lost)} of {table.image_id.nunique()} images, {lost[0]} first', 'pass the tiles that the table was made from, byte for byte')
+        raise DataNotFound(
+            'the masks do not belong to this table',
+            f'found none for {len(lost)} of {table.image_id.nunique()} images, {lost[0]} first',
+            'pass the tiles that the table was made from, byte for byte',
+        )
     tiles = tiles[tiles.image_id.isin(table.image_id) & tiles.mask_path.notna()].drop_duplicates('image_id')
     shape = rows.drop_duplicates('image_id').set_index('image_id')[['h', 'w']]
-    truth = [pack_points(_points_of(read_mask(r, specs[r.dataset]), *shape.loc[r.image_id])) for r in tiles.itertuples()]
+    truth = [
+        pack_points(_points_of(read_mask(r, specs[r.dataset]), *shape.loc[r.image_id]))
+        for r in tiles.itertuples()
+    ]
     store.put('truth', pd.DataFrame(truth).assign(key=tiles.image_id.to_numpy()))
 
 
 def _decoded(r): # -> (2,k,h,w) uint8: the mean of image and mirror image, twice
     codes = np.frombuffer(r.data, np.uint8)
-    p = (np.stack([codes >> 4, codes & 15], 1).ravel()[:r.k * r.h * r.w].reshape(r.k, r.h, r.w) / np.float32(LEVELS))**2
+    p = (
+        np.stack([codes >> 4, codes & 15], 1).ravel()[: r.k * r.h * r.w].reshape(r.k, r.h, r.w)
+        / np.float32(LEVELS)
+    ) ** 2
     return np.stack([np.round(255 * p / np.maximum(p.sum(0), 1e-6)).astype(np.uint8)] * 2)
 
 

@@ -23,7 +23,7 @@ from ..segment.metrics import accuracy, confusion
 from ..segment.methods.training import ignore_interrupt, load_segmenter
 from .store import Store, get_vectors, put_vectors
 
-# %% ../../nbs/43_tables.sqed.ipynb #1583c036
+# %% ../../nbs/43_tables.sqed.ipynb #97d46ac4
 TILE_COLUMNS = ('image_id', 'dataset', 'scene', 'split', 'path', 'mask_path', 'x', 'y', 'w', 'h', 'gsd_m')
 
 
@@ -60,28 +60,57 @@ def describe_prediction(
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray, np.ndarray]: # rows, masks (N,H,W) uint8, pooled intermediate (N,D) in training standard deviations, prediction_grids (N,2,K,h,w) uint8
     "Segment a batch and describe every map, with labels where there are some and without."
     import torch
-    x, k, temperature = torch.as_tensor(images), len(segmenter.classes), getattr(segmenter, 'temperature', 1.0)
+    x = torch.as_tensor(images)
+    k = len(segmenter.classes)
+    temperature = getattr(segmenter, 'temperature', 1.0)
     out = segmenter(x)
     flipped = segmenter(x.flip(-1)).logits.flip(-1).cpu() if tta else None
-    logits, masks = out.logits.cpu(), out.mask.cpu()
-    rows = [label_free(logits, temperature, flipped), feature_columns(out.features, out.mask, k, getattr(segmenter, 'reference', None))]
-    tables = [confusion(t, m, k) if t is not None else np.zeros((k, k), np.int64) for t, m in zip(truths or [None] * len(x), masks.byte().numpy())]
-    labels = pd.DataFrame([accuracy(c) | dict(confusion=c.ravel().tolist()) for c in tables]).astype(dict(oa='float32', miou='float32', mf1='float32', n_valid='int32'))
-    points = np.stack([_points(logits, temperature), _points(logits if flipped is None else flipped, temperature)], 1)
-    return pd.concat([labels, *rows], axis=1), masks.byte().numpy(), _deviations(segmenter, out.features), points
+    logits = out.logits.cpu()
+    masks = out.mask.cpu()
+    rows = [
+        label_free(logits, temperature, flipped),
+        feature_columns(out.features, out.mask, k, getattr(segmenter, 'reference', None)),
+    ]
+    tables = [
+        confusion(t, m, k) if t is not None else np.zeros((k, k), np.int64)
+        for t, m in zip(truths or [None] * len(x), masks.byte().numpy())
+    ]
+    labels = pd.DataFrame([accuracy(c) | dict(confusion=c.ravel().tolist()) for c in tables]).astype(
+        dict(oa='float32', miou='float32', mf1='float32', n_valid='int32')
+    )
+    points = np.stack(
+        [_points(logits, temperature), _points(logits if flipped is None else flipped, temperature)], 1
+    )
+    return (
+        pd.concat([labels, *rows], axis=1),
+        masks.byte().numpy(),
+        _deviations(segmenter, out.features),
+        points,
+    )
 
 
 def _deviations(segmenter, features): # pooled intermediate, in standard deviations of the training images where the segmenter knows them
-    pooled, reference = pool_features(features).cpu(), getattr(segmenter, 'reference', None)
-    return (pooled if reference is None else ((pooled - reference[0]) / reference[1].clamp_min(1e-4)).clamp(-20, 20)).numpy()
+    pooled = pool_features(features).cpu()
+    reference = getattr(segmenter, 'reference', None)
+    return (
+        pooled
+        if reference is None
+        else ((pooled - reference[0]) / reference[1].clamp_min(1e-4)).clamp(-20, 20)
+    ).numpy()
 
-# %% ../../nbs/43_tables.sqed.ipynb #d4013b1b
+# %% ../../nbs/43_tables.sqed.ipynb #a6122eae
 def _jobs(tiles, networks, batch): # [(networks row, tiles of one chunk)], chunks fixed by the sorted ids, so a resumed run repeats the same batches
     jobs = []
     for net in networks.itertuples():
-        mine = tiles[(tiles.dataset == net.dataset) & ((tiles.fold == net.fold) | (net.fold == -1))].sort_values('image_id')
+        mine = tiles[
+            (tiles.dataset == net.dataset) & ((tiles.fold == net.fold) | (net.fold == -1))
+        ].sort_values('image_id')
         if leaked := sorted(set(mine.scene.astype(str)) & set(net.scenes)):
-            raise LeakError(f'{net.method} must not label {net.dataset}', f'it was trained on {len(leaked)} of the scenes, such as {leaked[0]}', 'use the network of another fold, see cross_fit')
+            raise LeakError(
+                f'{net.method} must not label {net.dataset}',
+                f'it was trained on {len(leaked)} of the scenes, such as {leaked[0]}',
+                'use the network of another fold, see cross_fit',
+            )
         jobs += [(net, mine.iloc[i:i+batch]) for i in range(0, len(mine), batch)]
     return jobs
 
@@ -93,7 +122,8 @@ _opened, CPU_BATCH = {}, 4 # tiles that a CPU segments at once: the maps of more
 
 
 def _passes(part, size): # tiles of one size, a few at a time
-    for _, same in part.groupby(['w', 'h'], sort=True): yield from (same.iloc[i:i+size] for i in range(0, len(same), size))
+    for _, same in part.groupby(['w', 'h'], sort=True):
+        yield from (same.iloc[i:i+size] for i in range(0, len(same), size))
 
 
 def _run(job): # in a worker: (networks row, tiles, spec, tta, device) -> rows, PNGs, intermediate, prediction_grids, {image_id: truth grid}
@@ -103,14 +133,30 @@ def _run(job): # in a worker: (networks row, tiles, spec, tta, device) -> rows, 
     if net['fingerprint'] not in _opened:
         _opened.clear()
         _opened[net['fingerprint']] = load_segmenter(net['folder'], device)
-        _opened[net['fingerprint']].net.to(memory_format=torch.channels_last)        # a quarter faster on a CPU
-    segmenter, rows, pngs, intermediate, points, known = _opened[net['fingerprint']], [], [], [], [], {}
+        # a quarter faster on a CPU
+        _opened[net['fingerprint']].net.to(memory_format=torch.channels_last)
+    segmenter = _opened[net['fingerprint']]
+    rows = []
+    pngs = []
+    intermediate = []
+    points = []
+    known = {}
     for same in _passes(part, CPU_BATCH if slow else len(part)):
-        images, truths = np.stack([read_image(r) for r in same.itertuples()]), [read_mask(r, spec) if isinstance(r.mask_path, str) else None for r in same.itertuples()]
+        images = np.stack([read_image(r) for r in same.itertuples()])
+        truths = [read_mask(r, spec) if isinstance(r.mask_path, str) else None for r in same.itertuples()]
         told, masks, pooled, grid = describe_prediction(segmenter, images, truths, tta)
         told.insert(0, 'key', [_key(i, net['fingerprint']) for i in same.image_id])
-        rows.append(told.assign(image_id=same.image_id.to_numpy(), method=net['method'], method_fp=net['fingerprint'], fold=net['fold']))
-        pngs += map(_png, masks); intermediate.append(pooled); points += [pack_points(g) | dict(pred=subsample(m).tobytes()) for g, m in zip(grid, masks)]
+        rows.append(
+            told.assign(
+                image_id=same.image_id.to_numpy(),
+                method=net['method'],
+                method_fp=net['fingerprint'],
+                fold=net['fold'],
+            )
+        )
+        pngs += map(_png, masks)
+        intermediate.append(pooled)
+        points += [pack_points(g) | dict(pred=subsample(m).tobytes()) for g, m in zip(grid, masks)]
         known |= {i: pack_points(subsample(t)) for i, t in zip(same.image_id, truths) if t is not None}
     return pd.concat(rows, ignore_index=True), pngs, np.concatenate(intermediate), points, known
 
@@ -122,7 +168,7 @@ def pack_points(x: np.ndarray) -> dict: # any shape, uint8
 
 def _unpack(row): return np.frombuffer(zlib.decompress(row['data']), np.uint8).reshape(row['shape'])
 
-# %% ../../nbs/43_tables.sqed.ipynb #007c1e4c
+# %% ../../nbs/43_tables.sqed.ipynb #5ac98b43
 def features_table(method: str, fingerprint: str) -> str:
     "Name the table of a network's pooled intermediate."
     return f'intermediate/{method}@{fingerprint[:8]}'
@@ -130,7 +176,11 @@ def features_table(method: str, fingerprint: str) -> str:
 
 class _Writer:
     "Collects results and commits them together."
-    def __init__(self, store, every, table): self.store, self.every, self.table, self.kept = store, every, table, []
+    def __init__(self, store, every, table):
+        self.store = store
+        self.every = every
+        self.table = table
+        self.kept = []
 
     def add(self, result):
         self.kept.append(result)
@@ -139,29 +189,44 @@ class _Writer:
     def flush(self):
         if not self.kept: return
         rows = pd.concat([r for r, *_ in self.kept], ignore_index=True)
-        self.store.put('masks', pd.DataFrame(dict(key=rows.key, png=[p for _, pngs, *_ in self.kept for p in pngs])))
-        self.store.put('grid', pd.DataFrame([p for *_, points, _ in self.kept for p in points]).assign(key=rows.key))
+        self.store.put(
+            'masks', pd.DataFrame(dict(key=rows.key, png=[p for _, pngs, *_ in self.kept for p in pngs]))
+        )
+        self.store.put(
+            'grid', pd.DataFrame([p for *_, points, _ in self.kept for p in points]).assign(key=rows.key)
+        )
         truths = {i: p for *_, known in self.kept for i, p in known.items()}
         self.store.put('truth', pd.DataFrame(list(truths.values())).assign(key=list(truths)))
         for part, _, intermediate, *_ in self.kept:
-            put_vectors(self.store, features_table(part.method[0], part.method_fp[0]), part.image_id, intermediate)
+            put_vectors(
+                self.store, features_table(part.method[0], part.method_fp[0]), part.image_id, intermediate
+            )
         self.store.put(self.table, rows)
         self.kept = []
 
-# %% ../../nbs/43_tables.sqed.ipynb #21ed59f2
+# %% ../../nbs/43_tables.sqed.ipynb #b2d6cc72
 def _results(jobs, workers, total):
     "Yield job results as they come, in this process or in several, with a bar."
     with progress(None, 'segmenting', total, 'map') as bar:
-        if workers == 1: yield from _counted(map(_run, jobs), bar); return
+        if workers == 1:
+            yield from _counted(map(_run, jobs), bar)
+            return
         import multiprocessing
         from concurrent.futures import ProcessPoolExecutor, as_completed
         with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), ignore_interrupt) as pool:
-            try: yield from _counted((f.result() for f in as_completed([pool.submit(_run, job) for job in jobs])), bar)
-            except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
+            try:
+                yield from _counted(
+                    (f.result() for f in as_completed([pool.submit(_run, job) for job in jobs])), bar
+                )
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def _counted(results, bar):
-    for result in results: bar.update(len(result[0])); yield result
+    for result in results:
+        bar.update(len(result[0]))
+        yield result
 
 
 def _rows_table(tta): return 'rows' if tta else 'rows-unmirrored'
@@ -169,15 +234,19 @@ def _rows_table(tta): return 'rows' if tta else 'rows-unmirrored'
 
 def _segment_missing(tiles, networks, specs, store, batch, tta, workers, device, every):
     done = set(store.keys(_rows_table(tta))) & set(store.keys('grid'))
-    jobs = [(net._asdict(), part, specs[net.dataset], tta, device) for net, part in _jobs(tiles, networks, batch)
-            if any(_key(i, net.fingerprint) not in done for i in part.image_id)]
+    jobs = [
+        (net._asdict(), part, specs[net.dataset], tta, device)
+        for net, part in _jobs(tiles, networks, batch)
+        if any(_key(i, net.fingerprint) not in done for i in part.image_id)
+    ]
     writer = _Writer(store, every, _rows_table(tta))
     try:
-        for result in _results(jobs, workers if len(jobs) > 2 else 1, sum(len(j[1]) for j in jobs)): writer.add(result)
+        for result in _results(jobs, workers if len(jobs) > 2 else 1, sum(len(j[1]) for j in jobs)):
+            writer.add(result)
     finally: writer.flush()
     if jobs: [store.tidy(name) for name in (_rows_table(tta), 'masks', 'grid', 'truth')]
 
-# %% ../../nbs/43_tables.sqed.ipynb #bad42cf1
+# %% ../../nbs/43_tables.sqed.ipynb #94c595ac
 def _agree_missing(rows, store, chunk=64): # rows: image_id, method, method_fp, key
     rows = rows.sort_values(['image_id', 'method'])
     keyed = rows.assign(group=rows.groupby('image_id').method_fp.transform(lambda fps: digest(sorted(fps))))
@@ -188,12 +257,15 @@ def _agree_missing(rows, store, chunk=64): # rows: image_id, method, method_fp, 
         mine = keyed[keyed.image_id.isin(part)]
         maps = [from_png(p) for p in store.take('masks', mine.key, ['png'])['png'].to_pylist()]
         at = {i: n for n, i in enumerate(mine.index)}
-        told = [agreement(np.stack([maps[at[i]] for i in g.index])).assign(key=g.key2.to_numpy()) for _, g in mine.groupby('image_id', sort=False)]
+        told = [
+            agreement(np.stack([maps[at[i]] for i in g.index])).assign(key=g.key2.to_numpy())
+            for _, g in mine.groupby('image_id', sort=False)
+        ]
         store.put('agreement', pd.concat(told, ignore_index=True))
     if len(ids): store.tidy('agreement')
     return keyed.key2
 
-# %% ../../nbs/43_tables.sqed.ipynb #f1490d58
+# %% ../../nbs/43_tables.sqed.ipynb #40defa86
 def build_sqed(
     tiles: pd.DataFrame, # with a column fold
     networks: pd.DataFrame, # networks, from cross_fit
@@ -207,46 +279,97 @@ def build_sqed(
 ) -> pd.DataFrame: # one row for each (image_id, method)
     "Segment every tile by every method that may describe_prediction it, and describe each map."
     if lost := sorted(set(tiles.dataset) - set(networks.dataset)):
-        raise DataNotFound(f'no network for {", ".join(lost)}', f'the networks knows {", ".join(sorted(set(networks.dataset)))}', 'train some with cross_fit, or leave these tiles out')
+        raise DataNotFound(
+            f'no network for {", ".join(lost)}',
+            f'the networks knows {", ".join(sorted(set(networks.dataset)))}',
+            'train some with cross_fit, or leave these tiles out',
+        )
     workers = (workers or os.cpu_count() or 1) if pick_device(device) == 'cpu' else 1
     _segment_missing(tiles, networks, specs, store, batch, tta, workers, device, every)
     rows = store.get(_rows_table(tta))
-    rows = rows[rows.method_fp.isin(networks.fingerprint) & rows.image_id.isin(tiles.image_id)].reset_index(drop=True)
+    rows = rows[rows.method_fp.isin(networks.fingerprint) & rows.image_id.isin(tiles.image_id)].reset_index(
+        drop=True
+    )
     rows['key2'] = _agree_missing(rows[['key', 'image_id', 'method', 'method_fp']], store)
     rows = rows.merge(store.get('agreement').rename(columns=dict(key='key2')), on='key2', how='left')
     spine = tiles[[c for c in (*TILE_COLUMNS, 'kind', 'level') if c in tiles]].astype(dict(mask_path='str'))
-    table = spine.merge(rows.drop(columns=['key', 'key2']), on='image_id').sort_values(['image_id', 'method'], ignore_index=True)
+    table = spine.merge(rows.drop(columns=['key', 'key2']), on='image_id').sort_values(
+        ['image_id', 'method'], ignore_index=True
+    )
     unlabelled = table.n_valid == 0
-    if unlabelled.all(): raise SchemaError('there is nothing to describe_prediction', f'found no labelled pixel in {len(tiles)} images', 'add images with masks')
-    if unlabelled.any(): say(f'{table.image_id[unlabelled].nunique()} images have no labelled pixel and are left out of the table')
+    if unlabelled.all():
+        raise SchemaError(
+            'there is nothing to describe_prediction',
+            f'found no labelled pixel in {len(tiles)} images',
+            'add images with masks',
+        )
+    if unlabelled.any():
+        say(
+            f'{table.image_id[unlabelled].nunique()} images have no labelled pixel and are left out of the table'
+        )
     return check_sqed(table[~unlabelled].reset_index(drop=True))
 
-# %% ../../nbs/43_tables.sqed.ipynb #3ad3cefe
+# %% ../../nbs/43_tables.sqed.ipynb #2e453dcb
 REQUIRED = ('image_id', 'dataset', 'scene', 'split', 'method', 'method_fp', 'fold', 'oa', 'n_valid')
-NON_FEATURE_COLUMNS = (*TILE_COLUMNS, 'kind', 'level', 'method', 'method_fp', 'fold', 'oa', 'miou', 'mf1', 'n_valid', 'confusion', 'predicted')
+NON_FEATURE_COLUMNS = (
+    *TILE_COLUMNS,
+    'kind',
+    'level',
+    'method',
+    'method_fp',
+    'fold',
+    'oa',
+    'miou',
+    'mf1',
+    'n_valid',
+    'confusion',
+    'predicted',
+)
 
 
 def label_free_columns(table: pd.DataFrame) -> list[str]:
     "List the columns that may be known without labels."
-    return [c for c in table.columns if c not in NON_FEATURE_COLUMNS and not c.startswith('iqa_') and pd.api.types.is_float_dtype(table[c])]
+    return [
+        c
+        for c in table.columns
+        if c not in NON_FEATURE_COLUMNS and not c.startswith('iqa_') and pd.api.types.is_float_dtype(table[c])
+    ]
 
 
 def check_sqed(table: pd.DataFrame) -> pd.DataFrame: # the table itself
     "Check the rules of the table; raise one error that lists all faults with counts and the first offending key."
-    faults, names = [f'no column {c}' for c in REQUIRED if c not in table], table.reindex(columns=['image_id', 'method', 'scene'])
-    rules = dict([] if faults else [
-        ('OA outside 0..1' + (' (percent?)' if table.oa.max() > 1.5 else ''), ~table.oa.between(0, 1)),
-        ('a second row for one (image_id, method)', table.duplicated(['image_id', 'method'])),
-        ('no labelled pixel (n_valid < 1)', table.n_valid < 1),
-        ('an empty image_id, method or scene', (names.isna() | names.eq('')).any(axis=1)),
-        ('a scene in more than one split', table.groupby(['dataset', 'scene'], observed=True).split.transform('nunique') > 1),
-        ('a confusion matrix that is not n_valid pixels', table.confusion.map(np.sum) != table.n_valid if 'confusion' in table else table.oa.isna())])
+    faults = [f'no column {c}' for c in REQUIRED if c not in table]
+    names = table.reindex(columns=['image_id', 'method', 'scene'])
+    rules = dict(
+        []
+        if faults
+        else [
+            ('OA outside 0..1' + (' (percent?)' if table.oa.max() > 1.5 else ''), ~table.oa.between(0, 1)),
+            ('a second row for one (image_id, method)', table.duplicated(['image_id', 'method'])),
+            ('no labelled pixel (n_valid < 1)', table.n_valid < 1),
+            ('an empty image_id, method or scene', (names.isna() | names.eq('')).any(axis=1)),
+            (
+                'a scene in more than one split',
+                table.groupby(['dataset', 'scene'], observed=True).split.transform('nunique') > 1,
+            ),
+            (
+                'a confusion matrix that is not n_valid pixels',
+                table.confusion.map(np.sum) != table.n_valid if 'confusion' in table else table.oa.isna(),
+            ),
+        ]
+    )
     for what, bad in rules.items():
-        if bad.any(): faults.append(f'{int(bad.sum())} rows with {what}, first {table.image_id[bad.to_numpy()].iloc[0]} / {table.method[bad.to_numpy()].iloc[0]}')
-    if faults: raise SchemaError('this is not a valid SQED table', '; '.join(faults), 'mend the rows, or rebuild with build_sqed')
+        if bad.any():
+            faults.append(
+                f'{int(bad.sum())} rows with {what}, first {table.image_id[bad.to_numpy()].iloc[0]} / {table.method[bad.to_numpy()].iloc[0]}'
+            )
+    if faults:
+        raise SchemaError(
+            'this is not a valid SQED table', '; '.join(faults), 'mend the rows, or rebuild with build_sqed'
+        )
     return table
 
-# %% ../../nbs/43_tables.sqed.ipynb #bdf50208
+# %% ../../nbs/43_tables.sqed.ipynb #4ad2828f
 def save_sqed(table: pd.DataFrame, path) -> Path:
     "Write the table as parquet, all or nothing; equal tables give equal bytes."
     with atomic(path) as tmp: check_sqed(table).to_parquet(tmp, index=False, compression='zstd')
@@ -257,7 +380,10 @@ def load_sqed(path, columns: list[str] = None) -> pd.DataFrame:
     "Read a table written by save_sqed and check it."
     if not Path(path).exists(): raise DataNotFound(f'no table {path}', '', 'build one with build_sqed')
     try: table = pd.read_parquet(path, columns=columns)
-    except (OSError, ValueError) as e: raise SchemaError(f'cannot read {path}', str(e).splitlines()[0], 'write it again with save_sqed') from e
+    except (OSError, ValueError) as e:
+        raise SchemaError(
+            f'cannot read {path}', str(e).splitlines()[0], 'write it again with save_sqed'
+        ) from e
     return table if columns else check_sqed(table)
 
 
@@ -268,14 +394,17 @@ def stored_mask(store: Store, image_id: str, fingerprint: str) -> np.ndarray: # 
 
 def stored_features(store: Store, table: pd.DataFrame) -> dict[str, np.ndarray]: # method -> (rows of that method, D)
     "Return the pooled intermediate of every row, by method, in the table's order."
-    out, table = {}, table.reset_index(drop=True)
+    out = {}
+    table = table.reset_index(drop=True)
     for method, rows in table.groupby('method', observed=True, sort=True):
         for fp, part in rows.groupby('method_fp', observed=True):
             found = get_vectors(store, features_table(method, fp), part.image_id)
-            out.setdefault(method, np.zeros((len(rows), found.shape[1]), np.float32))[rows.index.get_indexer(part.index)] = found
+            out.setdefault(method, np.zeros((len(rows), found.shape[1]), np.float32))[
+                rows.index.get_indexer(part.index)
+            ] = found
     return out
 
-# %% ../../nbs/43_tables.sqed.ipynb #1f0c6ebc
+# %% ../../nbs/43_tables.sqed.ipynb #9add978b
 @dataclass
 class PredictionGrid:
     "What the methods say about one image, at every fourth pixel."
@@ -294,20 +423,35 @@ def prediction_grids(
     chunk: int = 512, # rows read at once
 ) -> list[PredictionGrid]: # one an image, sorted by image_id
     "Read the prediction_grids of a table's maps."
-    table = table[['image_id', 'dataset', 'method', 'method_fp']].astype(str).sort_values(['image_id', 'method'])
+    table = (
+        table[['image_id', 'dataset', 'method', 'method_fp']].astype(str).sort_values(['image_id', 'method'])
+    )
     truths = store.keys('truth')
-    take = lambda name, keys: [r for i in range(0, len(keys), chunk) for r in store.take(name, keys[i:i+chunk]).to_pylist()]
+    take = lambda name, keys: [
+        r for i in range(0, len(keys), chunk) for r in store.take(name, keys[i : i + chunk]).to_pylist()
+    ]
     maps = take('grid', [_key(i, f) for i, f in zip(table.image_id, table.method_fp)])
     ids = table.image_id.drop_duplicates()
     known = dict(zip(found := list(ids[ids.isin(truths)]), map(_unpack, take('truth', found))))
-    return [_grid_of(table.iloc[at], [maps[i] for i in at], known) for at in table.assign(at=np.arange(len(table))).groupby('image_id').at.agg(list)]
+    return [
+        _grid_of(table.iloc[at], [maps[i] for i in at], known)
+        for at in table.assign(at=np.arange(len(table))).groupby('image_id').at.agg(list)
+    ]
 
 
 def _grid_of(rows, maps, known): # rows of one image
     both = np.stack([_unpack(m) for m in maps])
     pred = np.stack([np.frombuffer(m['pred'], np.uint8).reshape(both.shape[-2:]) for m in maps])
     image = rows.image_id.iloc[0]
-    return PredictionGrid(image, rows.dataset.iloc[0], list(rows.method), both[:, 0], both[:, 1], pred, known.get(image, np.full(pred.shape[1:], 255, np.uint8)))
+    return PredictionGrid(
+        image,
+        rows.dataset.iloc[0],
+        list(rows.method),
+        both[:, 0],
+        both[:, 1],
+        pred,
+        known.get(image, np.full(pred.shape[1:], 255, np.uint8)),
+    )
 
 
 SIDE = 40 # points a side of a limit_grid grid, at most
@@ -316,5 +460,8 @@ SIDE = 40 # points a side of a limit_grid grid, at most
 def limit_grid(s: PredictionGrid, side: int = SIDE) -> PredictionGrid:
     "Thin a grid until neither side has more than `side` points, whatever the size of the tile."
     step = max(1, *(-(-n // side) for n in s.truth.shape))
-    thinned = {name: getattr(s, name)[..., step//2::step, step//2::step] for name in ('p', 'flip', 'pred', 'truth')}
+    thinned = {
+        name: getattr(s, name)[..., step // 2 :: step, step // 2 :: step]
+        for name in ('p', 'flip', 'pred', 'truth')
+    }
     return replace(s, **thinned) if step > 1 else s

@@ -17,10 +17,12 @@ import pandas as pd
 from ..core import Incompatible, MissingFeatures, SchemaError, progress, read_json, unknown, write_json
 from ..data.datasets import read_image
 
-# %% ../../nbs/40_tables.store.ipynb #a91055fe
+# %% ../../nbs/40_tables.store.ipynb #45420661
 class Store:
     "Lance tables below one folder or object-store prefix, each with a column `key`."
-    def __init__(self, root): self.root, self._keys = str(root).rstrip('/'), {}
+    def __init__(self, root):
+        self.root = str(root).rstrip('/')
+        self._keys = {}
 
     def _uri(self, name): return f'{self.root}/{name}.lance'
 
@@ -43,15 +45,22 @@ class Store:
         import lance, pyarrow as pa
         rows = frame if isinstance(frame, pa.Table) else pa.Table.from_pandas(frame, preserve_index=False)
         if rows.num_rows == 0: return
-        if len(rows['key'].unique()) < rows.num_rows: raise SchemaError(f'cannot put these rows into {name}', 'found a key twice', 'keep one row a key')
+        if len(rows['key'].unique()) < rows.num_rows:
+            raise SchemaError(f'cannot put these rows into {name}', 'found a key twice', 'keep one row a key')
         with self._creating(name):                                     # two writers that both create would overwrite each other
-            if (data := self._open(name)) is None: lance.write_dataset(rows, self._uri(name)); return
+            if (data := self._open(name)) is None:
+                lance.write_dataset(rows, self._uri(name))
+                return
         data.merge_insert('key').when_matched_update_all().when_not_matched_insert_all().execute(rows)
 
     def get(self, name: str, columns: list[str] = None) -> pd.DataFrame:
         "Read a table; an absent one is an empty frame with a key."
         data = self._open(name)
-        return pd.DataFrame(dict(key=pd.Series(dtype=str))) if data is None else data.to_table(columns=columns).to_pandas()
+        return (
+            pd.DataFrame(dict(key=pd.Series(dtype=str)))
+            if data is None
+            else data.to_table(columns=columns).to_pandas()
+        )
 
     def keys(self, name: str) -> pd.Index:
         "Return the keys of a table in row order, remembered until the table changes."
@@ -64,7 +73,11 @@ class Store:
         "Return the rows of the given keys, in the order asked for, as a pyarrow table."
         at = self.keys(name).get_indexer(pd.Index(keys))
         if (at < 0).any():
-            raise MissingFeatures(f'{name} has no rows for {int((at < 0).sum())} of {len(at)} keys', f'first missing: {list(keys)[int((at < 0).argmax())]}', 'extract them first')
+            raise MissingFeatures(
+                f'{name} has no rows for {int((at < 0).sum())} of {len(at)} keys',
+                f'first missing: {list(keys)[int((at < 0).argmax())]}',
+                'extract them first',
+            )
         return self._open(name).take(at, columns=columns)
 
     def missing(self, name: str, keys) -> list:
@@ -80,11 +93,18 @@ class Store:
 
     def names(self) -> list[str]:
         "List the tables of a store on disk."
-        return sorted(str(p.relative_to(self.root).with_suffix('')) for p in Path(self.root).rglob('*.lance') if p.is_dir())
+        return sorted(
+            str(p.relative_to(self.root).with_suffix(''))
+            for p in Path(self.root).rglob('*.lance')
+            if p.is_dir()
+        )
 
-    def __repr__(self): return f'Store {Path(self.root).name}: ' + (', '.join(f'{n} ({len(self.keys(n))})' for n in self.names()) or 'empty')
+    def __repr__(self):
+        return f'Store {Path(self.root).name}: ' + (
+            ', '.join(f'{n} ({len(self.keys(n))})' for n in self.names()) or 'empty'
+        )
 
-# %% ../../nbs/40_tables.store.ipynb #c990d91a
+# %% ../../nbs/40_tables.store.ipynb #3eb908c8
 def put_vectors(
     store: Store,
     name: str, # table
@@ -93,8 +113,17 @@ def put_vectors(
 ) -> None:
     "Store one vector a key, as float16."
     import pyarrow as pa
-    flat = pa.array(np.clip(vectors, -65504, 65504).astype(np.float16).ravel())              # beyond lies infinity
-    store.put(name, pa.table(dict(key=pa.array([str(k) for k in keys]), vector=pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))))
+    # beyond lies infinity
+    flat = pa.array(np.clip(vectors, -65504, 65504).astype(np.float16).ravel())
+    store.put(
+        name,
+        pa.table(
+            dict(
+                key=pa.array([str(k) for k in keys]),
+                vector=pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
+            )
+        ),
+    )
 
 
 def get_vectors(store: Store, name: str, keys) -> np.ndarray: # keys (n,) -> (n,d) float32
@@ -102,7 +131,7 @@ def get_vectors(store: Store, name: str, keys) -> np.ndarray: # keys (n,) -> (n,
     column = store.take(name, keys, ['vector'])['vector'].combine_chunks()
     return column.flatten().to_numpy().reshape(len(column), -1).astype(np.float32)
 
-# %% ../../nbs/40_tables.store.ipynb #22acbb7c
+# %% ../../nbs/40_tables.store.ipynb #59ab9a6b
 BRUTE = 200_000 # rows up to which comparing with every row is fast enough
 CELLS_OPENED = 32 # of an index, at each question
 
@@ -115,7 +144,13 @@ def index_vectors(
 ) -> bool: # whether there is an index now
     "Sort a table's vectors into cells, so that `nearest` need not look at all of them."
     if (data := store._open(name)) is None or data.count_rows() < max(least, 256): return False
-    data.create_index('vector', 'IVF_FLAT', metric=metric, num_partitions=max(2, int(data.count_rows()**.5 / 2)), replace=True)
+    data.create_index(
+        'vector',
+        'IVF_FLAT',
+        metric=metric,
+        num_partitions=max(2, int(data.count_rows() ** 0.5 / 2)),
+        replace=True,
+    )
     return True
 
 
@@ -129,15 +164,31 @@ def nearest(
 ) -> pd.DataFrame: # key, distance; nearest first
     "Find the vectors nearest to one."
     if metric not in ('cosine', 'l2'): raise unknown('metric', metric, ('cosine', 'l2'))
-    if (data := store._open(name)) is None: raise MissingFeatures(f'no table {name}', f'the store has {", ".join(store.names()) or "none"}', 'extract the features first')
-    q, width = np.asarray(vector, np.float32).ravel(), data.schema.field('vector').type.list_size
+    if (data := store._open(name)) is None:
+        raise MissingFeatures(
+            f'no table {name}',
+            f'the store has {", ".join(store.names()) or "none"}',
+            'extract the features first',
+        )
+    q = np.asarray(vector, np.float32).ravel()
+    width = data.schema.field('vector').type.list_size
     if len(q) != width or not np.isfinite(q).all():
-        raise Incompatible(f'cannot search {name}', f'found a vector of {len(q)} numbers, {int(np.isfinite(q).sum())} of them finite, expected {width}', 'ask with a vector of the encoder that made the table')
-    how = dict(column='vector', q=q, k=max(1, int(k)), metric=metric, use_index=not exact, nprobes=CELLS_OPENED)
-    found = data.to_table(columns=['key', '_distance'], nearest=how).to_pandas().rename(columns=dict(_distance='distance'))
+        raise Incompatible(
+            f'cannot search {name}',
+            f'found a vector of {len(q)} numbers, {int(np.isfinite(q).sum())} of them finite, expected {width}',
+            'ask with a vector of the encoder that made the table',
+        )
+    how = dict(
+        column='vector', q=q, k=max(1, int(k)), metric=metric, use_index=not exact, nprobes=CELLS_OPENED
+    )
+    found = (
+        data.to_table(columns=['key', '_distance'], nearest=how)
+        .to_pandas()
+        .rename(columns=dict(_distance='distance'))
+    )
     return found.sort_values('distance', kind='stable', ignore_index=True)
 
-# %% ../../nbs/40_tables.store.ipynb #89d78bbe
+# %% ../../nbs/40_tables.store.ipynb #6a1bb926
 def feature_table(encoder) -> str: # encoder: SemanticEncoder
     "Name the table of an encoder's pooled features."
     return f'sem/{re.sub(r"[^A-Za-z0-9_.-]", "_", encoder.name)}@{encoder.fingerprint[:8]}'
@@ -152,21 +203,31 @@ def extract(
 ) -> str: # name of the table
     "Encode the tiles whose features are missing."
     import torch
-    name, tiles = feature_table(encoder), tiles.drop_duplicates('image_id')
+    name = feature_table(encoder)
+    tiles = tiles.drop_duplicates('image_id')
     todo = tiles[tiles.image_id.isin(store.missing(name, tiles.image_id))].sort_values('image_id')
     with progress(None, f'encoding with {encoder.name}', len(todo), 'image') as bar:
         for start in range(0, len(todo), chunk):
-            part, vectors = todo.iloc[start:start+chunk], []
+            part = todo.iloc[start:start+chunk]
+            vectors = []
             for rows in (part.iloc[i:i+batch] for i in range(0, len(part), batch)):
-                vectors.append(_encode([read_image(r) for r in rows.itertuples()], encoder, torch)); bar.update(len(rows))
+                vectors.append(_encode([read_image(r) for r in rows.itertuples()], encoder, torch))
+                bar.update(len(rows))
             put_vectors(store, name, part.image_id, np.concatenate(vectors))
     return name
 
 
 def _encode(images, encoder, torch): # images may differ in size: one batch for each size
-    out, shapes = np.empty((len(images), encoder.dim), np.float32), {}
+    out = np.empty((len(images), encoder.dim), np.float32)
+    shapes = {}
     for i, x in enumerate(images): shapes.setdefault(x.shape, []).append(i)
-    for at in shapes.values(): out[at] = encoder.encode_image(torch.as_tensor(np.stack([images[i] for i in at]))).pooled.float().cpu().numpy()
+    for at in shapes.values():
+        out[at] = (
+            encoder.encode_image(torch.as_tensor(np.stack([images[i] for i in at])))
+            .pooled.float()
+            .cpu()
+            .numpy()
+        )
     return out
 
 # %% ../../nbs/40_tables.store.ipynb #9e4f5edc

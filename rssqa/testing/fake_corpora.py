@@ -17,14 +17,16 @@ from ..core import unknown
 from ..data.pairs import PairRecord, write_shards
 from ..data.synthetic import SCENE_TYPES, caption, degrade, scene, write_scenes
 
-# %% ../../nbs/18_testing.fake_corpora.ipynb #b30012a6
+# %% ../../nbs/18_testing.fake_corpora.ipynb #f6f58e29
 FAULTS = ('blank', 'long', 'html', 'missing', 'truncated', 'shard')
 PAGE = b'<!DOCTYPE html><html><body>404: this image has moved</body></html>'
 
 
 def _encoded(image, kind): # (3,H,W) -> file bytes
     from PIL import Image
-    Image.fromarray((image.transpose(1, 2, 0) * 255).round().astype(np.uint8)).save(buffer := io.BytesIO(), kind, **dict(quality=90) if kind == 'JPEG' else {})
+    Image.fromarray((image.transpose(1, 2, 0) * 255).round().astype(np.uint8)).save(
+        buffer := io.BytesIO(), kind, **dict(quality=90) if kind == 'JPEG' else {}
+    )
     return buffer.getvalue()
 
 
@@ -46,22 +48,35 @@ def fake_samples(
         look = list(SCENE_TYPES)[i % len(SCENE_TYPES)]
         s = _drawn(look, seed + i, size)
         said = (f'{s.caption} .', f'view number {seed + i}: {caption(s.mask, look)}')
-        out.append(dict(name=f'{look}_{i + 1}', look=look, split=('train', 'train', 'val', 'test')[i % 4], captions=said,
-                        image=_encoded(s.image, kind), box=(4 + i, 8, size // 2 + i, size - 4, size, size)))
+        out.append(
+            dict(
+                name=f'{look}_{i + 1}',
+                look=look,
+                split=('train', 'train', 'val', 'test')[i % 4],
+                captions=said,
+                image=_encoded(s.image, kind),
+                box=(4 + i, 8, size // 2 + i, size - 4, size, size),
+            )
+        )
     return _spoil(out, set(faults))
 
 
 def _spoil(samples, faults):
     at = {f: min(k, len(samples) - 1) for k, f in enumerate(FAULTS[:4])}
     if 'blank' in faults: samples[at['blank']]['captions'] = (' ', '')
-    if 'long' in faults: samples[at['long']]['captions'] = tuple((c + ' and so on') * 400 for c in samples[at['long']]['captions'])
-    if 'long' in faults: samples[at['long']]['captions'] = tuple(c[:3999] + '.' for c in samples[at['long']]['captions'])
+    if 'long' in faults:
+        samples[at['long']]['captions'] = tuple(
+            (c + ' and so on') * 400 for c in samples[at['long']]['captions']
+        )
+    if 'long' in faults:
+        samples[at['long']]['captions'] = tuple(c[:3999] + '.' for c in samples[at['long']]['captions'])
     if 'html' in faults: samples[at['html']]['image'] = PAGE
     if 'missing' in faults: samples[at['missing']]['image'] = None
-    if 'truncated' in faults and samples[-1]['image']: samples[-1]['image'] = samples[-1]['image'][:len(samples[-1]['image']) // 2]
+    if 'truncated' in faults and samples[-1]['image']:
+        samples[-1]['image'] = samples[-1]['image'][:len(samples[-1]['image']) // 2]
     return samples
 
-# %% ../../nbs/18_testing.fake_corpora.ipynb #02fa8d1f
+# %% ../../nbs/18_testing.fake_corpora.ipynb #ccdd6efa
 def _put(folder, name, data): # write bytes; None writes nothing
     path = folder/name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +89,9 @@ def _images(folder, samples, ending='.jpg'): # put all images in a folder
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _json(path, obj): path.write_text(json.dumps(obj, ensure_ascii=False, indent=1), encoding='utf-8'); return path
+def _json(path, obj):
+    path.write_text(json.dumps(obj, ensure_ascii=False, indent=1), encoding='utf-8')
+    return path
 
 
 def _tar(path, members, cut=0): # (name, bytes or None) in order; the last `cut` bytes of data are cut off
@@ -93,17 +110,26 @@ def _shards(folder, pattern, samples, members, faults, per=2): # tars of `per` s
     chunks = [samples[i:i + per] for i in range(0, len(samples), per)]
     for k, chunk in enumerate(chunks):
         if 'shard' in faults and k == len(chunks) - 2: continue
-        _tar(folder/pattern.format(k), [m for s in chunk for m in members(s)], 1024 if 'truncated' in faults and k == len(chunks) - 1 else 0)
+        _tar(
+            folder / pattern.format(k),
+            [m for s in chunk for m in members(s)],
+            1024 if 'truncated' in faults and k == len(chunks) - 1 else 0,
+        )
     return folder
 
 
 def _rs5m_tar(folder, samples, faults, spelling=('img_content', 'img_name', 'caption')):
     image, name, text = spelling
-    members = lambda s: [(f'{s["name"]}.{name}', f'{s["name"]}.jpg'.encode()), (f'{s["name"]}.{text}', s['captions'][0].encode()), (f'{s["name"]}.{image}', s['image'])]
+    members = lambda s: [
+        (f'{s["name"]}.{name}', f'{s["name"]}.jpg'.encode()),
+        (f'{s["name"]}.{text}', s['captions'][0].encode()),
+        (f'{s["name"]}.{image}', s['image']),
+    ]
     return _shards(folder, 'pub11-train-{:04}.tar', samples, members, faults)
 
 
-def _rs5m_old(folder, samples, faults): return _rs5m_tar(folder, samples, faults, ('input.image', 'input.name', 'input.caption'))
+def _rs5m_old(folder, samples, faults):
+    return _rs5m_tar(folder, samples, faults, ('input.image', 'input.name', 'input.caption'))
 
 
 def _csv(path, rows, sep=',', encoding='utf-8'):
@@ -115,40 +141,96 @@ def _csv(path, rows, sep=',', encoding='utf-8'):
 
 def _rs5m_csv(folder, samples, faults):
     for half, rows in (('pub11', samples[::2]), ('rs3', samples[1::2])):
-        _csv(folder/f'{half}_train_intermediate.csv', [('img_name', 'text'), *((f'{s["name"]}.jpg', s['captions'][0]) for s in rows)])
+        _csv(
+            folder / f'{half}_train_intermediate.csv',
+            [('img_name', 'text'), *((f'{s["name"]}.jpg', s['captions'][0]) for s in rows)],
+        )
     return folder
 
 
 def _gaia(folder, samples, faults):
-    known = [dict(id=i, image_src=f'https://images{i % 2}.example.org/{s["name"]}.png', image_alt=f'{s["look"]} {i}',
-                  captions=[f'The image showcases: {c}' if c.strip() else c for c in s['captions']],
-                  credits='drawn', location=None, lat=10.5 + i, lon=-3.0, tag=[s['look']], resolution='High', satellite=[],
-                  sensor=['none'], modalities=['optical']) for i, s in enumerate(samples)]
-    for split in ('train', 'val', 'test'): _json(_put(folder, f'{split}_data.json', b''), [k for k, s in zip(known, samples) if s['split'] == split])
+    known = [
+        dict(
+            id=i,
+            image_src=f'https://images{i % 2}.example.org/{s["name"]}.png',
+            image_alt=f'{s["look"]} {i}',
+            captions=[f'The image showcases: {c}' if c.strip() else c for c in s['captions']],
+            credits='drawn',
+            location=None,
+            lat=10.5 + i,
+            lon=-3.0,
+            tag=[s['look']],
+            resolution='High',
+            satellite=[],
+            sensor=['none'],
+            modalities=['optical'],
+        )
+        for i, s in enumerate(samples)
+    ]
+    for split in ('train', 'val', 'test'):
+        _json(
+            _put(folder, f'{split}_data.json', b''),
+            [k for k, s in zip(known, samples) if s['split'] == split],
+        )
     numbered = [s | dict(about=k) for s, k in zip(samples, known)]
     def members(s):                                                   # img2dataset writes no sample for an image that it could not fetch
-        parts = dict(json=json.dumps(s['about']).encode(), txt=s['about']['image_alt'].encode(), png=s['image'])
-        return [(f'{s["about"]["id"]:09}.{part}', data) for part, data in parts.items()] if s['image'] is not None else []
+        parts = dict(
+            json=json.dumps(s['about']).encode(), txt=s['about']['image_alt'].encode(), png=s['image']
+        )
+        return (
+            [(f'{s["about"]["id"]:09}.{part}', data) for part, data in parts.items()]
+            if s['image'] is not None
+            else []
+        )
     return _shards(folder, '{:05}.tar', numbered, members, faults)
 
 
 def _mgrs(folder, samples, faults):
     _images(folder/'global_imgs', samples)
     box = lambda s: dict(zip(('x1', 'y1', 'x2', 'y2', 'W', 'H'), s['box']))
-    _json(folder/'text_info.json', [dict(global_filepath=f'{s["name"]}.jpg', brief_caption=s['captions'][0], detailed_caption=s['captions'][1],
-                                         segment=[dict(bbox=box(s), category='house', category_id=i % 3, cap=f'a house in the {s["look"]}')]) for i, s in enumerate(samples)])
+    _json(
+        folder / 'text_info.json',
+        [
+            dict(
+                global_filepath=f'{s["name"]}.jpg',
+                brief_caption=s['captions'][0],
+                detailed_caption=s['captions'][1],
+                segment=[
+                    dict(bbox=box(s), category='house', category_id=i % 3, cap=f'a house in the {s["look"]}')
+                ],
+            )
+            for i, s in enumerate(samples)
+        ],
+    )
     return folder
 
 
 def _skyscript(folder, samples, faults):
     _images(folder/'images2', samples)
-    return _csv(folder/'SkyScript_train.csv', [('filepath', 'title', 'title_multi_objects'), *((f'images2/{s["name"]}.jpg', *s['captions']) for s in samples)])
+    return _csv(
+        folder / 'SkyScript_train.csv',
+        [
+            ('filepath', 'title', 'title_multi_objects'),
+            *((f'images2/{s["name"]}.jpg', *s['captions']) for s in samples),
+        ],
+    )
 
 
 def _karpathy(folder, samples, faults):
     _images(folder/'images', samples)
-    sentences = lambda i, s: [dict(raw=c, tokens=c.split(), imgid=i, sentid=2 * i + k) for k, c in enumerate(s['captions'])]
-    images = [dict(filename=f'{s["name"]}.jpg', imgid=i, split=s['split'], sentences=sentences(i, s), sentids=[2 * i, 2 * i + 1]) for i, s in enumerate(samples)]
+    sentences = lambda i, s: [
+        dict(raw=c, tokens=c.split(), imgid=i, sentid=2 * i + k) for k, c in enumerate(s['captions'])
+    ]
+    images = [
+        dict(
+            filename=f'{s["name"]}.jpg',
+            imgid=i,
+            split=s['split'],
+            sentences=sentences(i, s),
+            sentids=[2 * i, 2 * i + 1],
+        )
+        for i, s in enumerate(samples)
+    ]
     return _json(folder/'dataset_rsicd.json', dict(images=images, dataset='rsicd'))
 
 
@@ -156,26 +238,41 @@ def _nwpu(folder, samples, faults):
     classes = {}
     for i, s in enumerate(samples):
         _put(folder/'images', f'{s["look"]}/{s["name"]}.jpg', s['image'])
-        classes.setdefault(s['look'], []).append(dict(filename=f'{s["name"]}.jpg', imgid=i, split=s['split']) | {f'raw_{k}' if k else 'raw': c for k, c in enumerate(s['captions'])})
+        classes.setdefault(s['look'], []).append(
+            dict(filename=f'{s["name"]}.jpg', imgid=i, split=s['split'])
+            | {f'raw_{k}' if k else 'raw': c for k, c in enumerate(s['captions'])}
+        )
     return _json(folder/'dataset_nwpu.json', classes)
 
 
 def _title_csv(folder, samples, faults):
     _images(folder/'images', samples)
-    rows = [(f'{s["name"]}.jpg', c) for s in samples for c in (*s['captions'], *(['俯瞰的城镇和道路'] if s['captions'][1] else []))]
+    rows = [
+        (f'{s["name"]}.jpg', c)
+        for s in samples
+        for c in (*s['captions'], *(['俯瞰的城镇和道路'] if s['captions'][1] else []))
+    ]
     return _csv(folder/'rsicd_test.csv', [('filename', 'title'), *rows], encoding='gb18030')
 
 
 def _openclip_csv(folder, samples, faults):
     _images(folder/'images', samples)
-    return _csv(folder/'train.csv', [('filepath', 'title'), *((f'images/{s["name"]}.jpg', c) for s in samples for c in s['captions'])], '\t')
+    return _csv(
+        folder / 'train.csv',
+        [('filepath', 'title'), *((f'images/{s["name"]}.jpg', c) for s in samples for c in s['captions'])],
+        '\t',
+    )
 
 
 def _rssqa_pairs(folder, samples, faults):
     for s in samples: _put(folder, f'images/ucm/{s["name"]}.jpg', s['image'])
     elsewhere = b'source,filename,scene,caption\nrsitmd,pier_1.tif,pier,a pier of grey stone\nrsitmd,pier_1.tif,pier,"grey stone, blue water"\n'
     (folder/'captions_only.csv.gz').write_bytes(gzip.compress(elsewhere, mtime=0))
-    rows = [(f'images/ucm/{s["name"]}.jpg', c, s['look'], 'ucm' if i % 2 else 'eurosat', s['split']) for i, s in enumerate(samples) for c in s['captions']]
+    rows = [
+        (f'images/ucm/{s["name"]}.jpg', c, s['look'], 'ucm' if i % 2 else 'eurosat', s['split'])
+        for i, s in enumerate(samples)
+        for c in s['captions']
+    ]
     _csv(folder/'pairs.csv', [('filepath', 'caption', 'scene', 'source', 'split'), *rows])
     return folder
 
@@ -183,21 +280,62 @@ def _rssqa_pairs(folder, samples, faults):
 def _folder(folder, samples, faults):
     for s in samples:
         _put(folder, f'{s["split"]}/{s["look"]}/{s["name"]}.jpg', s['image'])
-        _put(folder, f'{s["split"]}/{s["look"]}/{s["name"]}.txt', ''.join(c + '\n' for c in s['captions']).encode())
+        _put(
+            folder,
+            f'{s["split"]}/{s["look"]}/{s["name"]}.txt',
+            ''.join(c + '\n' for c in s['captions']).encode(),
+        )
     return folder
 
 
 def _translations(folder, samples, faults):
     _images(folder/'images', samples)
-    lines = (json.dumps(dict(image=f'{s["name"]}.jpg', split=s['split'], captions=dict(pt=[f'cena {i}'], en=list(s['captions']))), ensure_ascii=False) for i, s in enumerate(samples))
+    lines = (
+        json.dumps(
+            dict(
+                image=f'{s["name"]}.jpg',
+                split=s['split'],
+                captions=dict(pt=[f'cena {i}'], en=list(s['captions'])),
+            ),
+            ensure_ascii=False,
+        )
+        for i, s in enumerate(samples)
+    )
     return _put(folder, 'ten_languages.jsonl', '\n'.join(lines).encode())
 
 
 def _webdataset(folder, samples, faults):
-    about = lambda s: json.dumps(dict(key=s['name'], captions=s['captions'], source='drawn', split=s['split'], tier='fine', scene=s['look'],
-                                      regions=[], translations={}, meta={}, width=48, height=48)).encode()
-    if not faults: return write_shards([PairRecord(s['name'], s['image'], s['captions'], 'drawn', s['split'], 'fine', s['look']) for s in samples], folder, 2)
-    return _shards(folder, '{:05}.tar', samples, lambda s: [(f'{s["name"]}.jpg', s['image']), (f'{s["name"]}.json', about(s))], faults)
+    about = lambda s: json.dumps(
+        dict(
+            key=s['name'],
+            captions=s['captions'],
+            source='drawn',
+            split=s['split'],
+            tier='fine',
+            scene=s['look'],
+            regions=[],
+            translations={},
+            meta={},
+            width=48,
+            height=48,
+        )
+    ).encode()
+    if not faults:
+        return write_shards(
+            [
+                PairRecord(s['name'], s['image'], s['captions'], 'drawn', s['split'], 'fine', s['look'])
+                for s in samples
+            ],
+            folder,
+            2,
+        )
+    return _shards(
+        folder,
+        '{:05}.tar',
+        samples,
+        lambda s: [(f'{s["name"]}.jpg', s['image']), (f'{s["name"]}.json', about(s))],
+        faults,
+    )
 
 
 def _masks(folder, samples, faults):
@@ -208,10 +346,24 @@ def _masks(folder, samples, faults):
     if 'truncated' in faults: images[-1].write_bytes(images[-1].read_bytes()[:images[-1].stat().st_size // 2])
     return root
 
-# %% ../../nbs/18_testing.fake_corpora.ipynb #20b7d3ba
-_MAKERS = {'rs5m-tar': _rs5m_tar, 'rs5m-tar-old': _rs5m_old, 'rs5m-csv': _rs5m_csv, 'gaia': _gaia, 'mgrs': _mgrs,
-           'skyscript': _skyscript, 'karpathy': _karpathy, 'nwpu': _nwpu, 'title-csv': _title_csv,
-           'openclip-csv': _openclip_csv, 'rssqa-pairs': _rssqa_pairs, 'folder': _folder, 'translations': _translations, 'webdataset': _webdataset, 'masks': _masks}
+# %% ../../nbs/18_testing.fake_corpora.ipynb #80bfc035
+_MAKERS = {
+    'rs5m-tar': _rs5m_tar,
+    'rs5m-tar-old': _rs5m_old,
+    'rs5m-csv': _rs5m_csv,
+    'gaia': _gaia,
+    'mgrs': _mgrs,
+    'skyscript': _skyscript,
+    'karpathy': _karpathy,
+    'nwpu': _nwpu,
+    'title-csv': _title_csv,
+    'openclip-csv': _openclip_csv,
+    'rssqa-pairs': _rssqa_pairs,
+    'folder': _folder,
+    'translations': _translations,
+    'webdataset': _webdataset,
+    'masks': _masks,
+}
 
 
 def fake_corpus(
@@ -225,4 +377,6 @@ def fake_corpus(
     if kind not in _MAKERS: raise unknown('fake corpus', kind, _MAKERS)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return _MAKERS[kind](folder, fake_samples(n, seed, faults, 'PNG' if kind == 'gaia' else 'JPEG'), tuple(faults))
+    return _MAKERS[kind](
+        folder, fake_samples(n, seed, faults, 'PNG' if kind == 'gaia' else 'JPEG'), tuple(faults)
+    )

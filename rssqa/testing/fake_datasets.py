@@ -39,7 +39,7 @@ def erode(
     out[:, 1:][across] = out[:, :-1][across] = out[1:][down] = out[:-1][down] = IGNORE
     return out
 
-# %% ../../nbs/17_testing.fake_datasets.ipynb #414ffa46
+# %% ../../nbs/17_testing.fake_datasets.ipynb #8ce90c66
 def _save(path, array):
     from PIL import Image
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,9 +64,12 @@ def _fake_isprs(city, folder, seed, size):
     for i, tile in enumerate(_ISPRS_TILES[city]):
         image, mask = paint(palette, seed + i, size)
         for name, array in zip(_ISPRS_NAMES[city], (image, colourise(mask, palette), colourise(erode(mask), palette))):
-            _save(folder/name.format(tile), _lossy(array, seed) if tile == '4_12' and 'label' in name else array)
+            _save(
+                folder / name.format(tile),
+                _lossy(array, seed) if tile == '4_12' and 'label' in name else array,
+            )
 
-# %% ../../nbs/17_testing.fake_datasets.ipynb #9197293d
+# %% ../../nbs/17_testing.fake_datasets.ipynb #87abce61
 def _fake_loveda(_, folder, seed, size):
     for i, (split, domain, _) in enumerate(product(('Train', 'Val', 'Test'), ('Urban', 'Rural'), range(2))):
         image, mask = paint(datasets['loveda'].palette, seed + i, size)
@@ -80,7 +83,8 @@ def _fake_uavid(_, folder, seed, size):
     for i, (sequence, n) in enumerate(product(('train/seq1', 'train/seq2', 'valid/seq16', 'test/seq21'), range(2))):
         image, mask = paint(datasets['uavid'].palette, seed + i, size)
         _save(folder/sequence/'Images'/f'000{n}00.png', image)
-        if 'test' not in sequence: _save(folder/sequence/'Labels'/f'000{n}00.png', colourise(mask, datasets['uavid'].palette))
+        if 'test' not in sequence:
+            _save(folder/sequence/'Labels'/f'000{n}00.png', colourise(mask, datasets['uavid'].palette))
 
 
 def _fake_floodnet(_, folder, seed, size):
@@ -89,9 +93,10 @@ def _fake_floodnet(_, folder, seed, size):
         _save(folder/split/f'{split}-org-img'/f'{6000 + i}.jpg', image)
         _save(folder/split/f'{split}-label-img'/f'{6000 + i}_lab.png', mask)
 
-# %% ../../nbs/17_testing.fake_datasets.ipynb #22853929
+# %% ../../nbs/17_testing.fake_datasets.ipynb #97b251c5
 def _fake_folder(_, folder, seed, size):
-    classes, splits = ('building', 'road', 'vegetation', 'water'), ('train', 'train', 'train', 'val', 'test')
+    classes = ('building', 'road', 'vegetation', 'water')
+    splits = ('train', 'train', 'train', 'val', 'test')
     lines = ['tile,image,mask,scene,split']
     palette = default_palette(len(classes))
     for i, (sheet, _) in enumerate(product(range(5), range(3))):
@@ -100,8 +105,15 @@ def _fake_folder(_, folder, seed, size):
         _save_indexed(folder/'masks'/f't{i:02}.png', erode(mask), palette)
         lines.append(f't{i:02},images/t{i:02}.jpg,masks/t{i:02}.png,sheet{sheet},{splits[sheet]}')
     (folder/'splits.csv').write_text('\n'.join(lines) + '\n', encoding='utf-8')
-    write_json(folder/'classes.json', dict(dataset='fake_folder', ignore_index=IGNORE, gsd_m=0.5,
-                                           classes=[dict(id=i, name=n, rgb=palette[i]) for i, n in enumerate(classes)]))
+    write_json(
+        folder / 'classes.json',
+        dict(
+            dataset='fake_folder',
+            ignore_index=IGNORE,
+            gsd_m=0.5,
+            classes=[dict(id=i, name=n, rgb=palette[i]) for i, n in enumerate(classes)],
+        ),
+    )
 
 
 def _save_indexed(path, mask, palette):
@@ -111,7 +123,7 @@ def _save_indexed(path, mask, palette):
     path.parent.mkdir(parents=True, exist_ok=True)
     im.save(path)
 
-# %% ../../nbs/17_testing.fake_datasets.ipynb #492a6332
+# %% ../../nbs/17_testing.fake_datasets.ipynb #176486f7
 def generic_spec():
     "Describe the folder that `fake_dataset('generic', …)` makes, as a user would describe an own one."
     return make_spec('generic', classes=('roof', 'street', 'tree'), images='img/*.png', masks='gt/{stem}.png',
@@ -127,8 +139,15 @@ def _fake_generic(_, folder, seed, size):
         _save(folder/'gt'/f'{place}_{i}.png', colourise(erode(mask), palette))
 
 
-_FAKES = dict(vaihingen=_fake_isprs, potsdam=_fake_isprs, loveda=_fake_loveda, uavid=_fake_uavid, floodnet=_fake_floodnet,
-              folder=_fake_folder, generic=_fake_generic)
+_FAKES = dict(
+    vaihingen=_fake_isprs,
+    potsdam=_fake_isprs,
+    loveda=_fake_loveda,
+    uavid=_fake_uavid,
+    floodnet=_fake_floodnet,
+    folder=_fake_folder,
+    generic=_fake_generic,
+)
 
 
 def fake_dataset(

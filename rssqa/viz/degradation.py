@@ -27,8 +27,10 @@ from ..tables.store import Store
 from ..data.synthetic import CLASSES, SCENE_TYPES, PALETTE, colours, degrade, scene, write_scenes
 from .figures import PALETTE as MARKS
 
-# %% ../../nbs/66_viz.degradation.ipynb #14e835b9
-DEGRADATIONS = dict(season='season: green to dry', haze='haze', blur='blur', resolution='coarser resolution', noise='noise')
+# %% ../../nbs/66_viz.degradation.ipynb #115d0356
+DEGRADATIONS = dict(
+    season='season: green to dry', haze='haze', blur='blur', resolution='coarser resolution', noise='noise'
+)
 
 
 def damage(
@@ -38,11 +40,14 @@ def damage(
 ) -> np.ndarray: # (3,H,W)
     "Apply all knobs, in the order of the light."
     if odd := [k for k in levels if k not in DEGRADATIONS]: raise unknown('knob', odd[0], DEGRADATIONS)
-    if bad := [(k, v) for k, v in levels.items() if not 0 <= v <= 1]: raise SchemaError(f'cannot turn {bad[0][0]}', f'found {bad[0][1]:g}, expected 0..1', '0 is untouched, 1 is severe')
+    if bad := [(k, v) for k, v in levels.items() if not 0 <= v <= 1]:
+        raise SchemaError(
+            f'cannot turn {bad[0][0]}', f'found {bad[0][1]:g}, expected 0..1', '0 is untouched, 1 is severe'
+        )
     for kind in DEGRADATIONS: image = degrade(image, kind, levels.get(kind, 0), seed)
     return image
 
-# %% ../../nbs/66_viz.degradation.ipynb #d2f0610b
+# %% ../../nbs/66_viz.degradation.ipynb #f4babac3
 @dataclass(frozen=True)
 class Setup:
     "How large the world of the laboratory is."
@@ -56,7 +61,8 @@ class Setup:
     seed: int = 0
 
 
-SHIFT = ('conf', 'entropy', 'margin', 'agree_mean', 'boundary', 'tta') # columns by which intervals notice what they were not calibrated for
+# columns by which intervals notice what they were not calibrated for
+SHIFT = ('conf', 'entropy', 'margin', 'agree_mean', 'boundary', 'tta')
 
 
 def _damaged(folder, world, scenes, seed): # a dataset whose tiles are damaged by random turns of the knobs
@@ -65,14 +71,24 @@ def _damaged(folder, world, scenes, seed): # a dataset whose tiles are damaged b
     rng = np.random.default_rng(seed)
     for path in sorted((folder/'images').glob('*.png')):
         levels = {k: float(rng.beta(.7, 1.4)) if rng.random() < .5 else 0. for k in DEGRADATIONS}
-        x = damage(np.asarray(Image.open(path), np.float32).transpose(2, 0, 1) / 255, levels, int(rng.integers(1 << 30)))
+        x = damage(
+            np.asarray(Image.open(path), np.float32).transpose(2, 0, 1) / 255,
+            levels,
+            int(rng.integers(1 << 30)),
+        )
         Image.fromarray((x.transpose(1, 2, 0) * 255).round().astype(np.uint8)).save(path)
     return folder
 
 
 def _judged(home, world, name, scenes, seed, networks): # tiles that no network has seen -> SQED table
     folder = _damaged(home/name/'synthetic', world, scenes, seed)
-    return build_sqed(scan(folder).assign(fold=0), networks, {'synthetic': folder_spec(folder)}, Store(home/'store'), workers=1)
+    return build_sqed(
+        scan(folder).assign(fold=0),
+        networks,
+        {'synthetic': folder_spec(folder)},
+        Store(home / 'store'),
+        workers=1,
+    )
 
 
 def make_setup(
@@ -83,33 +99,44 @@ def make_setup(
     home = Path(home or cache_dir('degradation', digest(world.__dict__)[:8]))
     if (home/'pack.json').exists(): return home
     say('── making the world of the laboratory: once, about a minute')
-    folder = write_scenes(home/'learn'/'synthetic', tuple(SCENE_TYPES), world.learn, world.size, 1000, damaged=0)
+    folder = write_scenes(
+        home / 'learn' / 'synthetic', tuple(SCENE_TYPES), world.learn, world.size, 1000, damaged=0
+    )
     recipe = Recipe('nano', steps=world.steps, batch=8, crop=world.size, lr=5e-3, seed=world.seed)
-    tiles, spec = scan(folder), folder_spec(folder)
-    networks = manifest([train(m, tiles, spec, home/'networks', recipe) for m in progress(world.methods, 'training networks', unit='network')])
+    tiles = scan(folder)
+    spec = folder_spec(folder)
+    networks = manifest(
+        [
+            train(m, tiles, spec, home / 'networks', recipe)
+            for m in progress(world.methods, 'training networks', unit='network')
+        ]
+    )
     known = _judged(home, world, 'judge', world.judge, 2000, networks)
     model = QualityModel(store=str(home/'store'), epochs=world.epochs, members=2, seed=world.seed).fit(known)
     held = _judged(home, world, 'calibrate', world.calibrate, 3000, networks)
     held = held.assign(predicted=model.predict(held))
     columns = [c for c in SHIFT if c in held]
     save_model(model, home/'model')
-    save_intervals(Intervals(by='', difficulty='entropy').fit(held, held[columns].to_numpy(float)), home/'intervals')
+    save_intervals(
+        Intervals(by='', difficulty='entropy').fit(held, held[columns].to_numpy(float)), home / 'intervals'
+    )
     return write_pack(home, networks, intervals='intervals', shift=columns)
 
-# %% ../../nbs/66_viz.degradation.ipynb #4bfc3014
+# %% ../../nbs/66_viz.degradation.ipynb #fde269ee
 def with_intervals(
     ranked: pd.DataFrame, # from rssqa.quality.recommend.rank
     pack: Pack,
 ) -> pd.DataFrame: # with low, high, state and reason
     "Put an interval around each prediction, where the pack knows how."
     where = pack.config.get('intervals')
-    if not where: return ranked.assign(low=np.nan, high=np.nan, state='none', reason='this pack has no intervals')
+    if not where:
+        return ranked.assign(low=np.nan, high=np.nan, state='none', reason='this pack has no intervals')
     if not hasattr(pack, 'intervals'): pack.intervals = load_intervals(pack.folder/where)
     columns = pack.config.get('shift')
     told = pack.intervals.predict(ranked, ranked[columns].to_numpy(float) if columns else None)
     return ranked.assign(**{c: told[c].to_numpy() for c in ('low', 'high', 'state', 'reason')})
 
-# %% ../../nbs/66_viz.degradation.ipynb #7d7f2222
+# %% ../../nbs/66_viz.degradation.ipynb #af6339ac
 @dataclass(frozen=True)
 class DegradationResult:
     "What the laboratory shows for one setting."
@@ -124,8 +151,13 @@ class DegradationResult:
 
     def said(self) -> str:
         "Say in a line what happens."
-        t, hit = self.table, self.table.oa.between(self.table.low, self.table.high)
-        held = f' · {int(hit.sum())} of {int(t.low.notna().sum())} intervals hold the truth' if t.low.notna().any() else ' · no interval'
+        t = self.table
+        hit = self.table.oa.between(self.table.low, self.table.high)
+        held = (
+            f' · {int(hit.sum())} of {int(t.low.notna().sum())} intervals hold the truth'
+            if t.low.notna().any()
+            else ' · no interval'
+        )
         best = t.method[t.oa.idxmax()]
         pick = t.method[0]
         return f'recommended {pick} (true OA {t.oa[0]:.3f}), best {best} ({t.oa.max():.3f}) · mean error of the prediction {(t.predicted - t.oa).abs().mean():.3f}{held}'
@@ -142,10 +174,19 @@ class DegradationExplorer:
     ):
         self.pack = pack if isinstance(pack, Pack) else Pack(pack or make_setup(), 'cpu')
         if 'synthetic' not in self.pack.datasets:
-            raise Incompatible('the laboratory cannot use this pack', f'it knows {", ".join(self.pack.datasets)}, expected the class table of the synthetic scenes', 'use DegradationExplorer() or a pack of rssqa demo')
+            raise Incompatible(
+                'the laboratory cannot use this pack',
+                f'it knows {", ".join(self.pack.datasets)}, expected the class table of the synthetic scenes',
+                'use DegradationExplorer() or a pack of rssqa demo',
+            )
         known = self.pack.methods('synthetic')
-        if odd := [m for m in chosen or () if m not in known]: raise unknown('method of this pack', odd[0], known)
-        self.methods, self.size, self.levels, self.scene_type, self.scene_seed = list(chosen or known), size, dict.fromkeys(DEGRADATIONS, 0.), scene_type, seed
+        if odd := [m for m in chosen or () if m not in known]:
+            raise unknown('method of this pack', odd[0], known)
+        self.methods = list(chosen or known)
+        self.size = size
+        self.levels = dict.fromkeys(DEGRADATIONS, 0.)
+        self.scene_type = scene_type
+        self.scene_seed = seed
         self._scene, self._drawn, self.reading = None, None, None
         for m in self.methods: self.pack.segmenter(m, 'synthetic')
         self.set()
@@ -153,14 +194,29 @@ class DegradationExplorer:
     def set(self, scene_type: str = None, seed: int = None, **levels) -> DegradationResult:
         "Turn knobs or change the scene; all else stays."
         start = time.perf_counter()
-        wanted, scene_type, seed = self.levels | levels, scene_type or self.scene_type, self.scene_seed if seed is None else int(seed)
-        if self._drawn != (scene_type, seed): self._scene = scene(scene_type, seed + 5000, self.size)   # the worlds' own scenes have smaller numbers
+        wanted = self.levels | levels
+        scene_type = scene_type or self.scene_type
+        seed = self.scene_seed if seed is None else int(seed)
+        if self._drawn != (scene_type, seed):  # the worlds' own scenes have smaller numbers
+            self._scene = scene(scene_type, seed + 5000, self.size)
         image = damage(self._scene.image, wanted, seed)
-        self._drawn, self.scene_type, self.scene_seed, self.levels = (scene_type, seed), scene_type, seed, wanted
+        self._drawn = (scene_type, seed)
+        self.scene_type = scene_type
+        self.scene_seed = seed
+        self.levels = wanted
         ranked = with_intervals(rank(image, self.pack, 'synthetic', self.methods, keep_masks=True), self.pack)
         ranked['oa'] = [accuracy(confusion(self._scene.mask, m, len(CLASSES)))['oa'] for m in ranked['mask']]
         table = ranked[['method', 'oa', 'predicted', 'low', 'high', 'state', 'reason']]
-        self.reading = DegradationResult(scene_type, seed, dict(wanted), image, self._scene.mask, dict(zip(ranked.method, ranked['mask'])), table, time.perf_counter() - start)
+        self.reading = DegradationResult(
+            scene_type,
+            seed,
+            dict(wanted),
+            image,
+            self._scene.mask,
+            dict(zip(ranked.method, ranked['mask'])),
+            table,
+            time.perf_counter() - start,
+        )
         return self.reading
 
     def reset(self) -> DegradationResult:
@@ -172,7 +228,8 @@ class DegradationExplorer:
         levels=(0, .2, .4, .6, .8, 1), # 0..1
     ) -> pd.DataFrame: # knob, level, and the columns of DegradationResult.table
         "Turn one knob through its range and put it back."
-        before, rows = self.levels.get(knob, 0), []
+        before = self.levels.get(knob, 0)
+        rows = []
         for level in levels: rows.append(self.set(**{knob: level}).table.assign(knob=knob, level=level))
         self.set(**{knob: before})
         return pd.concat(rows, ignore_index=True)
@@ -181,9 +238,14 @@ class DegradationExplorer:
         "Return the widget: sliders, maps and numbers."
         return view_degradation(self)
 
-    def __repr__(self): return f'DegradationExplorer: {self.scene_type} {self.scene_seed}, ' + ', '.join(f'{k} {v:g}' for k, v in self.levels.items() if v) + f' · {len(self.methods)} methods'
+    def __repr__(self):
+        return (
+            f'DegradationExplorer: {self.scene_type} {self.scene_seed}, '
+            + ', '.join(f'{k} {v:g}' for k, v in self.levels.items() if v)
+            + f' · {len(self.methods)} methods'
+        )
 
-# %% ../../nbs/66_viz.degradation.ipynb #a07483e6
+# %% ../../nbs/66_viz.degradation.ipynb #d42397f2
 def as_png(
     rgb: np.ndarray, # (3,H,W) 0..1 or (H,W,3) uint8
     side: int = 192, # pixels of the longer side
@@ -192,7 +254,10 @@ def as_png(
     from PIL import Image
     x = rgb if rgb.dtype == np.uint8 else (rgb.transpose(1, 2, 0) * 255).round().astype(np.uint8)
     scale = side / max(x.shape[:2])
-    Image.fromarray(x).resize([max(1, round(s * scale)) for s in x.shape[1::-1]], Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX).save(out := io.BytesIO(), 'PNG', compress_level=1)
+    Image.fromarray(x).resize(
+        [max(1, round(s * scale)) for s in x.shape[1::-1]],
+        Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX,
+    ).save(out := io.BytesIO(), 'PNG', compress_level=1)
     return out.getvalue()
 
 
@@ -204,19 +269,33 @@ def interval_rows(
     left, right, high = 118, 190, 26
     x = lambda v: left + (width - left - right) * float(np.clip(v, 0, 1))
     known = 'oa' in table and table.oa.notna().any()
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{high * len(table) + 40}" viewBox="0 0 {width} {high * len(table) + 40}" style="max-width:100%;height:auto" font-family="system-ui,sans-serif" font-size="12" role="img"><title>Predicted and true OA</title>']
-    for v in (0, .25, .5, .75, 1): out.append(f'<line x1="{x(v)}" x2="{x(v)}" y1="4" y2="{high * len(table) + 4}" stroke="#e1e5e9"/><text x="{x(v)}" y="{high * len(table) + 18}" text-anchor="middle" fill="#5c6670">{v:g}</text>')
-    for i, r in enumerate(table.to_dict('records')): out += _interval_row(r, 4 + high * i + high / 2, x, left, width - right)
-    out.append(f'<text x="{left}" y="{high * len(table) + 35}" fill="#5c6670">OA: {"● true  " if known else ""}│ predicted  ▬ 90 % interval</text></svg>')
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{high * len(table) + 40}" viewBox="0 0 {width} {high * len(table) + 40}" style="max-width:100%;height:auto" font-family="system-ui,sans-serif" font-size="12" role="img"><title>Predicted and true OA</title>'
+    ]
+    for v in (0, .25, .5, .75, 1):
+        out.append(
+            f'<line x1="{x(v)}" x2="{x(v)}" y1="4" y2="{high * len(table) + 4}" stroke="#e1e5e9"/><text x="{x(v)}" y="{high * len(table) + 18}" text-anchor="middle" fill="#5c6670">{v:g}</text>'
+        )
+    for i, r in enumerate(table.to_dict('records')):
+        out += _interval_row(r, 4 + high * i + high / 2, x, left, width - right)
+    out.append(
+        f'<text x="{left}" y="{high * len(table) + 35}" fill="#5c6670">OA: {"● true  " if known else ""}│ predicted  ▬ 90 % interval</text></svg>'
+    )
     return ''.join(out)
 
 
 def _interval_row(r, y, x, left, right): # SVG elements of one method
-    name, oa = html.escape(str(r['method'])), r.get('oa', np.nan)
+    name = html.escape(str(r['method']))
+    oa = r.get('oa', np.nan)
     out = [f'<text x="{left - 8}" y="{y + 4}" text-anchor="end" fill="#1d2329">{name}</text>']
     if np.isfinite(r['predicted']):
-        if np.isfinite(r['low']): out.append(f'<rect x="{x(r["low"])}" y="{y - 5}" width="{max(1, x(r["high"]) - x(r["low"]))}" height="10" rx="2" fill="{MARKS[0]}" opacity=".25"/>')
-        out.append(f'<line x1="{x(r["predicted"])}" x2="{x(r["predicted"])}" y1="{y - 8}" y2="{y + 8}" stroke="{MARKS[0]}" stroke-width="2.5"/>')
+        if np.isfinite(r['low']):
+            out.append(
+                f'<rect x="{x(r["low"])}" y="{y - 5}" width="{max(1, x(r["high"]) - x(r["low"]))}" height="10" rx="2" fill="{MARKS[0]}" opacity=".25"/>'
+            )
+        out.append(
+            f'<line x1="{x(r["predicted"])}" x2="{x(r["predicted"])}" y1="{y - 8}" y2="{y + 8}" stroke="{MARKS[0]}" stroke-width="2.5"/>'
+        )
     if np.isfinite(oa): out.append(f'<circle cx="{x(oa)}" cy="{y}" r="4.5" fill="{MARKS[4]}" stroke="#fff"/>')
     said = f'{r["predicted"]:.3f}' if np.isfinite(r['predicted']) else 'no prediction'
     said += f' [{r["low"]:.2f}, {r["high"]:.2f}]' if np.isfinite(r['low']) else ''
@@ -229,13 +308,20 @@ def class_key(
     palette, # (r,g,b) of each, 0..255
 ) -> str: # HTML
     "List classes with their colours."
-    swatch = lambda name, rgb: f'<span style="display:inline-flex;align-items:center;gap:5px;margin-right:14px"><span style="width:12px;height:12px;border-radius:2px;border:1px solid #0003;background:rgb{tuple(map(int, rgb))}"></span>{html.escape(str(name))}</span>'
+    swatch = lambda name, rgb: (
+        f'<span style="display:inline-flex;align-items:center;gap:5px;margin-right:14px"><span style="width:12px;height:12px;border-radius:2px;border:1px solid #0003;background:rgb{tuple(map(int, rgb))}"></span>{html.escape(str(name))}</span>'
+    )
     return '<div style="line-height:1.7">' + ''.join(swatch(n, c) for n, c in zip(names, palette)) + '</div>'
 
-# %% ../../nbs/66_viz.degradation.ipynb #75240543
+# %% ../../nbs/66_viz.degradation.ipynb #2ec3e12f
 def _turned(view): # a knob or the scene has changed
-    try: reading = view.lab.set(view.scene_type.value, view.seed.value, **{k: s.value for k, s in view.sliders.items()})
-    except Problem as e: view.said.value = f'<p style="color:#b3261e">{html.escape(str(e))}</p>'; return
+    try:
+        reading = view.lab.set(
+            view.scene_type.value, view.seed.value, **{k: s.value for k, s in view.sliders.items()}
+        )
+    except Problem as e:
+        view.said.value = f'<p style="color:#b3261e">{html.escape(str(e))}</p>'
+        return
     show_result(view, reading)
 
 
@@ -245,14 +331,21 @@ def show_result(
 ) -> None:
     "Put a reading on the widgets."
     start = time.perf_counter()
-    view.pictures['image'].value, view.pictures['truth'].value = as_png(reading.image), as_png(colours(reading.truth))
+    view.pictures['image'].value = as_png(reading.image)
+    view.pictures['truth'].value = as_png(colours(reading.truth))
     at = reading.table.set_index('method')
     for m in view.lab.methods:
         view.pictures[m].value = as_png(colours(reading.masks[m]))
-        view.captions[m].value = f'<b>{html.escape(m)}</b><br>OA {at.oa[m]:.3f}, predicted {at.predicted[m]:.3f}'
+        view.captions[
+            m
+        ].value = f'<b>{html.escape(m)}</b><br>OA {at.oa[m]:.3f}, predicted {at.predicted[m]:.3f}'
     view.numbers.value = interval_rows(reading.table)
     doubt = reading.table[reading.table.state.isin(['widened', 'refused'])]
-    why = f'<br><b>{len(doubt)} of {len(at)} intervals {"widened or refused" if (doubt.state == "refused").any() else "widened"}</b>: such maps lie outside what the intervals were calibrated on.' if len(doubt) else ''
+    why = (
+        f'<br><b>{len(doubt)} of {len(at)} intervals {"widened or refused" if (doubt.state == "refused").any() else "widened"}</b>: such maps lie outside what the intervals were calibrated on.'
+        if len(doubt)
+        else ''
+    )
     if (reading.table.state == 'none').any(): why = '<br>This pack has no intervals.'
     view.seconds = reading.seconds + time.perf_counter() - start
     view.said.value = f'<div style="line-height:1.5">{html.escape(reading.said())}{why}<br><span style="color:#5c6670">updated in {view.seconds * 1e3:.0f} ms</span></div>'
@@ -268,22 +361,62 @@ def view_degradation(
 ): # ipywidgets.VBox with scene_type, seed, sliders, pictures, captions, numbers and said
     "Put sliders, maps and numbers around a laboratory."
     import ipywidgets as w
-    wide, style = w.Layout(width='330px'), dict(description_width='135px')
+    wide = w.Layout(width='330px')
+    style = dict(description_width='135px')
     view = w.VBox()
-    view.lab, view.captions = lab, {m: w.HTML() for m in lab.methods}
-    view.scene_type = w.Dropdown(options=[(v, k) for k, v in SCENE_TYPES.items()], value=lab.scene_type, description='scene', layout=wide, style=style)
+    view.lab = lab
+    view.captions = {m: w.HTML() for m in lab.methods}
+    view.scene_type = w.Dropdown(
+        options=[(v, k) for k, v in SCENE_TYPES.items()],
+        value=lab.scene_type,
+        description='scene',
+        layout=wide,
+        style=style,
+    )
     view.seed = w.IntSlider(lab.scene_seed, 0, 199, description='scene number', layout=wide, style=style)
-    view.sliders = {k: w.FloatSlider(lab.levels[k], min=0, max=1, step=.02, description=v, layout=wide, style=style, readout_format='.2f') for k, v in DEGRADATIONS.items()}
+    view.sliders = {
+        k: w.FloatSlider(
+            lab.levels[k],
+            min=0,
+            max=1,
+            step=0.02,
+            description=v,
+            layout=wide,
+            style=style,
+            readout_format='.2f',
+        )
+        for k, v in DEGRADATIONS.items()
+    }
     view.reset = w.Button(description='Turn all to 0', icon='', tooltip='Undo all damage')
-    view.pictures = {name: w.Image(value=as_png(lab.reading.image), format='png', width=192, height=192, layout=w.Layout(border='1px solid #d5dbe1')) for name in ('image', 'truth', *lab.methods)}
-    view.numbers, view.said = w.HTML(), w.HTML()
-    first = [_panel(view.pictures['image'], w.HTML('<b>damaged image</b>')), _panel(view.pictures['truth'], w.HTML('<b>truth</b>'))]
+    view.pictures = {
+        name: w.Image(
+            value=as_png(lab.reading.image),
+            format='png',
+            width=192,
+            height=192,
+            layout=w.Layout(border='1px solid #d5dbe1'),
+        )
+        for name in ('image', 'truth', *lab.methods)
+    }
+    view.numbers = w.HTML()
+    view.said = w.HTML()
+    first = [
+        _panel(view.pictures['image'], w.HTML('<b>damaged image</b>')),
+        _panel(view.pictures['truth'], w.HTML('<b>truth</b>')),
+    ]
     maps = [_panel(view.pictures[m], view.captions[m]) for m in lab.methods]
     grid = w.Box(first + maps, layout=w.Layout(flex_flow='row wrap'))
-    left = w.VBox([view.scene_type, view.seed, *view.sliders.values(), view.reset, view.said], layout=w.Layout(width='360px', min_width='340px'))
-    right = w.VBox([grid, w.HTML(class_key(CLASSES, PALETTE)), view.numbers], layout=w.Layout(flex='1 1 500px', min_width='0'))
+    left = w.VBox(
+        [view.scene_type, view.seed, *view.sliders.values(), view.reset, view.said],
+        layout=w.Layout(width='360px', min_width='340px'),
+    )
+    right = w.VBox(
+        [grid, w.HTML(class_key(CLASSES, PALETTE)), view.numbers],
+        layout=w.Layout(flex='1 1 500px', min_width='0'),
+    )
     view.children = [w.HBox([left, right], layout=w.Layout(flex_flow='row wrap', grid_gap='16px'))]
-    for control in (view.scene_type, view.seed, *view.sliders.values()): control.observe(lambda change: None if view.busy else _turned(view), 'value')
+    for control in (view.scene_type, view.seed, *view.sliders.values()):
+        control.observe(lambda change: None if view.busy else _turned(view), 'value')
     view.busy = False
     view.reset.on_click(lambda _: _all_zero(view))
     show_result(view, lab.reading)
@@ -296,7 +429,7 @@ def _all_zero(view): # one update for all sliders
     view.busy = False
     _turned(view)
 
-# %% ../../nbs/66_viz.degradation.ipynb #dd069e1d
+# %% ../../nbs/66_viz.degradation.ipynb #08f6c76d
 TARGET_MS = 300 # milliseconds
 
 
@@ -307,13 +440,30 @@ def bench_degradation(
 ) -> pd.DataFrame: # one row: turns, methods, side, median_ms, p95_ms, max_ms, target_ms, met
     "Time turns of the knobs, drawing included."
     lab.reset()
-    rng, view, ms = np.random.default_rng(seed), lab.view(), []
+    rng = np.random.default_rng(seed)
+    view = lab.view()
+    ms = []
     for i in range(turns + 2):
         knob = view.sliders[str(rng.choice(list(DEGRADATIONS)))]
         start = time.perf_counter()
-        knob.value = (round(rng.random() * 50) + 1) / 51 * .98                     # never the place where it was
+        # never the place where it was
+        knob.value = (round(rng.random() * 50) + 1) / 51 * 0.98
         ms.append(1e3 * (time.perf_counter() - start))
     ms = ms[2:]                                                                    # the first turns warm up
     view.reset.click()
     p95 = float(np.quantile(ms, .95))
-    return pd.DataFrame([dict(what='change of a degradation, drawing included', turns=turns, methods=len(lab.methods), side=lab.size, median_ms=float(np.median(ms)), p95_ms=p95, max_ms=float(max(ms)), target_ms=TARGET_MS, met='yes' if p95 < TARGET_MS else 'no')])
+    return pd.DataFrame(
+        [
+            dict(
+                what='change of a degradation, drawing included',
+                turns=turns,
+                methods=len(lab.methods),
+                side=lab.size,
+                median_ms=float(np.median(ms)),
+                p95_ms=p95,
+                max_ms=float(max(ms)),
+                target_ms=TARGET_MS,
+                met='yes' if p95 < TARGET_MS else 'no',
+            )
+        ]
+    )

@@ -8,7 +8,7 @@ __all__ = ['GAP', 'BLANK', 'COMMON', 'ASIDE', 'WRITERS', 'CLUES', 'SAYS', 'SAMPL
            'sharpness', 'ExplorerState', 'why', 'why_text', 'snapshot', 'example', 'save_run', 'known_without_labels',
            'open_run']
 
-# %% ../../nbs/64_viz.explorer.ipynb #5f17a010
+# %% ../../nbs/64_viz.explorer.ipynb #39fa1d71
 import io, json
 from collections import OrderedDict
 from fnmatch import fnmatchcase
@@ -22,14 +22,33 @@ import pandas as pd
 
 from ..segment.confidence import agreement, label_free
 from ..quality.features import FeatureExtractor
-from ..core import DataNotFound, Incompatible, MissingFeatures, SchemaError, as_image, atomic, read_json, unknown, write_json
+from rssqa.core import (
+    DataNotFound,
+    Incompatible,
+    MissingFeatures,
+    SchemaError,
+    as_image,
+    atomic,
+    read_json,
+    unknown,
+    write_json,
+)
 from ..data.datasets import read_image, read_mask, spec_of
 from ..tables.sqed import label_free_columns, load_sqed, save_sqed, stored_mask
 from ..tables.store import Store, feature_table, get_vectors, nearest, put_vectors
 from .projection import separation, separation_text, stages
-from .figures import PALETTE, Display, case_oa, case_panels, how_made, is_number, limits, plot_embedding
+from rssqa.viz.figures import (
+    PALETTE,
+    Display,
+    case_oa,
+    case_panels,
+    how_made,
+    is_number,
+    limits,
+    plot_embedding,
+)
 
-# %% ../../nbs/64_viz.explorer.ipynb #72924e96
+# %% ../../nbs/64_viz.explorer.ipynb #3e8c0d7c
 def binned(
     values: np.ndarray, # (n,) numbers, NaN allowed
     groups: dict, # name -> (n,) bool or (m,) row numbers
@@ -41,7 +60,8 @@ def binned(
     for name, rows in groups.items():
         part = values[rows]
         good = part[np.isfinite(part)]
-        counts[name], lost[name] = np.histogram(good, bins, (lo, hi))[0], len(part) - len(good)
+        counts[name] = np.histogram(good, bins, (lo, hi))[0]
+        lost[name] = len(part) - len(good)
     edges = np.linspace(lo, hi, bins + 1)
     out = pd.DataFrame(dict(low=edges[:-1], high=edges[1:]) | counts)
     out.attrs['unknown'] = lost
@@ -58,12 +78,17 @@ def tallied(
     counts = {g: np.bincount(codes[rows] + 1, minlength=len(names) + 1) for g, rows in groups.items()}
     out = pd.DataFrame(dict(value=['unknown', *names]) | counts)
     first = next(iter(groups))
-    out = out[(out.value != 'unknown') | (out[first] > 0)].sort_values(first, ascending=False, kind='stable', ignore_index=True)
+    out = out[(out.value != 'unknown') | (out[first] > 0)].sort_values(
+        first, ascending=False, kind='stable', ignore_index=True
+    )
     if len(out) <= most: return out
     rest = out[most - 1:].drop(columns='value').sum()
-    return pd.concat([out[:most - 1], pd.DataFrame([dict(value=f'{len(out) - most + 1} others') | rest.to_dict()])], ignore_index=True)
+    return pd.concat(
+        [out[: most - 1], pd.DataFrame([dict(value=f'{len(out) - most + 1} others') | rest.to_dict()])],
+        ignore_index=True,
+    )
 
-# %% ../../nbs/64_viz.explorer.ipynb #0604934b
+# %% ../../nbs/64_viz.explorer.ipynb #1c419ede
 GAP, BLANK = 4, (245, 245, 245)
 
 
@@ -72,13 +97,16 @@ def _shrunk(panel, side): # (h,w,3) uint8 -> PIL image that fits into side x sid
     h, w = panel.shape[:2]
     scale = side / max(h, w)
     size = max(1, round(w * scale)), max(1, round(h * scale))
-    return Image.fromarray(panel).resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+    return Image.fromarray(panel).resize(
+        size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+    )
 
 
 def _note(text, side): # a grey panel with words
     from PIL import Image, ImageDraw, ImageFont
     import textwrap
-    panel, font = Image.new('RGB', (side, side), (225, 225, 225)), ImageFont.load_default(max(9, side // 10))
+    panel = Image.new('RGB', (side, side), (225, 225, 225))
+    font = ImageFont.load_default(max(9, side // 10))
     lines = textwrap.wrap(text, max(8, int(side / (.55 * max(9, side // 10)))))[:5]
     ImageDraw.Draw(panel).multiline_text((6, 6), '\n'.join(lines), (90, 90, 90), font)
     return panel
@@ -92,11 +120,20 @@ def paint_tile(
     "Paint the tile of one map."
     from PIL import Image
     case = case or {}
-    panels, image, mask = {}, case.get('image'), case.get('mask')
-    if image is not None and mask is not None: panels = case_panels(image, mask, case['palette'], case.get('truth'))
-    elif image is not None: panels = dict(image=(as_image(image).transpose(1, 2, 0) * 255).round().astype(np.uint8))
-    elif mask is not None: panels = dict(map=case_panels(np.zeros((3, *np.shape(mask)), np.float32), mask, case['palette'])['map'])
-    said = dict(image=f'no image: {why}' if why else 'no image', map='no map', error='no labels: error unknown')
+    panels = {}
+    image = case.get('image')
+    mask = case.get('mask')
+    if image is not None and mask is not None:
+        panels = case_panels(image, mask, case['palette'], case.get('truth'))
+    elif image is not None:
+        panels = dict(image=(as_image(image).transpose(1, 2, 0) * 255).round().astype(np.uint8))
+    elif mask is not None:
+        panels = dict(
+            map=case_panels(np.zeros((3, *np.shape(mask)), np.float32), mask, case['palette'])['map']
+        )
+    said = dict(
+        image=f'no image: {why}' if why else 'no image', map='no map', error='no labels: error unknown'
+    )
     out = Image.new('RGB', (3 * side + 2 * GAP, side), BLANK)
     for k, name in enumerate(said):
         part = _shrunk(panels[name], side) if name in panels else _note(said[name], side)
@@ -114,16 +151,18 @@ def case_reader(
     at = tiles.drop_duplicates('image_id').set_index('image_id')
 
     def read(row):
-        if row.image_id not in at.index: raise DataNotFound(f'no image {row.image_id}', '', 'pass the tiles that the table was made from')
+        if row.image_id not in at.index:
+            raise DataNotFound(f'no image {row.image_id}', '', 'pass the tiles that the table was made from')
         tile = at.loc[row.image_id]
         spec = specs[tile.dataset] if specs else spec_of(tile)
         case = dict(image=read_image(tile), palette=spec.palette, classes=spec.classes)
         if isinstance(tile.get('mask_path'), str): case['truth'] = read_mask(tile, spec)
-        if store is not None and getattr(row, 'method_fp', None): case['mask'] = stored_mask(store, row.image_id, row.method_fp)
+        if store is not None and getattr(row, 'method_fp', None):
+            case['mask'] = stored_mask(store, row.image_id, row.method_fp)
         return case
     return read
 
-# %% ../../nbs/64_viz.explorer.ipynb #7e77119b
+# %% ../../nbs/64_viz.explorer.ipynb #14dbb603
 class InMemory:
     "One vector a row of the table; distances are 1 - cosine after centring, so that columns of any unit can be compared."
     def __init__(self, values): # (N,D)
@@ -144,25 +183,32 @@ class InMemory:
 
 class InStore:
     "One vector an image, in a table of a store; the row of an image is the one of the method asked for, or its first."
-    def __init__(self, store, name, image_ids): self.store, self.name, self.ids = store, name, pd.Index(image_ids)
+    def __init__(self, store, name, image_ids):
+        self.store = store
+        self.name = name
+        self.ids = pd.Index(image_ids)
 
     def of(self, row): return get_vectors(self.store, self.name, [self.ids[row]])[0]
 
     def near(self, vector, k, allowed): # one row an image, so that eight maps of an image do not fill the list
-        total, ask = len(self.store.keys(self.name)), 2 * k + 8
+        total = len(self.store.keys(self.name))
+        ask = 2 * k + 8
         while True:
             found = nearest(self.store, self.name, vector, min(ask, max(total, 1)))
             rows = np.flatnonzero(self.ids.isin(found.key) & allowed)
-            distance = found.drop_duplicates('key').set_index('key').distance.reindex(self.ids[rows]).to_numpy()
+            distance = (
+                found.drop_duplicates('key').set_index('key').distance.reindex(self.ids[rows]).to_numpy()
+            )
             order = np.argsort(distance, kind='stable')
             rows, distance = rows[order], distance[order]
             first = ~pd.Index(self.ids[rows]).duplicated()
             if first.sum() >= k or ask >= total: return rows[first][:k], distance[first][:k]
             ask *= 4
 
-# %% ../../nbs/64_viz.explorer.ipynb #25e4fe3e
+# %% ../../nbs/64_viz.explorer.ipynb #4737ef6e
 COMMON = ('image_id', 'dataset', 'scene', 'method', 'oa', 'predicted', 'gap')
-ASIDE = {'u', 'v', 'x', 'y', 'w', 'h', 'path', 'mask_path', 'confusion', 'method_fp', 'image_id'}   # nobody colours by these
+# nobody colours by these
+ASIDE = {'u', 'v', 'x', 'y', 'w', 'h', 'path', 'mask_path', 'confusion', 'method_fp', 'image_id'}
 
 
 def standardised(
@@ -181,8 +227,17 @@ def _measure(x, t, seed): # what separates the rows that can be judged, or None
     good = np.flatnonzero(np.isfinite(t.oa.to_numpy(float)) & t.dataset.notna().to_numpy())
     if len(good) < 6: return None
     part = t.iloc[good := np.sort(np.random.default_rng(seed).permutation(good)[:1500])]
-    k = int(np.clip(part.dataset.value_counts().median() // 4, 3, 15))                       # a neighbourhood, not a whole dataset
-    return separation(np.asarray(x)[good], part.oa, part.dataset, part.get('scene'), part[['u', 'v']].to_numpy(), k, seed=seed)
+    # a neighbourhood, not a whole dataset
+    k = int(np.clip(part.dataset.value_counts().median() // 4, 3, 15))
+    return separation(
+        np.asarray(x)[good],
+        part.oa,
+        part.dataset,
+        part.get('scene'),
+        part[['u', 'v']].to_numpy(),
+        k,
+        seed=seed,
+    )
 
 
 def _is_plain(column): # no lists
@@ -202,12 +257,27 @@ class EmbeddingTable:
         draft: bool = False, # places of PCA now, those of `method` with `wait`
         **options, # for rssqa.viz.projection.project
     ):
-        if not len(table): raise SchemaError('cannot explore', 'the table is empty, expected at least one row', 'check the filter or the path it came from')
+        if not len(table):
+            raise SchemaError(
+                'cannot explore',
+                'the table is empty, expected at least one row',
+                'check the filter or the path it came from',
+            )
         if features is not None and len(features) != len(table):
-            raise Incompatible('cannot explore', f'found {len(features)} feature rows and {len(table)} table rows', 'pass the table that the features came from')
-        self.table, self.seed, self.numbers, self._cache, self.coming = table.reset_index(drop=True), seed, numbers, {}, ''
-        self._lock, self._found = Lock(), None
-        if {'oa', 'predicted'} <= set(table): self.table = self.table.assign(gap=self.table.predicted - self.table.oa)
+            raise Incompatible(
+                'cannot explore',
+                f'found {len(features)} feature rows and {len(table)} table rows',
+                'pass the table that the features came from',
+            )
+        self.table = table.reset_index(drop=True)
+        self.seed = seed
+        self.numbers = numbers
+        self._cache = {}
+        self.coming = ''
+        self._lock = Lock()
+        self._found = None
+        if {'oa', 'predicted'} <= set(table):
+            self.table = self.table.assign(gap=self.table.predicted - self.table.oa)
         self.made, self.attrs = 'places of the table', {}
         if features is not None or not {'u', 'v'} <= set(table): self._project(features, method, options)
         else: self.place(self.table)
@@ -215,7 +285,12 @@ class EmbeddingTable:
 
     def _project(self, features, method, options): # PCA at once
         self._x = standardised(self.table) if features is None else np.asarray(features)
-        if not self._x.shape[-1]: raise SchemaError('cannot place the maps', 'the table has neither u and v nor label-free columns', 'pass features, or columns u and v')
+        if not self._x.shape[-1]:
+            raise SchemaError(
+                'cannot place the maps',
+                'the table has neither u and v nor label-free columns',
+                'pass features, or columns u and v',
+            )
         method = method or ('umap' if len(self._x) <= 20_000 else 'pca')
         self._stages = stages(self._x, method, self.seed, max_points=len(self._x), **options)
         self.place(next(self._stages))
@@ -226,7 +301,13 @@ class EmbeddingTable:
         with self._lock:                                                     # a thread may be at it
             if self._found is None:
                 emb = next(self._stages, self.table)                         # PCA comes once
-                self._found = emb, self.numbers or _measure(self._x, self.table.assign(u=emb.u.to_numpy(), v=emb.v.to_numpy()), self.seed)
+                self._found = (
+                    emb,
+                    self.numbers
+                    or _measure(
+                        self._x, self.table.assign(u=emb.u.to_numpy(), v=emb.v.to_numpy()), self.seed
+                    ),
+                )
             return self._found
 
     def place(self,
@@ -235,9 +316,14 @@ class EmbeddingTable:
     ) -> None:
         "Give every map its place."
         self.table = self.table.assign(u=emb.u.to_numpy(), v=emb.v.to_numpy())
-        self.placed, self.coming, self.numbers = np.isfinite(self.table[['u', 'v']].to_numpy(float)).all(1), '', numbers or self.numbers
+        self.placed = np.isfinite(self.table[['u', 'v']].to_numpy(float)).all(1)
+        self.coming = ''
+        self.numbers = numbers or self.numbers
         for c in 'uv': self._cache.pop(c, None)
-        if not self.placed.any(): raise SchemaError('cannot place the maps', 'u and v are missing in all rows', 'project the features again')
+        if not self.placed.any():
+            raise SchemaError(
+                'cannot place the maps', 'u and v are missing in all rows', 'project the features again'
+            )
         if 'method' in emb.attrs:
             self.attrs = emb.attrs
             self.made = how_made(emb.attrs)
@@ -261,7 +347,10 @@ class EmbeddingTable:
 
     def values(self, column: str) -> np.ndarray: # (N,) float32
         "Return a column of numbers."
-        if column not in self._cache: self._cache[column] = pd.to_numeric(self.table[self.need(column)]).to_numpy(np.float32, na_value=np.nan)
+        if column not in self._cache:
+            self._cache[column] = pd.to_numeric(self.table[self.need(column)]).to_numpy(
+                np.float32, na_value=np.nan
+            )
         return self._cache[column]
 
     def codes(self, column: str) -> tuple[np.ndarray, list]: # (N,) int, -1 unknown; names
@@ -273,15 +362,27 @@ class EmbeddingTable:
 
     def header(self) -> str:
         "Say how many maps there are, how they were placed, and what was measured behind the picture."
-        lost, soon = len(self.table) - int(self.placed.sum()), f', {self.coming} is on its way' if self.coming not in ('', self.attrs.get('method')) else ''
-        return f'{len(self.table):,} {"map" if len(self.table) == 1 else "maps"} · {self.made}{soon}' + (f' · {lost:,} without a place not drawn' if lost else '') + '\n' + ('separation is being measured' if self.coming else separation_text(self.numbers))
+        lost = len(self.table) - int(self.placed.sum())
+        soon = f', {self.coming} is on its way' if self.coming not in ('', self.attrs.get('method')) else ''
+        return (
+            f'{len(self.table):,} {"map" if len(self.table) == 1 else "maps"} · {self.made}{soon}'
+            + (f' · {lost:,} without a place not drawn' if lost else '')
+            + '\n'
+            + ('separation is being measured' if self.coming else separation_text(self.numbers))
+        )
 
-# %% ../../nbs/64_viz.explorer.ipynb #6cd9691d
-WRITERS = dict(csv=lambda t, path: t.to_csv(path, index=False), parquet=lambda t, path: t.to_parquet(path, index=False))
+# %% ../../nbs/64_viz.explorer.ipynb #f20b0c36
+WRITERS = dict(
+    csv=lambda t, path: t.to_csv(path, index=False), parquet=lambda t, path: t.to_parquet(path, index=False)
+)
 
 
 def _flat(table): # lists, which CSV has not, as JSON
-    lists = [c for c in table if table[c].dtype == object and table[c].map(lambda v: isinstance(v, (list, tuple, np.ndarray))).any()]
+    lists = [
+        c
+        for c in table
+        if table[c].dtype == object and table[c].map(lambda v: isinstance(v, (list, tuple, np.ndarray))).any()
+    ]
     return table.assign(**{c: table[c].map(lambda v: json.dumps(np.asarray(v).tolist())) for c in lists})
 
 
@@ -290,12 +391,15 @@ class EmbeddingSelection(EmbeddingTable):
     def __init__(self, table, features=None, **options): # as EmbeddingTable
         self.rules, self._observers = {}, []
         super().__init__(table, features, **options)
-        self.chosen, self.score, self.reason = np.empty(0, np.int64), None, ''
+        self.chosen = np.empty(0, np.int64)
+        self.score = None
+        self.reason = ''
         self.hovered = self.focus = None
         self.color_by = next((c for c in ('oa', 'predicted', *self.columns()) if c in self.table), 'u')
         self.histogram_of = self.color_by
 
-    def __repr__(self): return f'{len(self):,} maps, {int(self.mask.sum()):,} shown, {len(self.rows()):,} selected'
+    def __repr__(self):
+        return f'{len(self):,} maps, {int(self.mask.sum()):,} shown, {len(self.rows()):,} selected'
 
     def observe(self, function: Callable) -> Callable: # of one argument: 'filter', 'selection', 'focus', 'color', 'histogram' or 'places'
         "Call a function after every change; return a function that stops this."
@@ -307,13 +411,21 @@ class EmbeddingSelection(EmbeddingTable):
 
     def filter(self, **rules) -> 'EmbeddingSelection': # column=(low, high), a name, a pattern such as 'town*', a list of names, or None to drop the rule
         "Show only rows that pass every rule; earlier rules stay."
-        passed = {column: self._passes(self.need(column), rule) for column, rule in rules.items() if rule is not None}   # refuse before changing anything
-        self.rules = {c: r for c, r in self.rules.items() if c not in rules} | {c: (rules[c], passed[c]) for c in passed}
+        # refuse before changing anything
+        passed = {
+            column: self._passes(self.need(column), rule)
+            for column, rule in rules.items()
+            if rule is not None
+        }
+        self.rules = {c: r for c, r in self.rules.items() if c not in rules} | {
+            c: (rules[c], passed[c]) for c in passed
+        }
         self._sift()
         self._tell('filter')
         return self
 
-    def _sift(self): self.mask = np.logical_and.reduce([self.placed, *(hit for _, hit in self.rules.values())])
+    def _sift(self):
+        self.mask = np.logical_and.reduce([self.placed, *(hit for _, hit in self.rules.values())])
 
     def place(self, emb, numbers=None): # as in EmbeddingTable
         "Give every map its place."
@@ -323,21 +435,38 @@ class EmbeddingSelection(EmbeddingTable):
 
     def _passes(self, column, rule): # -> (N,) bool
         if isinstance(rule, tuple) and len(rule) == 2 and is_number(self.table[column]):
-            if not rule[0] <= rule[1]: raise Incompatible(f'cannot filter {column}', f'found the range {rule[0]} .. {rule[1]}', 'pass (low, high)')
+            if not rule[0] <= rule[1]:
+                raise Incompatible(
+                    f'cannot filter {column}', f'found the range {rule[0]} .. {rule[1]}', 'pass (low, high)'
+                )
             x = self.values(column)
             return (x >= np.float32(rule[0])) & (x <= np.float32(rule[1]))
-        (codes, names), wanted = self.codes(column), [rule] if isinstance(rule, str) else [str(r) for r in rule]
+        (codes, names), wanted = (
+            self.codes(column),
+            [rule] if isinstance(rule, str) else [str(r) for r in rule],
+        )
         hit = [any(n == w or fnmatchcase(n, w) for w in wanted) for n in names]
-        if lost := [w for w in wanted if not any(n == w or fnmatchcase(n, w) for n in names)]: raise unknown(column, lost[0], names)
+        if lost := [w for w in wanted if not any(n == w or fnmatchcase(n, w) for n in names)]:
+            raise unknown(column, lost[0], names)
         return np.append(np.array(hit, bool), False)[codes]
 
     def select(self, rows, score=None, reason: str = 'picked') -> 'EmbeddingSelection': # rows: (m,) row numbers in the order wanted, or (N,) bool; score: (m,) or None
         "Select rows."
         rows = np.asarray(rows)
-        rows = np.flatnonzero(rows) if rows.dtype == bool and len(rows) == len(self.table) else rows.astype(np.int64).ravel()
+        rows = (
+            np.flatnonzero(rows)
+            if rows.dtype == bool and len(rows) == len(self.table)
+            else rows.astype(np.int64).ravel()
+        )
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self.table):
-            raise Incompatible('cannot select', f'found row {rows.min() if rows.min() < 0 else rows.max()}, the table has {len(self.table):,}', 'pass row numbers from 0')
-        self.chosen, self.score, self.reason = rows, None if score is None else np.asarray(score, np.float32), reason
+            raise Incompatible(
+                'cannot select',
+                f'found row {rows.min() if rows.min() < 0 else rows.max()}, the table has {len(self.table):,}',
+                'pass row numbers from 0',
+            )
+        self.chosen = rows
+        self.score = None if score is None else np.asarray(score, np.float32)
+        self.reason = reason
         self._tell('selection')
         return self
 
@@ -357,9 +486,16 @@ class EmbeddingSelection(EmbeddingTable):
 
     def hover(self, row: int | None) -> None:
         "Look at a row; None looks away and keeps the last one in focus."
-        if row is not None and not 0 <= row < len(self.table): raise Incompatible('cannot look at a row', f'found {row}, the table has {len(self.table):,}', 'pass a row number from 0')
+        if row is not None and not 0 <= row < len(self.table):
+            raise Incompatible(
+                'cannot look at a row',
+                f'found {row}, the table has {len(self.table):,}',
+                'pass a row number from 0',
+            )
         self.hovered = row
-        if row is not None: self.focus = int(row); self._tell('focus')
+        if row is not None:
+            self.focus = int(row)
+            self._tell('focus')
 
     def color(self, column: str) -> None:
         "Colour by a column."
@@ -375,24 +511,47 @@ class EmbeddingSelection(EmbeddingTable):
         "Count what is shown and what is selected."
         column = self.need(column or self.histogram_of)
         groups = dict(shown=self.mask, selected=self.rows())
-        return binned(self.values(column), groups, bins) if is_number(self.table[column]) else tallied(*self.codes(column), groups)
+        return (
+            binned(self.values(column), groups, bins)
+            if is_number(self.table[column])
+            else tallied(*self.codes(column), groups)
+        )
 
     def summary(self) -> dict: # n, of, reason; means of oa, predicted and the absolute gap; largest datasets and methods
         "Describe the selection in a few numbers."
-        rows, out = self.rows(), dict(n=len(self.rows()), of=int(self.mask.sum()), reason=self.reason)
+        rows = self.rows()
+        out = dict(n=len(self.rows()), of=int(self.mask.sum()), reason=self.reason)
         for name, column, change in (('oa', 'oa', np.asarray), ('predicted', 'predicted', np.asarray), ('error', 'gap', np.abs)):
             x = change(self.values(column)[rows]) if column in self.table else np.empty(0)
             out[name] = float(x[np.isfinite(x)].mean()) if np.isfinite(x).any() else np.nan
         for column in ('dataset', 'method'):
-            if column in self.table: out[column] = {r.value: int(r.rows) for r in tallied(*self.codes(column), dict(rows=rows), 4).itertuples() if r.rows}
+            if column in self.table:
+                out[column] = {
+                    r.value: int(r.rows)
+                    for r in tallied(*self.codes(column), dict(rows=rows), 4).itertuples()
+                    if r.rows
+                }
         return out
 
     def export(self, path, overwrite: bool = False) -> Path: # suffix .csv, .parquet or .lance
         "Write the selection as a table, all or nothing."
         path, kind = Path(path), Path(path).suffix.lstrip('.')
-        if kind not in (*WRITERS, 'lance'): raise Incompatible(f'cannot write {path.name}', f'found suffix {path.suffix!r}, expected .csv, .parquet or .lance', 'rename the file')
-        if not len(out := self.selection()): raise SchemaError(f'cannot write {path.name}', 'nothing is selected', 'lasso some points, or select_shown()')
-        if path.exists() and not overwrite: raise Incompatible(f'cannot write {path.name}', 'it exists already', 'choose another name, or pass overwrite=True')
+        if kind not in (*WRITERS, 'lance'):
+            raise Incompatible(
+                f'cannot write {path.name}',
+                f'found suffix {path.suffix!r}, expected .csv, .parquet or .lance',
+                'rename the file',
+            )
+        if not len(out := self.selection()):
+            raise SchemaError(
+                f'cannot write {path.name}', 'nothing is selected', 'lasso some points, or select_shown()'
+            )
+        if path.exists() and not overwrite:
+            raise Incompatible(
+                f'cannot write {path.name}',
+                'it exists already',
+                'choose another name, or pass overwrite=True',
+            )
         if kind != 'lance':
             with atomic(path) as tmp: WRITERS[kind](_flat(out) if kind == 'csv' else out, tmp)
         else:
@@ -405,11 +564,16 @@ def _arrow(table):
     import pyarrow as pa
     return pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata()
 
-# %% ../../nbs/64_viz.explorer.ipynb #a3824982
-CLUES = dict( # clue -> columns, the first one that the table has counts; +1 where large is bad
-    dispersion=(('entropy_t', 1), ('entropy', 1), ('conf_t', -1), ('conf', -1)), disagreement=(('agree_majority', -1), ('agree_mean', -1)))
-SAYS = dict(dispersion=('its pixels are less certain', 'its pixels are more certain'), disagreement=('it disagrees with the other methods more', 'it agrees with the other methods more'),
-            blur=('fine detail is weaker', 'fine detail is stronger'))
+# %% ../../nbs/64_viz.explorer.ipynb #f5122ab3
+CLUES = dict(  # clue -> columns, the first one that the table has counts; +1 where large is bad
+    dispersion=(('entropy_t', 1), ('entropy', 1), ('conf_t', -1), ('conf', -1)),
+    disagreement=(('agree_majority', -1), ('agree_mean', -1)),
+)
+SAYS = dict(
+    dispersion=('its pixels are less certain', 'its pixels are more certain'),
+    disagreement=('it disagrees with the other methods more', 'it agrees with the other methods more'),
+    blur=('fine detail is weaker', 'fine detail is stronger'),
+)
 SAMPLE, REMEMBERED = 32, 400 # pictures read to judge blur; tiles kept
 
 
@@ -434,8 +598,14 @@ class ExplorerState(EmbeddingSelection):
         **options, # for EmbeddingTable
     ):
         super().__init__(table, features, **options)
-        self.store, self.semantic, self.encoder, self.images, self._tiles, self._sharp = store, semantic, encoder, images, OrderedDict(), {}
-        if store is not None and semantic is None and encoder is not None: self.semantic = feature_table(self._open())
+        self.store = store
+        self.semantic = semantic
+        self.encoder = encoder
+        self.images = images
+        self._tiles = OrderedDict()
+        self._sharp = {}
+        if store is not None and semantic is None and encoder is not None:
+            self.semantic = feature_table(self._open())
         self._features = features
 
     def _open(self): # the encoder, loaded at the first question
@@ -448,32 +618,60 @@ class ExplorerState(EmbeddingSelection):
     def vectors(self): # -> InStore or InMemory
         "Return the space in which neighbours are sought."
         if 'space' not in self._cache:
-            if self.store is not None and self.semantic: self._cache['space'] = InStore(self.store, self.semantic, self.table.image_id)
+            if self.store is not None and self.semantic:
+                self._cache['space'] = InStore(self.store, self.semantic, self.table.image_id)
             else:
                 x = standardised(self.table) if self._features is None else self._features
-                if not np.shape(x)[-1]: raise MissingFeatures('cannot look for neighbours', 'there are neither features nor label-free columns', 'pass features, or store and sem')
+                if not np.shape(x)[-1]:
+                    raise MissingFeatures(
+                        'cannot look for neighbours',
+                        'there are neither features nor label-free columns',
+                        'pass features, or store and sem',
+                    )
                 self._cache['space'] = InMemory(x)
         return self._cache['space']
 
     def _like(self, row, column): # (N,) bool: rows with the same name in a column; all where there is no such column
-        return np.ones(len(self), bool) if column not in self.table else self.codes(column)[0] == self.codes(column)[0][row]
+        return (
+            np.ones(len(self), bool)
+            if column not in self.table
+            else self.codes(column)[0] == self.codes(column)[0][row]
+        )
 
-    def _elsewhere(self, row, column): return ~self._like(row, column) if column in self.table else np.arange(len(self)) != row
+    def _elsewhere(self, row, column):
+        return ~self._like(row, column) if column in self.table else np.arange(len(self)) != row
 
     def neighbours(self, row: int, k: int = 10) -> pd.DataFrame: # k rows with `score` = distance, nearest first; they become the selection
         "Select the shown maps of other images that are nearest to a row; of the same method, where vectors belong to images."
         self.hover(row)
-        allowed, space = self.mask & self._elsewhere(row, 'image_id'), self.vectors()
-        rows, distance = space.near(space.of(row), k, allowed & self._like(row, 'method') if isinstance(space, InStore) else allowed)
+        allowed = self.mask & self._elsewhere(row, 'image_id')
+        space = self.vectors()
+        rows, distance = space.near(
+            space.of(row), k, allowed & self._like(row, 'method') if isinstance(space, InStore) else allowed
+        )
         return self.select(rows, distance, f'nearest to {self.name(row)}').selection()
 
     def search(self, text: str, k: int = 20) -> pd.DataFrame: # k rows with `score` = cosine, best first; they become the selection
         "Select the shown images that answer a sentence best, one map each."
         encoder = self._open()
         if not hasattr(encoder, 'encode_text') or not isinstance(self.vectors(), InStore):
-            raise Incompatible('cannot search in words', f'found encoder {getattr(encoder, "name", encoder)!r} and {"no " if self.store is None else ""}vectors in a store', 'pass an encoder with a text side, and the store with its vectors')
-        if not text.strip(): raise Incompatible('cannot search in words', 'found no word', 'say what should be in the picture, such as "flooded road"')
-        if self.semantic != feature_table(encoder): raise Incompatible('cannot search in words', f'the vectors are of {self.semantic}, the encoder makes {feature_table(encoder)}', 'pass the encoder that made the vectors')
+            raise Incompatible(
+                'cannot search in words',
+                f'found encoder {getattr(encoder, "name", encoder)!r} and {"no " if self.store is None else ""}vectors in a store',
+                'pass an encoder with a text side, and the store with its vectors',
+            )
+        if not text.strip():
+            raise Incompatible(
+                'cannot search in words',
+                'found no word',
+                'say what should be in the picture, such as "flooded road"',
+            )
+        if self.semantic != feature_table(encoder):
+            raise Incompatible(
+                'cannot search in words',
+                f'the vectors are of {self.semantic}, the encoder makes {feature_table(encoder)}',
+                'pass the encoder that made the vectors',
+            )
         words = np.asarray(encoder.encode_text([text]).float().cpu())[0]
         rows, distance = self.vectors().near(words, k, self.mask)
         return self.select(rows, 1 - distance, f'most like "{text}"').selection()
@@ -492,7 +690,9 @@ class ExplorerState(EmbeddingSelection):
         "Read image, map and truth of a row."
         if self.images is None: return {}, 'no reader was given'
         try: return self.images(next(self.table.iloc[[row]].itertuples())) or {}, ''
-        except Exception as e: return {}, str(e) or type(e).__name__           # any fault of a picture is told in its tile
+        except Exception as e:
+            # any fault of a picture is told in its tile
+            return {}, str(e) or type(e).__name__
 
     def tile(self, row: int, side: int = 128) -> bytes: # PNG
         "Paint image, map and error of a row; the last ones are remembered."
@@ -503,10 +703,14 @@ class ExplorerState(EmbeddingSelection):
             while len(self._tiles) > REMEMBERED: self._tiles.popitem(last=False)
         return self._tiles[key]
 
-# %% ../../nbs/64_viz.explorer.ipynb #305d1ea9
+# %% ../../nbs/64_viz.explorer.ipynb #06fe7d41
 def _beside(own, others): # a number where large is bad, and those of its peers -> shares that it is worse and better than
     known = others[np.isfinite(others)]
-    return dict(worse_than=float((known < own).mean()), better_than=float((known > own).mean()), of=len(known)) if len(known) else dict(worse_than=np.nan, better_than=np.nan, of=0)
+    return (
+        dict(worse_than=float((known < own).mean()), better_than=float((known > own).mean()), of=len(known))
+        if len(known)
+        else dict(worse_than=np.nan, better_than=np.nan, of=0)
+    )
 
 
 def _clue(state, row, name, peers): # one of CLUES -> dict, or None where the table has no such column
@@ -533,17 +737,28 @@ def _mix(case): # shares of the predicted map, largest first
     if case.get('mask') is None: return {}
     ids, n = np.unique(case['mask'], return_counts=True)
     names = case.get('classes') or {}
-    said = {(names[i] if i < len(names) else 'ignored' if i == 255 else f'class {i}'): m / n.sum() for i, m in zip(ids.tolist(), n.tolist())}
+    said = {
+        (names[i] if i < len(names) else 'ignored' if i == 255 else f'class {i}'): m / n.sum()
+        for i, m in zip(ids.tolist(), n.tolist())
+    }
     return dict(sorted(said.items(), key=lambda item: -item[1]))
 
 
 def _trained_on(state, row, k): # the nearest judged maps of the same method in other scenes, those of the training split where there is one
-    allowed = state._elsewhere(row, 'scene' if 'scene' in state.table else 'image_id') & state._like(row, 'method') & (np.isfinite(state.values('oa')) if 'oa' in state.table else False)
+    allowed = (
+        state._elsewhere(row, 'scene' if 'scene' in state.table else 'image_id')
+        & state._like(row, 'method')
+        & (np.isfinite(state.values('oa')) if 'oa' in state.table else False)
+    )
     if 'split' in state.table: allowed = allowed & (state.table.split == 'train').to_numpy()
     if not np.any(allowed): return None
     try: rows, distance = state.vectors().near(state.vectors().of(row), k, allowed)
     except (MissingFeatures, SchemaError): return None
-    return dict(rows=rows.tolist(), distance=distance.tolist(), oa=float(state.values('oa')[rows].mean())) if len(rows) else None
+    return (
+        dict(rows=rows.tolist(), distance=distance.tolist(), oa=float(state.values('oa')[rows].mean()))
+        if len(rows)
+        else None
+    )
 
 
 def why(
@@ -552,42 +767,72 @@ def why(
     k: int = 5, # nearest rows to ask
 ) -> dict: # name, oa, predicted, dispersion, disagreement, blur, classes, training; None where unknown
     "Collect what speaks for or against a map, without its label."
-    if not 0 <= row < len(state.table): raise Incompatible('cannot explain a row', f'found {row}, the table has {len(state.table):,}', 'pass a row number from 0')
+    if not 0 <= row < len(state.table):
+        raise Incompatible(
+            'cannot explain a row',
+            f'found {row}, the table has {len(state.table):,}',
+            'pass a row number from 0',
+        )
     peers = state._like(row, 'dataset').copy()
     peers[row] = False
     case, _ = state.case(row)
     known = {c: float(state.values(c)[row]) if c in state.table else np.nan for c in ('oa', 'predicted')}
     where = str(state.table.dataset.iloc[row]) if 'dataset' in state.table else 'the table'
-    return dict(name=state.name(row), dataset=where) | known | {c: _clue(state, row, c, peers) for c in CLUES} | dict(
-        blur=_blur(state, row, peers, case.get('image')), classes=_mix(case), training=_trained_on(state, row, k))
+    return (
+        dict(name=state.name(row), dataset=where)
+        | known
+        | {c: _clue(state, row, c, peers) for c in CLUES}
+        | dict(
+            blur=_blur(state, row, peers, case.get('image')),
+            classes=_mix(case),
+            training=_trained_on(state, row, k),
+        )
+    )
 
 
 def why_text(
     facts: dict, # from why
 ) -> str: # two to six sentences
     "Say in words what speaks for or against a map."
-    known = [f'{word} {facts[c]:.2f}' for word, c in (('predicted', 'predicted'), ('true OA', 'oa')) if np.isfinite(facts[c])]
+    known = [
+        f'{word} {facts[c]:.2f}'
+        for word, c in (('predicted', 'predicted'), ('true OA', 'oa'))
+        if np.isfinite(facts[c])
+    ]
     out = [f'{facts["name"]}: {", ".join(known) or "no score"}.']
     for clue, (worse, better) in SAYS.items():
         if not facts[clue] or not facts[clue]['of']: continue
         share, words = max((facts[clue]['worse_than'], worse), (facts[clue]['better_than'], better))
-        out.append(f'{words[0].upper()}{words[1:]} than in {share:.0%} of {facts[clue]["of"]} {"pictures" if clue == "blur" else "maps"} of {facts["dataset"]}.')
-    if facts['classes']: out.append('The map is ' + ', '.join(f'{share:.0%} {name}' for name, share in list(facts['classes'].items())[:3]) + '.')
-    if facts['training']: out.append(f'The {len(facts["training"]["rows"])} nearest judged maps of other scenes reach OA {facts["training"]["oa"]:.2f} on average.')
+        out.append(
+            f'{words[0].upper()}{words[1:]} than in {share:.0%} of {facts[clue]["of"]} {"pictures" if clue == "blur" else "maps"} of {facts["dataset"]}.'
+        )
+    if facts['classes']:
+        out.append(
+            'The map is '
+            + ', '.join(f'{share:.0%} {name}' for name, share in list(facts['classes'].items())[:3])
+            + '.'
+        )
+    if facts['training']:
+        out.append(
+            f'The {len(facts["training"]["rows"])} nearest judged maps of other scenes reach OA {facts["training"]["oa"]:.2f} on average.'
+        )
     return ' '.join(out)
 
-# %% ../../nbs/64_viz.explorer.ipynb #ca456a9b
+# %% ../../nbs/64_viz.explorer.ipynb #42d1c9cc
 def snapshot(
     state: ExplorerState,
     tiles: int = 3, # selected maps shown below
 ) -> Display: # data_: rows shown, with `selected`
     "Draw what the Explorer shows."
     from matplotlib.figure import Figure
-    rows, shown = state.rows(), state.table[state.mask]
+    rows = state.rows()
+    shown = state.table[state.mask]
     shown.attrs = state.attrs
     picked = rows[:tiles]
     figure = Figure((10, 4.4 + 1.05 * bool(len(picked))), layout='constrained')
-    top, below = figure.subfigures(2, 1, height_ratios=(4.4, 1.05)) if len(picked) else (figure.subfigures(1, 1), None)
+    top, below = (
+        figure.subfigures(2, 1, height_ratios=(4.4, 1.05)) if len(picked) else (figure.subfigures(1, 1), None)
+    )
     left, right = top.subplots(1, 2, width_ratios=(1, 1))
     if len(shown): _draw_cloud(state, shown, rows, left)
     else: left.set_title('nothing passes the filter')
@@ -605,11 +850,19 @@ def _draw_cloud(state, shown, rows, ax):
 
 
 def _draw_histogram(state, ax):
-    h, column = state.histogram(), state.histogram_of
+    h = state.histogram()
+    column = state.histogram_of
     names = h.value.map(str) if 'value' in h else (h.low + h.high) / 2
     width = .8 if 'value' in h else (h.high - h.low) * .94
     for group, colour in (('shown', '#CCCCCC'), ('selected', PALETTE[0])):
-        ax.bar(names, h[group] / max(h[group].sum(), 1), width, color=colour, alpha=1 if group == 'shown' else .7, label=f'{group}, n = {h[group].sum():,}')
+        ax.bar(
+            names,
+            h[group] / max(h[group].sum(), 1),
+            width,
+            color=colour,
+            alpha=1 if group == 'shown' else 0.7,
+            label=f'{group}, n = {h[group].sum():,}',
+        )
     if 'value' in h: ax.tick_params('x', rotation=45)
     ax.set(xlabel=column, ylabel='share')
     ax.set_title(f'{column}: selected against shown')
@@ -619,10 +872,16 @@ def _draw_histogram(state, ax):
 def _draw_tile(state, row, ax):
     from PIL import Image
     ax.imshow(Image.open(io.BytesIO(state.tile(row, 128))))
-    ax.set_title(state.name(row).replace('$', r'\$') + (f' · OA {state.values("oa")[row]:.2f}' if 'oa' in state.table else ''), fontsize=7, weight='normal')
+    ax.set_title(
+        state.name(row).replace('$', r'\$')
+        + (f' · OA {state.values("oa")[row]:.2f}' if 'oa' in state.table else ''),
+        fontsize=7,
+        weight='normal',
+    )
 
-# %% ../../nbs/64_viz.explorer.ipynb #aaf800be
-SKILL = dict(careful=(1.0, .18), hasty=(2.0, .32), coarse=(4.0, .24)) # made-up method -> blur in pixels, strength of the fog
+# %% ../../nbs/64_viz.explorer.ipynb #ee8e2a9d
+# made-up method -> blur in pixels, strength of the fog
+SKILL = dict(careful=(1.0, 0.18), hasty=(2.0, 0.32), coarse=(4.0, 0.24))
 
 
 def _sees(mask, blur, fog, rng): # truth (H,W) -> logits (6,H,W)
@@ -634,18 +893,36 @@ def _sees(mask, blur, fog, rng): # truth (H,W) -> logits (6,H,W)
 
 def _example_image(look, seed, side): # -> image id, picture, truth, damage
     from rssqa.data.synthetic import KINDS, degrade, scene
-    rng, s = np.random.default_rng([seed, 5]), scene(look, seed, side)
+    rng = np.random.default_rng([seed, 5])
+    s = scene(look, seed, side)
     kind, level = (str(rng.choice(list(KINDS))), float(rng.uniform(.3, .9))) if seed % 2 else ('none', 0.)
-    return f'{look}-{seed}-{side}', degrade(s.image, kind, level, seed) if level else s.image, s.mask, dict(kind=kind, level=level)
+    return (
+        f'{look}-{seed}-{side}',
+        degrade(s.image, kind, level, seed) if level else s.image,
+        s.mask,
+        dict(kind=kind, level=level),
+    )
 
 
 def _example_rows(look, seed, side): # one image -> its rows, its case without maps, its maps
     import torch
     name, image, truth, damage = _example_image(look, seed, side)
-    logits = np.stack([_sees(truth, blur, fog * (.6 + damage['level']), np.random.default_rng([seed, i])) for i, (blur, fog) in enumerate(SKILL.values())])
+    logits = np.stack(
+        [
+            _sees(truth, blur, fog * (0.6 + damage['level']), np.random.default_rng([seed, i]))
+            for i, (blur, fog) in enumerate(SKILL.values())
+        ]
+    )
     maps = logits.argmax(1).astype(np.uint8)
     rows = pd.concat([label_free(torch.as_tensor(logits)), agreement(maps)], axis=1).assign(
-        image_id=name, dataset=look, scene=f'{look} {seed}', split='test' if seed % 4 == 3 else 'train', method=list(SKILL), **damage, oa=[case_oa(truth, m) for m in maps])
+        image_id=name,
+        dataset=look,
+        scene=f'{look} {seed}',
+        split='test' if seed % 4 == 3 else 'train',
+        method=list(SKILL),
+        **damage,
+        oa=[case_oa(truth, m) for m in maps],
+    )
     return rows, dict(image=image, truth=truth), dict(zip(SKILL, maps))
 
 
@@ -653,7 +930,17 @@ def _predicted(table, folds=5): # (N,) by ridge regression, fitted on other scen
     from sklearn.linear_model import Ridge
     from sklearn.model_selection import GroupKFold, cross_val_predict
     groups = table.scene
-    return np.clip(cross_val_predict(Ridge(10.), standardised(table), table.oa, groups=groups, cv=GroupKFold(min(folds, groups.nunique()))), 0, 1)
+    return np.clip(
+        cross_val_predict(
+            Ridge(10.0),
+            standardised(table),
+            table.oa,
+            groups=groups,
+            cv=GroupKFold(min(folds, groups.nunique())),
+        ),
+        0,
+        1,
+    )
 
 
 def example(
@@ -670,15 +957,36 @@ def example(
     from rssqa.clip.encoders import load_encoder
     from rssqa.data.synthetic import CLASSES, SCENE_TYPES, PALETTE as COLOURS
     made = [_example_rows(look, seed, side) for look in SCENE_TYPES for seed in range(scenes)]
-    table, cases, maps = pd.concat([m[0] for m in made], ignore_index=True), {m[0].image_id[0]: m[1] for m in made}, {m[0].image_id[0]: m[2] for m in made}
-    encoder, store = load_encoder(encoder), store or Store(cache_dir('explorer')/'store')
+    table = pd.concat([m[0] for m in made], ignore_index=True)
+    cases = {m[0].image_id[0]: m[1] for m in made}
+    maps = {m[0].image_id[0]: m[2] for m in made}
+    encoder = load_encoder(encoder)
+    store = store or Store(cache_dir('explorer')/'store')
     lost = store.missing(name := feature_table(encoder), cases)
     for ids in (lost[i:i+32] for i in range(0, len(lost), 32)):
-        put_vectors(store, name, ids, encoder.encode_image(torch.as_tensor(np.stack([cases[i]['image'] for i in ids]))).pooled.float().cpu().numpy())
-    read = lambda row: cases[row.image_id] | dict(mask=maps[row.image_id][row.method], palette=COLOURS, classes=CLASSES)
-    return ExplorerState(table.assign(predicted=_predicted(table)), store=store, semantic=name, encoder=encoder, images=read, method=method, **options)
+        put_vectors(
+            store,
+            name,
+            ids,
+            encoder.encode_image(torch.as_tensor(np.stack([cases[i]['image'] for i in ids])))
+            .pooled.float()
+            .cpu()
+            .numpy(),
+        )
+    read = lambda row: (
+        cases[row.image_id] | dict(mask=maps[row.image_id][row.method], palette=COLOURS, classes=CLASSES)
+    )
+    return ExplorerState(
+        table.assign(predicted=_predicted(table)),
+        store=store,
+        semantic=name,
+        encoder=encoder,
+        images=read,
+        method=method,
+        **options,
+    )
 
-# %% ../../nbs/64_viz.explorer.ipynb #9c481172
+# %% ../../nbs/64_viz.explorer.ipynb #78911adf
 def save_run(
     folder, # made if it is not there
     table: pd.DataFrame, # an SQED table
@@ -689,9 +997,11 @@ def save_run(
     dtype: str = 'auto', # of the encoder, see rssqa.clip.encoders.load_encoder
 ) -> Path: # folder, with sqed.parquet, tiles.parquet and run.json
     "Leave what `open_run` needs."
-    folder, root = Path(folder), store.root if '://' in store.root else str(Path(store.root).resolve())
+    folder = Path(folder)
+    root = store.root if '://' in store.root else str(Path(store.root).resolve())
     save_sqed(table, folder/'sqed.parquet')
-    with atomic(folder/'tiles.parquet') as tmp: tiles[tiles.image_id.isin(table.image_id)].to_parquet(tmp, index=False)
+    with atomic(folder/'tiles.parquet') as tmp:
+        tiles[tiles.image_id.isin(table.image_id)].to_parquet(tmp, index=False)
     write_json(folder/'run.json', dict(store=root, semantic=semantic, encoder=encoder, dtype=dtype))
     return folder
 
@@ -712,10 +1022,29 @@ def open_run(
     "Open a run, with its images, maps, vectors and words."
     from rssqa.clip.encoders import load_encoder
     folder = Path(folder)
-    if not (folder/'run.json').exists(): raise DataNotFound(f'no run in {folder}', 'expected run.json, sqed.parquet and tiles.parquet', 'pass the folder that rssqa demo wrote, or save_run')
-    known, table, tiles = read_json(folder/'run.json'), load_sqed(folder/'sqed.parquet'), pd.read_parquet(folder/'tiles.parquet')
-    if '://' not in known['store'] and not Path(known['store']).is_dir(): raise DataNotFound(f'the maps of {folder} are gone', f'expected a store in {known["store"]}', 'run it again')
-    store, semantic = Store(known['store']), known['sem']
+    if not (folder/'run.json').exists():
+        raise DataNotFound(
+            f'no run in {folder}',
+            'expected run.json, sqed.parquet and tiles.parquet',
+            'pass the folder that rssqa demo wrote, or save_run',
+        )
+    known = read_json(folder/'run.json')
+    table = load_sqed(folder/'sqed.parquet')
+    tiles = pd.read_parquet(folder/'tiles.parquet')
+    if '://' not in known['store'] and not Path(known['store']).is_dir():
+        raise DataNotFound(
+            f'the maps of {folder} are gone', f'expected a store in {known["store"]}', 'run it again'
+        )
+    store = Store(known['store'])
+    semantic = known['sem']
     features = known_without_labels(table, store, semantic)
     words = partial(load_encoder, known['encoder'], dtype=known['dtype']) if known['encoder'] else None
-    return ExplorerState(table, features, store=store, semantic=semantic, encoder=words, images=case_reader(tiles, store), **options)
+    return ExplorerState(
+        table,
+        features,
+        store=store,
+        semantic=semantic,
+        encoder=words,
+        images=case_reader(tiles, store),
+        **options,
+    )

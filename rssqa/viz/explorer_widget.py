@@ -17,13 +17,17 @@ from ..core import DataNotFound, Incompatible, Problem
 from .explorer import ExplorerState, example, open_run, snapshot, why, why_text
 from .figures import OA_MAP, PALETTE, UNKNOWN, is_number, limits
 
-# %% ../../nbs/65_viz.explorer_widget.ipynb #3d6ee51a
+# %% ../../nbs/65_viz.explorer_widget.ipynb #4dc9c793
 def _mixed(colour, other, share): # '#rrggbb' twice -> '#rrggbb'
     a, b = (np.array([int(c[i:i+2], 16) for i in (1, 3, 5)]) for c in (colour, other))
     return '#' + ''.join(f'{int(round(x)):02x}' for x in a * (1 - share) + b * share)
 
 
-SHADES = (*PALETTE, *(_mixed(c, '#FFFFFF', .5) for c in PALETTE[:7]), *(_mixed(c, '#000000', .4) for c in PALETTE[:7]))
+SHADES = (
+    *PALETTE,
+    *(_mixed(c, '#FFFFFF', 0.5) for c in PALETTE[:7]),
+    *(_mixed(c, '#000000', 0.4) for c in PALETTE[:7]),
+)
 
 
 def encode(
@@ -35,11 +39,27 @@ def encode(
         from matplotlib import colormaps
         lo, hi = limits(x := state.values(column))
         with np.errstate(invalid='ignore'): share = np.clip((x - lo) / (hi - lo), 0, 1)
-        values = np.where(np.isfinite(x), (1 + 253 * share) / 255, 0).astype(np.float32)     # never a whole number but 0: those would count as names
-        return values, [UNKNOWN, *('#%02x%02x%02x' % tuple(c[:3]) for c in colormaps[OA_MAP](np.linspace(0, 1, 255), bytes=True))], (lo, hi)
+        # never a whole number but 0: those would count as names
+        values = np.where(np.isfinite(x), (1 + 253 * share) / 255, 0).astype(np.float32)
+        return (
+            values,
+            [
+                UNKNOWN,
+                *(
+                    '#%02x%02x%02x' % tuple(c[:3])
+                    for c in colormaps[OA_MAP](np.linspace(0, 1, 255), bytes=True)
+                ),
+            ],
+            (lo, hi),
+        )
     codes, names = state.codes(column)
-    order = np.argsort(-np.bincount(codes[codes >= 0], minlength=len(names)), kind='stable')[:len(SHADES)] if len(names) > len(SHADES) else np.arange(len(names))
-    place = np.zeros(len(names) + 1, np.int64)                                                # the last one is for code -1
+    order = (
+        np.argsort(-np.bincount(codes[codes >= 0], minlength=len(names)), kind='stable')[: len(SHADES)]
+        if len(names) > len(SHADES)
+        else np.arange(len(names))
+    )
+    # the last one is for code -1
+    place = np.zeros(len(names) + 1, np.int64)
     place[order] = np.arange(1, len(order) + 1)
     legend = [(names[n], SHADES[i]) for i, n in enumerate(order)]
     if len(order) < len(names): legend.append((f'{len(names) - len(order)} others', UNKNOWN))
@@ -50,16 +70,22 @@ def legend_html(column: str, legend, unknown: int = 0) -> str: # legend: from en
     "Draw a legend."
     if isinstance(legend, tuple):
         from matplotlib import colormaps
-        stops = ', '.join('#%02x%02x%02x' % tuple(c[:3]) for c in colormaps[OA_MAP](np.linspace(0, 1, 9), bytes=True))
+        stops = ', '.join(
+            '#%02x%02x%02x' % tuple(c[:3]) for c in colormaps[OA_MAP](np.linspace(0, 1, 9), bytes=True)
+        )
         body = f'{legend[0]:.3g} <span style="display:inline-block;width:140px;height:10px;background:linear-gradient(to right,{stops})"></span> {legend[1]:.3g}'
-    else: body = ' '.join(_swatch(c) + html.escape(name) for name, c in legend[:16]) + (f' and {len(legend) - 16} more' if len(legend) > 16 else '')
+    else:
+        body = ' '.join(_swatch(c) + html.escape(name) for name, c in legend[:16]) + (
+            f' and {len(legend) - 16} more' if len(legend) > 16 else ''
+        )
     grey = f' {_swatch(UNKNOWN)}unknown ({unknown:,})' if unknown else ''
     return f'<div style="font-size:12px;line-height:1.5"><b>{html.escape(column)}</b> {body}{grey}</div>'
 
 
-def _swatch(colour): return f'<span style="display:inline-block;width:10px;height:10px;border-radius:5px;background:{colour};margin:0 3px 0 6px"></span>'
+def _swatch(colour):
+    return f'<span style="display:inline-block;width:10px;height:10px;border-radius:5px;background:{colour};margin:0 3px 0 6px"></span>'
 
-# %% ../../nbs/65_viz.explorer_widget.ipynb #b5c8d9a9
+# %% ../../nbs/65_viz.explorer_widget.ipynb #0697d020
 def bars_svg(
     counts: pd.DataFrame, # from ExplorerState.histogram
     column: str, # its name
@@ -68,42 +94,91 @@ def bars_svg(
     "Draw a histogram of what is shown with the selection before it."
     n = {g: int(counts[g].sum()) for g in ('shown', 'selected')}
     share = {g: counts[g].to_numpy(float) / max(n[g], 1) for g in n}
-    top, floor, step = max(max(s.max() for s in share.values()), 1e-9), height - 34, width / len(counts)
-    bar = lambda i, g, inset, colour: (f'<rect x="{i * step + inset:.1f}" y="{18 + (floor - 18) * (1 - share[g][i] / top):.1f}" width="{max(step - 2 * inset, 1):.1f}" '
-                                       f'height="{(floor - 18) * share[g][i] / top:.1f}" fill="{colour}"/>')
-    drawn = ''.join(bar(i, 'shown', .5, '#CCCCCC') + bar(i, 'selected', min(step * .22, 5), PALETTE[0]) for i in range(len(counts)))
+    top = max(max(s.max() for s in share.values()), 1e-9)
+    floor = height - 34
+    step = width / len(counts)
+    bar = lambda i, g, inset, colour: (
+        f'<rect x="{i * step + inset:.1f}" y="{18 + (floor - 18) * (1 - share[g][i] / top):.1f}" width="{max(step - 2 * inset, 1):.1f}" '
+        f'height="{(floor - 18) * share[g][i] / top:.1f}" fill="{colour}"/>'
+    )
+    drawn = ''.join(
+        bar(i, 'shown', 0.5, '#CCCCCC') + bar(i, 'selected', min(step * 0.22, 5), PALETTE[0])
+        for i in range(len(counts))
+    )
     said = f'{n["shown"]:,} shown' + (f', {n["selected"]:,} selected' if n['selected'] else ', none selected')
     lost = counts.attrs.get('unknown', {}).get('shown', 0)
-    text = lambda x, y, words, anchor='start', extra='': f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {extra}>{html.escape(words)}</text>'
-    labels = text(0, 11, f'{column}: {said}' + (f', {lost:,} unknown' if lost else '')) + ''.join(text(*label) for label in _ticks(counts, step, floor + 12, width))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" role="img" aria-label="{html.escape(column)}: {said}" '
-            f'font-family="sans-serif" font-size="11" fill="#444444">{drawn}<line x1="0" x2="{width}" y1="{floor}" y2="{floor}" stroke="#888888"/>{labels}</svg>')
+    text = lambda x, y, words, anchor='start', extra='': (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {extra}>{html.escape(words)}</text>'
+    )
+    labels = text(0, 11, f'{column}: {said}' + (f', {lost:,} unknown' if lost else '')) + ''.join(
+        text(*label) for label in _ticks(counts, step, floor + 12, width)
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" role="img" aria-label="{html.escape(column)}: {said}" '
+        f'font-family="sans-serif" font-size="11" fill="#444444">{drawn}<line x1="0" x2="{width}" y1="{floor}" y2="{floor}" stroke="#888888"/>{labels}</svg>'
+    )
 
 
 def _ticks(counts, step, y, width): # (x, y, words, anchor)
-    if 'value' not in counts: return [(x * width, y, f'{v:.3g}', a) for x, v, a in ((0, counts.low.iloc[0], 'start'), (.5, counts.low.iloc[len(counts) // 2], 'middle'), (1, counts.high.iloc[-1], 'end'))]
+    if 'value' not in counts:
+        return [
+            (x * width, y, f'{v:.3g}', a)
+            for x, v, a in (
+                (0, counts.low.iloc[0], 'start'),
+                (0.5, counts.low.iloc[len(counts) // 2], 'middle'),
+                (1, counts.high.iloc[-1], 'end'),
+            )
+        ]
     room = int(step / 5.7)
-    return [((i + .5) * step, y + 11 * (i % 2) * (room < 9), v if len(v) <= max(2 * room, 4) else v[:max(2 * room - 1, 3)] + '…', 'middle') for i, v in enumerate(counts.value.map(str))]
+    return [
+        (
+            (i + 0.5) * step,
+            y + 11 * (i % 2) * (room < 9),
+            v if len(v) <= max(2 * room, 4) else v[: max(2 * room - 1, 3)] + '…',
+            'middle',
+        )
+        for i, v in enumerate(counts.value.map(str))
+    ]
 
-# %% ../../nbs/65_viz.explorer_widget.ipynb #a30bdde1
+# %% ../../nbs/65_viz.explorer_widget.ipynb #a8b9cb82
 TIP = ('dataset', 'scene', 'method', 'oa', 'predicted')
-FEW = dict(spatialIndexUseWorker=False)                                  # copying a million points to a worker takes longer than its index
-MANY = FEW | dict(renderPointsAsSquares=True, pointOutlineWidth=0, pointSizeSelected=0)   # at this size a square is a disc, and outlines would cover their neighbours
+# copying a million points to a worker takes longer than its index
+FEW = dict(spatialIndexUseWorker=False)
+# at this size a square is a disc, and outlines would cover their neighbours
+MANY = FEW | dict(renderPointsAsSquares=True, pointOutlineWidth=0, pointSizeSelected=0)
 
 
 def make_scatter(state: ExplorerState, height: int = 440): # height in pixels -> jscatter.Scatter
     "Make the scatter of a state."
     from jscatter import Scatter
-    n, tips = len(state), [c for c in TIP if c in state.table]
-    frame = pd.DataFrame('', range(n), tips)                           # the words come when they are asked for
+    n = len(state)
+    tips = [c for c in TIP if c in state.table]
+    # the words come when they are asked for
+    frame = pd.DataFrame('', range(n), tips)
     size, opacity = (7, .85) if n <= 500 else (5, .75) if n <= 5000 else (3, .6) if n <= 50_000 else (1.5, .5)
-    made = Scatter(**_places(state), data=frame, height=height, axes=False, size=size, opacity=opacity, opacity_by=None if n <= 50_000 else 'density',
-                   opacity_unselected=.35, color_selected=PALETTE[4], lasso_initiator=True, tooltip=True, tooltip_properties=tips, tooltip_histograms=False, legend=False, transition_points=False)
+    made = Scatter(
+        **_places(state),
+        data=frame,
+        height=height,
+        axes=False,
+        size=size,
+        opacity=opacity,
+        opacity_by=None if n <= 50_000 else 'density',
+        opacity_unselected=0.35,
+        color_selected=PALETTE[4],
+        lasso_initiator=True,
+        tooltip=True,
+        tooltip_properties=tips,
+        tooltip_histograms=False,
+        legend=False,
+        transition_points=False,
+    )
     if state.images: made.tooltip(preview='tile', preview_type='image', preview_image_height=84)
     made.options(regl_scatterplot_options=FEW if n <= 50_000 else MANY)
     recolour(made, state)
     _widen(made.widget)
-    made.widget._handle_tooltip = lambda message: _answer(state, made.widget, message)       # the widget's own would read the frame
+    # the widget's own would read the frame
+    made.widget._handle_tooltip = lambda message: _answer(state, made.widget, message)
     return made
 
 
@@ -114,7 +189,8 @@ def _places(state): # -> x, y and their scales
 
 
 def _padded(x): # -> (low, high) with a margin
-    lo, hi = float(x.min()), float(x.max())
+    lo = float(x.min())
+    hi = float(x.max())
     margin = .06 * (hi - lo) or 1.
     return lo - margin, hi + margin
 
@@ -127,7 +203,8 @@ def move(scatter, state: ExplorerState) -> None: # scatter: from make_scatter
 
 
 def _widen(widget): # jupyter-scatter counts the tiles of its view by the span of the points, and never ends where all have one place
-    widget.x_domain, widget.y_domain = widget.x_scale_domain, widget.y_scale_domain
+    widget.x_domain = widget.x_scale_domain
+    widget.y_domain = widget.y_scale_domain
 
 
 def recolour(scatter, state: ExplorerState): # scatter: from make_scatter -> legend
@@ -137,42 +214,125 @@ def recolour(scatter, state: ExplorerState): # scatter: from make_scatter -> leg
     return legend
 
 
-def _said(value): return 'unknown' if pd.isna(value) else f'{value:.3f}' if isinstance(value, (float, np.floating)) else str(value)
+def _said(value):
+    return (
+        'unknown'
+        if pd.isna(value)
+        else f'{value:.3f}'
+        if isinstance(value, (float, np.floating))
+        else str(value)
+    )
 
 
 def _answer(state, widget, message): # the tooltip of one point
     row = int(message['index'])
-    picture = dict(preview='data:image/png;base64,' + base64.b64encode(state.tile(row, 84)).decode()) if state.images else {}
-    widget.send(dict(type='tooltip', index=row) | picture | dict(properties={c: _said(state.table[c].iloc[row]) for c in message.get('properties', ()) if c in state.table}))
+    picture = (
+        dict(preview='data:image/png;base64,' + base64.b64encode(state.tile(row, 84)).decode())
+        if state.images
+        else {}
+    )
+    widget.send(
+        dict(type='tooltip', index=row)
+        | picture
+        | dict(
+            properties={
+                c: _said(state.table[c].iloc[row]) for c in message.get('properties', ()) if c in state.table
+            }
+        )
+    )
 
-# %% ../../nbs/65_viz.explorer_widget.ipynb #c1a381a4
+# %% ../../nbs/65_viz.explorer_widget.ipynb #2071349e
 LISTED = 200 # maps in the list
 HINT = 'Point at a map, or lasso some: image, map and error appear here.'
-STYLE = ('.rssqa-explorer .widget-readout {min-width: 92px} .rssqa-explorer :focus-visible {outline: 2px solid #0072B2; outline-offset: 1px} '
-         '.rssqa-explorer div[style*="data:image/png"] {min-width: 264px}')
+STYLE = (
+    '.rssqa-explorer .widget-readout {min-width: 92px} .rssqa-explorer :focus-visible {outline: 2px solid #0072B2; outline-offset: 1px} '
+    '.rssqa-explorer div[style*="data:image/png"] {min-width: 264px}'
+)
 
 
 def _controls(state): # name -> widget
     import ipywidgets as w
-    t, full = state.table, dict(width='auto')
-    names = lambda c, rows: w.SelectMultiple(options=state.codes(c)[1] if c in t else [], rows=rows, description='', layout=dict(width='auto'), disabled=c not in t, tooltip=f'{c}: none chosen shows all')
-    span = lambda c, lo, hi: w.FloatRangeSlider(value=(lo, hi), min=lo, max=hi, step=.01, continuous_update=False, readout_format='.2f', layout=full, disabled=c not in t, tooltip=f'range of {c}')
-    gap = max(.05, float(np.ceil(20 * np.nanmax(np.abs(state.values('gap')))) / 20)) if 'gap' in t and np.isfinite(state.values('gap')).any() else 1.
-    button = lambda text, tip, style='': w.Button(description=text, tooltip=tip, button_style=style, layout=dict(width='auto'))
-    return dict(color=w.Dropdown(options=state.columns(), value=state.color_by, description='colour', style=dict(description_width='48px'), layout=dict(width='220px')),
-                histogram=w.Dropdown(options=state.columns(), value=state.histogram_of, description='histogram', style=dict(description_width='66px'), layout=full),
-                search=w.Text(placeholder='flooded road', continuous_update=False, description='find', style=dict(description_width='34px'), layout=dict(width='240px'), disabled=state.encoder is None),
-                dataset=names('dataset', 4), method=names('method', 5), scene=w.Text(placeholder='all, or a pattern: town*', continuous_update=False, layout=full, disabled='scene' not in t),
-                oa=span('oa', 0., 1.), gap=span('gap', -gap, gap), reset=button('Show all', 'drop all filters'),
-                shown=button('Select shown', 'select every map that passes the filter'), clear=button('Clear', 'select nothing'),
-                near=button('Neighbours', 'select the maps most like the one in focus'), why=button('Why?', 'say what speaks for or against the map in focus'),
-                path=w.Text(value='selection.csv', layout=dict(width='150px'), tooltip='.csv, .parquet or .lance'), save=button('Save', 'write the selection to this file'),
-                listed=w.Select(options=[], rows=7, layout=full, tooltip='maps of the selection; arrow keys walk through them'))
+    t = state.table
+    full = dict(width='auto')
+    names = lambda c, rows: w.SelectMultiple(
+        options=state.codes(c)[1] if c in t else [],
+        rows=rows,
+        description='',
+        layout=dict(width='auto'),
+        disabled=c not in t,
+        tooltip=f'{c}: none chosen shows all',
+    )
+    span = lambda c, lo, hi: w.FloatRangeSlider(
+        value=(lo, hi),
+        min=lo,
+        max=hi,
+        step=0.01,
+        continuous_update=False,
+        readout_format='.2f',
+        layout=full,
+        disabled=c not in t,
+        tooltip=f'range of {c}',
+    )
+    gap = (
+        max(0.05, float(np.ceil(20 * np.nanmax(np.abs(state.values('gap')))) / 20))
+        if 'gap' in t and np.isfinite(state.values('gap')).any()
+        else 1.0
+    )
+    button = lambda text, tip, style='': w.Button(
+        description=text, tooltip=tip, button_style=style, layout=dict(width='auto')
+    )
+    return dict(
+        color=w.Dropdown(
+            options=state.columns(),
+            value=state.color_by,
+            description='colour',
+            style=dict(description_width='48px'),
+            layout=dict(width='220px'),
+        ),
+        histogram=w.Dropdown(
+            options=state.columns(),
+            value=state.histogram_of,
+            description='histogram',
+            style=dict(description_width='66px'),
+            layout=full,
+        ),
+        search=w.Text(
+            placeholder='flooded road',
+            continuous_update=False,
+            description='find',
+            style=dict(description_width='34px'),
+            layout=dict(width='240px'),
+            disabled=state.encoder is None,
+        ),
+        dataset=names('dataset', 4),
+        method=names('method', 5),
+        scene=w.Text(
+            placeholder='all, or a pattern: town*',
+            continuous_update=False,
+            layout=full,
+            disabled='scene' not in t,
+        ),
+        oa=span('oa', 0.0, 1.0),
+        gap=span('gap', -gap, gap),
+        reset=button('Show all', 'drop all filters'),
+        shown=button('Select shown', 'select every map that passes the filter'),
+        clear=button('Clear', 'select nothing'),
+        near=button('Neighbours', 'select the maps most like the one in focus'),
+        why=button('Why?', 'say what speaks for or against the map in focus'),
+        path=w.Text(value='selection.csv', layout=dict(width='150px'), tooltip='.csv, .parquet or .lance'),
+        save=button('Save', 'write the selection to this file'),
+        listed=w.Select(
+            options=[], rows=7, layout=full, tooltip='maps of the selection; arrow keys walk through them'
+        ),
+    )
 
 
 def _screens(): # name -> widget that only shows
     import ipywidgets as w
-    return {name: w.HTML(layout=dict(margin='0')) for name in ('header', 'legend', 'status', 'bars', 'summary', 'tile', 'why')}
+    return {
+        name: w.HTML(layout=dict(margin='0'))
+        for name in ('header', 'legend', 'status', 'bars', 'summary', 'tile', 'why')
+    }
 
 
 KEYS = """export default { render({ el }) {
@@ -186,17 +346,33 @@ def _keys(): # JupyterLab takes arrow keys for itself, to walk from cell to cell
     return type('Keys', (AnyWidget,), dict(_esm=KEYS))(layout=dict(display='none'))
 
 
-FILTERS = dict(dataset='dataset', method='method', scene='scene', oa='OA', gap='predicted − OA') # column -> words beside its control
+# column -> words beside its control
+FILTERS = dict(dataset='dataset', method='method', scene='scene', oa='OA', gap='predicted − OA')
 
 
 def _layout(c, s, scatter, table): # controls, screens -> box; a filter of a column that is not there is left out
     import ipywidgets as w
     label = lambda text: w.HTML(f'<b style="font-size:12px">{text}</b>', layout=dict(margin='4px 0 -4px 0'))
-    filters = [part for column, words in FILTERS.items() if column in table for part in (label(words), c[column])]
+    filters = [
+        part for column, words in FILTERS.items() if column in table for part in (label(words), c[column])
+    ]
     left = w.VBox([*filters, c['reset']] if filters else [], layout=dict(width='220px' if filters else '0'))
     top = w.HBox([c['color'], c['search'], c['shown'], c['clear']], layout=dict(flex_flow='row wrap'))
-    middle = w.VBox([top, scatter, s['legend'], s['status']], layout=dict(flex='1 1 420px', min_width='360px'))
-    right = w.VBox([s['tile'], s['bars'], c['histogram'], s['summary'], c['listed'], w.HBox([c['near'], c['why'], c['path'], c['save']]), s['why']], layout=dict(width='400px'))
+    middle = w.VBox(
+        [top, scatter, s['legend'], s['status']], layout=dict(flex='1 1 420px', min_width='360px')
+    )
+    right = w.VBox(
+        [
+            s['tile'],
+            s['bars'],
+            c['histogram'],
+            s['summary'],
+            c['listed'],
+            w.HBox([c['near'], c['why'], c['path'], c['save']]),
+            s['why'],
+        ],
+        layout=dict(width='400px'),
+    )
     return w.VBox([_keys(), s['header'], w.HBox([left, middle, right], layout=dict(width='100%'))])
 
 
@@ -208,12 +384,22 @@ class Explorer:
         height: int = 440, # of the scatter, pixels
         **options, # for ExplorerState: store, semantic, encoder, images, method, numbers, seed
     ):
-        self.state = table if isinstance(table, ExplorerState) else ExplorerState(table, features, **dict(draft=True) | options)
-        self.scatter, self.controls, self.screens, self._busy = make_scatter(self.state, height), _controls(self.state), _screens(), False
+        self.state = (
+            table
+            if isinstance(table, ExplorerState)
+            else ExplorerState(table, features, **dict(draft=True) | options)
+        )
+        self.scatter, self.controls, self.screens, self._busy = (
+            make_scatter(self.state, height),
+            _controls(self.state),
+            _screens(),
+            False,
+        )
         self.box = _layout(self.controls, self.screens, self.scatter.widget, self.state.table)
         self._listen()
         self.state.observe(self._redraw)
-        for what in ('filter', 'focus'): self._redraw(what)                # colours are there: points travel to the browser once
+        for what in ('filter', 'focus'):  # colours are there: points travel to the browser once
+            self._redraw(what)
         self._draw_legend(encode(self.state, self.state.color_by)[2])
         self._draw_header()
         self.box.add_class('rssqa-explorer')
@@ -226,9 +412,11 @@ class Explorer:
 
     async def _await_places(self):
         try: found = await asyncio.to_thread(self.state.wanted)
-        except Exception as e: self._tell(f'{self.state.coming} failed, the places of PCA stay: {e}', fault=True)
+        except Exception as e:
+            self._tell(f'{self.state.coming} failed, the places of PCA stay: {e}', fault=True)
         else:
-            if self.state.coming: self._do(self.state.place, *found)          # nobody waited for them meanwhile
+            if self.state.coming:  # nobody waited for them meanwhile
+                self._do(self.state.place, *found)
 
     def _listen(self):
         c, s = self.controls, self.state
@@ -236,12 +424,28 @@ class Explorer:
         click = lambda name, act: c[name].on_click(lambda _: self._do(act))
         self.scatter.widget.observe(lambda change: self._do(self._lassoed, change['new']), 'selection')
         self.scatter.widget.observe(lambda change: self._do(s.hover, change['new']), 'hovering')
-        on('color', s.color); on('histogram', s.show_histogram); on('search', self._find); on('listed', self._pick)
-        for name in ('dataset', 'method'): on(name, lambda value, name=name: s.filter(**{name: list(value) or None}))
+        on('color', s.color)
+        on('histogram', s.show_histogram)
+        on('search', self._find)
+        on('listed', self._pick)
+        for name in ('dataset', 'method'):
+            on(name, lambda value, name=name: s.filter(**{name: list(value) or None}))
         on('scene', lambda value: s.filter(scene=value.strip() or None))
-        for name in ('oa', 'gap'): on(name, lambda value, name=name: s.filter(**{name: None if tuple(value) == (c[name].min, c[name].max) else tuple(value)}))
-        click('reset', self._show_all); click('shown', s.select_shown); click('clear', lambda: s.select([], reason=''))
-        click('near', self._near); click('why', self._why); click('save', lambda: self._tell(f'{len(s.rows()):,} maps written to {s.export(c["path"].value).name}'))
+        for name in ('oa', 'gap'):
+            on(
+                name,
+                lambda value, name=name: s.filter(
+                    **{name: None if tuple(value) == (c[name].min, c[name].max) else tuple(value)}
+                ),
+            )
+        click('reset', self._show_all)
+        click('shown', s.select_shown)
+        click('clear', lambda: s.select([], reason=''))
+        click('near', self._near)
+        click('why', self._why)
+        click(
+            'save', lambda: self._tell(f'{len(s.rows()):,} maps written to {s.export(c["path"].value).name}')
+        )
 
     def _do(self, act, *args): # a fault is told, and the window lives on
         if self._busy: return
@@ -251,11 +455,17 @@ class Explorer:
         except Exception as e: self._tell(f'{type(e).__name__}: {e}', fault=True)
 
     def _tell(self, text, fault=False):
-        s, colour = self.state, PALETTE[4] if fault else '#444444'
-        counts = f'{int(s.mask.sum()):,} of {len(s):,} shown, {len(s.rows()):,} selected' + (f' ({s.reason})' if len(s.rows()) else '')
-        self.screens['status'].value = f'<div role="status" aria-live="polite" style="font-size:12px;line-height:1.4;color:{colour}">{html.escape(text or counts)}</div>'
+        s = self.state
+        colour = PALETTE[4] if fault else '#444444'
+        counts = f'{int(s.mask.sum()):,} of {len(s):,} shown, {len(s.rows()):,} selected' + (
+            f' ({s.reason})' if len(s.rows()) else ''
+        )
+        self.screens[
+            'status'
+        ].value = f'<div role="status" aria-live="polite" style="font-size:12px;line-height:1.4;color:{colour}">{html.escape(text or counts)}</div>'
 
-    def _lassoed(self, rows): self.state.select(np.empty(0, np.int64) if rows is None else np.sort(rows), reason='lasso')
+    def _lassoed(self, rows):
+        self.state.select(np.empty(0, np.int64) if rows is None else np.sort(rows), reason='lasso')
 
     def _find(self, text):
         if text.strip(): self.state.search(text)
@@ -265,15 +475,29 @@ class Explorer:
         if row is not None: self.state.hover(row)
 
     def _focus(self):
-        if self.state.focus is None: raise Incompatible('no map is in focus', '', 'point at one, or choose one in the list')
+        if self.state.focus is None:
+            raise Incompatible('no map is in focus', '', 'point at one, or choose one in the list')
         return self.state.focus
 
     def _near(self): self.state.neighbours(self._focus())
-    def _why(self): self.screens['why'].value = f'<div style="font-size:12px;line-height:1.4">{html.escape(why_text(why(self.state, self._focus())))}</div>'
+    def _why(self):
+        self.screens[
+            'why'
+        ].value = f'<div style="font-size:12px;line-height:1.4">{html.escape(why_text(why(self.state, self._focus())))}</div>'
 
     def _show_all(self):
-        self._quietly(lambda: [setattr(self.controls[n], 'value', v) for n, v in (('dataset', ()), ('method', ()), ('scene', ''))] + [
-            setattr(self.controls[n], 'value', (self.controls[n].min, self.controls[n].max)) for n in ('oa', 'gap')])
+        self._quietly(
+            lambda: (
+                [
+                    setattr(self.controls[n], 'value', v)
+                    for n, v in (('dataset', ()), ('method', ()), ('scene', ''))
+                ]
+                + [
+                    setattr(self.controls[n], 'value', (self.controls[n].min, self.controls[n].max))
+                    for n in ('oa', 'gap')
+                ]
+            )
+        )
         self.state.filter(**dict.fromkeys(self.state.rules))
 
     def _quietly(self, change): # set controls without being told of it
@@ -291,12 +515,20 @@ class Explorer:
 
     def _draw_legend(self, legend):
         s = self.state
-        lost = int((~np.isfinite(s.values(s.color_by))).sum() if isinstance(legend, tuple) else (s.codes(s.color_by)[0] < 0).sum())
+        lost = int(
+            (~np.isfinite(s.values(s.color_by))).sum()
+            if isinstance(legend, tuple)
+            else (s.codes(s.color_by)[0] < 0).sum()
+        )
         self.screens['legend'].value = legend_html(s.color_by, legend, lost)
 
     def _draw_header(self):
         said = html.escape(self.state.header().replace(':\n', ': ').replace('\n', ' · '))
-        self.screens['header'].value = f'<style>{STYLE}</style><div style="font-size:12px;color:#555555;line-height:1.4">{said}</div>'
+        self.screens[
+            'header'
+        ].value = (
+            f'<style>{STYLE}</style><div style="font-size:12px;color:#555555;line-height:1.4">{said}</div>'
+        )
 
     def _draw_places(self):
         move(self.scatter, self.state)
@@ -307,11 +539,15 @@ class Explorer:
         self.scatter.filter(None if self.state.mask.all() else np.flatnonzero(self.state.mask))
         self._draw_selection()
 
-    def _draw_histogram(self): self.screens['bars'].value, self.controls['histogram'].value = bars_svg(self.state.histogram(), self.state.histogram_of), self.state.histogram_of
+    def _draw_histogram(self):
+        self.screens['bars'].value = bars_svg(self.state.histogram(), self.state.histogram_of)
+        self.controls['histogram'].value = self.state.histogram_of
 
     def _draw_selection(self):
         s = self.state
-        if not np.array_equal(np.sort(self.scatter.widget.selection), np.sort(s.chosen)): self.scatter.selection(s.chosen)   # a lasso is there already
+        # a lasso is there already
+        if not np.array_equal(np.sort(self.scatter.widget.selection), np.sort(s.chosen)):
+            self.scatter.selection(s.chosen)
         self._draw_histogram()
         self.screens['summary'].value = summary_html(s.summary())
         rows = s.rows()[:LISTED]
@@ -321,12 +557,22 @@ class Explorer:
 
     def _draw_focus(self):
         s = self.state
-        if s.focus is None: self.screens['tile'].value = f'<div style="font-size:12px;color:#777777;height:{150 if s.images else 17}px">{HINT if s.images else "Point at a map, or lasso some."}</div>'; return
+        if s.focus is None:
+            self.screens[
+                'tile'
+            ].value = f'<div style="font-size:12px;color:#777777;height:{150 if s.images else 17}px">{HINT if s.images else "Point at a map, or lasso some."}</div>'
+            return
         name = html.escape(_lines(s, [s.focus])[0])
-        tile = f'<img src="data:image/png;base64,{base64.b64encode(s.tile(s.focus)).decode()}" alt="image, map and error of {name}" style="width:392px">' if s.images else ''
+        tile = (
+            f'<img src="data:image/png;base64,{base64.b64encode(s.tile(s.focus)).decode()}" alt="image, map and error of {name}" style="width:392px">'
+            if s.images
+            else ''
+        )
         self.screens['tile'].value = f'{tile}<div style="font-size:12px;line-height:1.3">{name}</div>'
         self.screens['why'].value = ''
-        self.controls['listed'].value = s.focus if s.focus in [value for _, value in self.controls['listed'].options] else None
+        self.controls['listed'].value = (
+            s.focus if s.focus in [value for _, value in self.controls['listed'].options] else None
+        )
 
     def selection(self) -> pd.DataFrame:
         "Return the selected rows that pass the filter, in their order."
@@ -342,17 +588,40 @@ class Explorer:
 
 def _lines(s, rows, score=None): # maps in words
     known = [(word, s.values(c)) for word, c in (('OA', 'oa'), ('predicted', 'predicted')) if c in s.table]
-    return [' · '.join([*([f'{score[k]:.3f}'] if score is not None else []), name, *(f'{word} {_said(x[row])}' for word, x in known)]) for k, (row, name) in enumerate(zip(rows, s.names(rows)))]
+    return [
+        ' · '.join(
+            [
+                *([f'{score[k]:.3f}'] if score is not None else []),
+                name,
+                *(f'{word} {_said(x[row])}' for word, x in known),
+            ]
+        )
+        for k, (row, name) in enumerate(zip(rows, s.names(rows)))
+    ]
 
 
 def summary_html(facts: dict) -> str: # from ExplorerState.summary
     "Describe a selection in two lines."
     if not facts['n']: return '<div style="font-size:12px">Nothing selected.</div>'
-    means = [f'{word} {facts[c]:.3f}' for c, word in (('oa', 'mean OA'), ('predicted', 'predicted'), ('error', 'mean error')) if np.isfinite(facts[c])]
-    parts = [f'{html.escape(k)}: ' + ', '.join(f'{html.escape(v)} {n:,}' for v, n in facts[k].items()) for k in ('dataset', 'method') if k in facts]
-    return f'<div style="font-size:12px;line-height:1.4"><b>{facts["n"]:,}</b> of {facts["of"]:,}' + ''.join(f' · {m}' for m in means) + '<br>' + '<br>'.join(parts) + '</div>'
+    means = [
+        f'{word} {facts[c]:.3f}'
+        for c, word in (('oa', 'mean OA'), ('predicted', 'predicted'), ('error', 'mean error'))
+        if np.isfinite(facts[c])
+    ]
+    parts = [
+        f'{html.escape(k)}: ' + ', '.join(f'{html.escape(v)} {n:,}' for v, n in facts[k].items())
+        for k in ('dataset', 'method')
+        if k in facts
+    ]
+    return (
+        f'<div style="font-size:12px;line-height:1.4"><b>{facts["n"]:,}</b> of {facts["of"]:,}'
+        + ''.join(f' · {m}' for m in means)
+        + '<br>'
+        + '<br>'.join(parts)
+        + '</div>'
+    )
 
-# %% ../../nbs/65_viz.explorer_widget.ipynb #5b8751fd
+# %% ../../nbs/65_viz.explorer_widget.ipynb #3df3c3c2
 READERS = {'.parquet': pd.read_parquet, '.csv': pd.read_csv}
 
 
@@ -365,7 +634,13 @@ def explore(
     if source is None: return Explorer(example(**options), height=height)
     if not isinstance(source, (str, os.PathLike)): return Explorer(source, height=height, **options)
     path = Path(source)
-    if not path.exists(): raise DataNotFound(f'nothing at {path}', 'expected a table or the folder of a run', 'check the path')
+    if not path.exists():
+        raise DataNotFound(f'nothing at {path}', 'expected a table or the folder of a run', 'check the path')
     if path.is_dir(): return Explorer(open_run(path, **dict(draft=True) | options), height=height)
-    if path.suffix not in READERS: raise Incompatible(f'cannot open {path.name}', f'found suffix {path.suffix!r}, expected {" or ".join(READERS)}', 'save the table in one of these')
+    if path.suffix not in READERS:
+        raise Incompatible(
+            f'cannot open {path.name}',
+            f'found suffix {path.suffix!r}, expected {" or ".join(READERS)}',
+            'save the table in one of these',
+        )
     return Explorer(READERS[path.suffix](path), height=height, **options)

@@ -22,14 +22,28 @@ from ..data.datasets import colourise
 from ..segment.metrics import IGNORE, plcc, single_best, wide, within
 from .projection import branch_maps, separation_text
 
-# %% ../../nbs/61_viz.figures.ipynb #18ad956f
+# %% ../../nbs/61_viz.figures.ipynb #4f354b60
 PALETTE = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9', '#7F7F7F', '#000000')
 MARKERS = 'osD^vPX*'
 OA_MAP, UNKNOWN = 'viridis', '#BBBBBB'
-STYLE = {'figure.dpi': 80, 'savefig.dpi': 80, 'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold',
-         'axes.titlelocation': 'left', 'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#666666',
-         'axes.labelcolor': '#333333', 'legend.frameon': False, 'legend.fontsize': 8, 'xtick.color': '#444444', 'ytick.color': '#444444',
-         'figure.facecolor': 'white', 'image.cmap': OA_MAP}
+STYLE = {
+    'figure.dpi': 80,
+    'savefig.dpi': 80,
+    'font.size': 9,
+    'axes.titlesize': 10,
+    'axes.titleweight': 'bold',
+    'axes.titlelocation': 'left',
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.edgecolor': '#666666',
+    'axes.labelcolor': '#333333',
+    'legend.frameon': False,
+    'legend.fontsize': 8,
+    'xtick.color': '#444444',
+    'ytick.color': '#444444',
+    'figure.facecolor': 'white',
+    'image.cmap': OA_MAP,
+}
 
 
 def set_style() -> None:
@@ -37,7 +51,7 @@ def set_style() -> None:
     import matplotlib
     matplotlib.rcParams.update(STYLE, **{'axes.prop_cycle': matplotlib.cycler(color=PALETTE)})
 
-# %% ../../nbs/61_viz.figures.ipynb #b6570e1b
+# %% ../../nbs/61_viz.figures.ipynb #40b9385d
 @dataclass(repr=False)
 class Display:
     "A picture together with the numbers that it draws."
@@ -55,7 +69,8 @@ class Display:
         self.figure_.savefig(out := io.BytesIO(), format='png', bbox_inches='tight')
         return out.getvalue()
 
-    def __repr__(self): return f'Display of {len(self.data_)} rows: {", ".join(map(str, self.data_.columns[:8]))}'
+    def __repr__(self):
+        return f'Display of {len(self.data_)} rows: {", ".join(map(str, self.data_.columns[:8]))}'
 
 
 def _canvas(ax, width, height): # -> axes, on a new figure if none was given
@@ -70,30 +85,41 @@ def _plain(text): return str(text).replace('$', r'\$')   # a name is never a for
 
 
 def _title(ax, title, note=''): # bold title, small grey note under it, wrapped to the width of the panel
-    width = ax.get_figure(root=True).get_figwidth() / (ax.get_subplotspec().get_gridspec().ncols if ax.get_subplotspec() else 1)
+    width = ax.get_figure(root=True).get_figwidth() / (
+        ax.get_subplotspec().get_gridspec().ncols if ax.get_subplotspec() else 1
+    )
     lines = [part for line in note.split('\n') for part in textwrap.wrap(line, int(width * 13))]
     ax.set_title(_plain(title), pad=6 + 11 * len(lines))
-    ax.annotate(_plain('\n'.join(lines)), (0, 1), xytext=(0, 4), xycoords='axes fraction', textcoords='offset points',
-                va='bottom', fontsize=8,
-                color='#555555').set_in_layout(False)   # a long note must not squeeze the axes
+    ax.annotate(
+        _plain('\n'.join(lines)),
+        (0, 1),
+        xytext=(0, 4),
+        xycoords='axes fraction',
+        textcoords='offset points',
+        va='bottom',
+        fontsize=8,
+        color='#555555',
+    ).set_in_layout(False)  # a long note must not squeeze the axes
 
-# %% ../../nbs/61_viz.figures.ipynb #1fad1ba2
+# %% ../../nbs/61_viz.figures.ipynb #1f85024a
 def _need(table, columns, what): # raise unless the table has rows and these columns
     missing = [c for c in columns if c not in table]
     if missing: raise SchemaError(f'cannot draw {what}', f'the table has no column {", ".join(missing)}',
                                   f'it has {", ".join(map(str, table.columns[:20]))}')
-    if not len(table): raise SchemaError(f'cannot draw {what}', 'the table is empty, expected at least one row',
-                                         'check the filter or the path it came from')
+    if not len(table):
+        raise SchemaError(f'cannot draw {what}', 'the table is empty, expected at least one row',
+                                                 'check the filter or the path it came from')
 
 
 def _measured(table, columns, what): # -> rows where these numbers are finite, note about the others
     _need(table, columns, what)
     good = table[np.isfinite(table[list(columns)].astype(float)).all(axis=1)]
-    if not len(good): raise SchemaError(f'cannot draw {what}', f'{", ".join(columns)} are missing in all {len(table)} rows',
-                                        'predict or score the table first')
+    if not len(good):
+        raise SchemaError(f'cannot draw {what}', f'{", ".join(columns)} are missing in all {len(table)} rows',
+                                                'predict or score the table first')
     return good, f', {len(table) - len(good)} without numbers left out' if len(good) < len(table) else ''
 
-# %% ../../nbs/61_viz.figures.ipynb #5550a089
+# %% ../../nbs/61_viz.figures.ipynb #c0d52d7f
 def how_made(
     attrs: dict, # of a frame from `project`
 ) -> str:
@@ -116,7 +142,8 @@ def limits(
     known = np.asarray(values, float)
     known = known[np.isfinite(known)]
     if not len(known): return 0., 1.
-    lo, hi = float(known.min()), float(known.max())
+    lo = float(known.min())
+    hi = float(known.max())
     if 0 <= lo and hi <= 1: return 0., 1.
     return (lo, hi) if lo < hi else (lo - .5, hi + .5)
 
@@ -126,7 +153,7 @@ def _groups(values): # -> (name, rows, colour, marker) a category, in order
     for i, name in enumerate(sorted(set(names))):
         yield name, names == name, PALETTE[i % 8], MARKERS[(i + i // 8) % 8]
 
-# %% ../../nbs/61_viz.figures.ipynb #fdb7b19a
+# %% ../../nbs/61_viz.figures.ipynb #aa4d7822
 def plot_embedding(
     emb: pd.DataFrame, # columns u, v and `color`
     color: str = 'oa', # column; numbers get the continuous map (0..1 for accuracies), anything else the palette
@@ -138,27 +165,52 @@ def plot_embedding(
 ) -> Display: # data_: the points, or the cells with n and `color`
     "Draw a projection, coloured by one column, with the numbers measured behind it."
     _need(emb, ['u', 'v', color], 'an embedding')
-    ax, name = _canvas(ax, 5.6, 4.6), 'OA' if color == 'oa' else color
+    ax = _canvas(ax, 5.6, 4.6)
+    name = 'OA' if color == 'oa' else color
     dense = len(emb) > max_points
     data = (_draw_density if dense else _draw_points)(ax, emb, color, name, cells)
     blank = f', {emb[color].isna().sum():,} without {name}' if emb[color].isna().any() else ''
     total = emb.attrs.get('of', len(emb))
-    drawn = f'n = {len(emb):,}' + (f' of {total:,}' if len(emb) < total else '') + blank + (f', density in {len(data):,} cells' if dense else '')
-    _title(ax, title or f'features, coloured by {name}', f'{drawn} · {how_made(emb.attrs)}\n{separation_text(numbers)}')
+    drawn = (
+        f'n = {len(emb):,}'
+        + (f' of {total:,}' if len(emb) < total else '')
+        + blank
+        + (f', density in {len(data):,} cells' if dense else '')
+    )
+    _title(
+        ax,
+        title or f'features, coloured by {name}',
+        f'{drawn} · {how_made(emb.attrs)}\n{separation_text(numbers)}',
+    )
     ax.set(xticks=[], yticks=[], xlabel='u (no unit)', ylabel='v (no unit)')
     return _display(data, ax)
 
 
 def _draw_points(ax, emb, color, name, cells):
-    data = emb.sample(len(emb), random_state=0)                              # shuffled, so that no class hides another
-    style = dict(s=(size := float(np.clip(3000 / len(data), 3, 36))), linewidths=.2, edgecolors='#333333', rasterized=True)
+    # shuffled, so that no class hides another
+    data = emb.sample(len(emb), random_state=0)
+    style = dict(
+        s=(size := float(np.clip(3000 / len(data), 3, 36))),
+        linewidths=0.2,
+        edgecolors='#333333',
+        rasterized=True,
+    )
     if is_number(data[color]) and data[color].notna().any():
         lo, hi = limits(data[color])
-        marks = ax.scatter(data.u, data.v, c=data[color], cmap=_scale(), vmin=lo, vmax=hi, plotnonfinite=True, **style)
+        marks = ax.scatter(
+            data.u, data.v, c=data[color], cmap=_scale(), vmin=lo, vmax=hi, plotnonfinite=True, **style
+        )
         ax.figure.colorbar(marks, ax=ax, label=_plain(name), shrink=.8)
     else:
         for group, i, colour, marker in _groups(data[color]):
-            ax.scatter(data.u[i], data.v[i], c=colour, marker=marker, label=f'{_plain(group[:24])} ({i.sum():,})', **style)
+            ax.scatter(
+                data.u[i],
+                data.v[i],
+                c=colour,
+                marker=marker,
+                label=f'{_plain(group[:24])} ({i.sum():,})',
+                **style,
+            )
         ax.legend(loc='upper left', bbox_to_anchor=(1, 1), markerscale=max(1, (20 / size)**.5))
     return data
 
@@ -167,15 +219,25 @@ def _scale():
     import matplotlib
     return matplotlib.colormaps[OA_MAP].with_extremes(bad=UNKNOWN)
 
-# %% ../../nbs/61_viz.figures.ipynb #9d785db9
+# %% ../../nbs/61_viz.figures.ipynb #46aa31a7
 def _cells(emb, color, cells): # -> frame u, v (middles), n, `color` (mean, or most frequent); step, size of a cell
     step = max(np.ptp(emb.u), np.ptp(emb.v)) / cells or 1.
     at = [((emb[c] - emb[c].min()) // step).astype(int) for c in 'uv']
-    value = emb[color] if is_number(emb[color]) else emb[color].astype(object).where(emb[color].notna(), 'unknown').astype(str)
+    value = (
+        emb[color]
+        if is_number(emb[color])
+        else emb[color].astype(object).where(emb[color].notna(), 'unknown').astype(str)
+    )
     groups = pd.DataFrame(dict(i=at[0], j=at[1], value=value)).groupby(['i', 'j'])
-    most = groups.value.mean() if is_number(value) else groups.value.agg(lambda s: s.value_counts(sort=False).sort_index().idxmax())
+    most = (
+        groups.value.mean()
+        if is_number(value)
+        else groups.value.agg(lambda s: s.value_counts(sort=False).sort_index().idxmax())
+    )
     out = pd.DataFrame({'n': groups.size(), color: most}).reset_index()
-    return out.assign(u=emb.u.min() + (out.i + .5) * step, v=emb.v.min() + (out.j + .5) * step)[['u', 'v', 'n', color, 'i', 'j']], step
+    return out.assign(u=emb.u.min() + (out.i + 0.5) * step, v=emb.v.min() + (out.j + 0.5) * step)[
+        ['u', 'v', 'n', color, 'i', 'j']
+    ], step
 
 
 def _draw_density(ax, emb, color, name, cells):
@@ -194,11 +256,18 @@ def _draw_density(ax, emb, color, name, cells):
             ax.plot([], [], 's', color=colour, label=f'{_plain(group[:24])} ({held[group]:,})')
         ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     picture[data.j, data.i, 3] = .25 + .75 * np.minimum(1, np.log1p(data.n) / np.log1p(data.n.quantile(.95)))
-    left, low = emb.u.min(), emb.v.min()
-    ax.imshow(picture, origin='lower', extent=(left, left + step * picture.shape[1], low, low + step * picture.shape[0]), interpolation='nearest', aspect='auto')
+    left = emb.u.min()
+    low = emb.v.min()
+    ax.imshow(
+        picture,
+        origin='lower',
+        extent=(left, left + step * picture.shape[1], low, low + step * picture.shape[0]),
+        interpolation='nearest',
+        aspect='auto',
+    )
     return data.drop(columns=['i', 'j'])
 
-# %% ../../nbs/61_viz.figures.ipynb #5c60f454
+# %% ../../nbs/61_viz.figures.ipynb #a7ea4ac3
 def compare_branches(
     views: dict, # name -> (N,D) features of the same N rows, such as semantic, segmenter, fused
     table: pd.DataFrame, # N rows: oa, dataset, and scene where there is one
@@ -212,33 +281,63 @@ def compare_branches(
     from matplotlib.figure import Figure
     if color != 'rank': _need(table, [color], 'branches')
     maps = branch_maps(views, table, method, seed, **options)
-    if axes is None: axes = Figure((2.75 * len(maps) + .9, 3.9), layout='constrained').subplots(1, len(maps), squeeze=False)[0]
-    for ax, (name, (emb, numbers)) in zip(np.ravel(axes), maps.items()): marks = _branch_panel(ax, name, emb, numbers, color)
+    if axes is None:
+        axes = Figure((2.75 * len(maps) + 0.9, 3.9), layout='constrained').subplots(
+            1, len(maps), squeeze=False
+        )[0]
+    for ax, (name, (emb, numbers)) in zip(np.ravel(axes), maps.items()):
+        marks = _branch_panel(ax, name, emb, numbers, color)
     figure = np.ravel(axes)[0].get_figure(root=True)
-    if marks is not None: figure.colorbar(marks, ax=np.ravel(axes).tolist(), label='rank of OA within dataset' if color == 'rank' else _plain(color), shrink=.8, aspect=25)
+    if marks is not None:
+        figure.colorbar(
+            marks,
+            ax=np.ravel(axes).tolist(),
+            label='rank of OA within dataset' if color == 'rank' else _plain(color),
+            shrink=0.8,
+            aspect=25,
+        )
     else: np.ravel(axes)[-1].legend(loc='upper left', bbox_to_anchor=(1, 1), markerscale=2)
-    return _display(pd.DataFrame({name: numbers for name, (_, numbers) in maps.items()}).T.rename_axis('view'), axes)
+    return _display(
+        pd.DataFrame({name: numbers for name, (_, numbers) in maps.items()}).T.rename_axis('view'), axes
+    )
 
 
 def _branch_panel(ax, name, emb, numbers, color): # -> marks of a continuous colour, or None
     data = emb.assign(rank=emb.groupby('dataset').oa.rank(pct=True)).sample(len(emb), random_state=0)
-    style, marks = dict(s=float(np.clip(2400 / len(data), 2, 20)), linewidths=0, rasterized=True), None
+    style = dict(s=float(np.clip(2400 / len(data), 2, 20)), linewidths=0, rasterized=True)
+    marks = None
     if is_number(data[color]) and data[color].notna().any():
-        marks = ax.scatter(data.u, data.v, c=data[color], cmap=_scale(), **dict(zip(('vmin', 'vmax'), limits(data[color]))), plotnonfinite=True, **style)
+        marks = ax.scatter(
+            data.u,
+            data.v,
+            c=data[color],
+            cmap=_scale(),
+            **dict(zip(('vmin', 'vmax'), limits(data[color]))),
+            plotnonfinite=True,
+            **style,
+        )
     else:
-        for group, i, colour, marker in _groups(data[color]): ax.scatter(data.u[i], data.v[i], c=colour, marker=marker, label=_plain(group[:24]), **style)
+        for group, i, colour, marker in _groups(data[color]):
+            ax.scatter(data.u[i], data.v[i], c=colour, marker=marker, label=_plain(group[:24]), **style)
     ax.set(xticks=[], yticks=[])
-    _title(ax, name, f'{emb.attrs["method"]}, n = {len(emb):,}' + (f' of {emb.attrs["of"]:,}' if len(emb) < emb.attrs['of'] else ''))
+    _title(
+        ax,
+        name,
+        f'{emb.attrs["method"]}, n = {len(emb):,}'
+        + (f' of {emb.attrs["of"]:,}' if len(emb) < emb.attrs['of'] else ''),
+    )
     ax.set_xlabel(_branch_text(numbers), loc='left', fontsize=8)
     return marks
 
 
 def _branch_text(m): # numbers of one view, a line each
     if not m['n']: return 'cannot be measured:\ntoo few rows, or one scene a dataset'
-    return (f'skill {m["skill"]:.2f} (MAE {m["knn_mae"]:.3f} : {m["mean_mae"]:.3f})\nthirds: neighbours {m["tertile_accuracy"]:.0%}, probe {m["probe_accuracy"]:.0%}'
-            f'\n  (chance {m["chance"]:.0%})\nsilhouette {m["silhouette"]:.2f}\ntrustworthy {m["trustworthiness"]:.2f}, neighbours kept {m["preservation"]:.0%}')
+    return (
+        f'skill {m["skill"]:.2f} (MAE {m["knn_mae"]:.3f} : {m["mean_mae"]:.3f})\nthirds: neighbours {m["tertile_accuracy"]:.0%}, probe {m["probe_accuracy"]:.0%}'
+        f'\n  (chance {m["chance"]:.0%})\nsilhouette {m["silhouette"]:.2f}\ntrustworthy {m["trustworthiness"]:.2f}, neighbours kept {m["preservation"]:.0%}'
+    )
 
-# %% ../../nbs/61_viz.figures.ipynb #d54b75b7
+# %% ../../nbs/61_viz.figures.ipynb #b9d8f876
 def scores(
     sqed: pd.DataFrame, # image_id, dataset, oa and `column`
     column: str = 'predicted', # which prediction
@@ -246,11 +345,17 @@ def scores(
     "Compare predicted with true OA within image, within dataset and in absolute terms."
     t = _measured(sqed, ['oa', column], 'predicted against true')[0].assign(predicted=lambda t: t[column])
     error = t.predicted - t.oa
-    return dict(srocc_image=within(t, 'image_id')[0], srocc_dataset=within(t, 'dataset')[0],
-                plcc_dataset=within(t, 'dataset', plcc)[0],
-                mae=float(error.abs().mean()), bias=float(error.mean()), n_rows=len(t), n_images=t.image_id.nunique())
+    return dict(
+        srocc_image=within(t, 'image_id')[0],
+        srocc_dataset=within(t, 'dataset')[0],
+        plcc_dataset=within(t, 'dataset', plcc)[0],
+        mae=float(error.abs().mean()),
+        bias=float(error.mean()),
+        n_rows=len(t),
+        n_images=t.image_id.nunique(),
+    )
 
-# %% ../../nbs/61_viz.figures.ipynb #dcb79397
+# %% ../../nbs/61_viz.figures.ipynb #dbe3e86f
 def plot_predicted_true(
     sqed: pd.DataFrame, # image_id, dataset, oa, predicted and `by`
     by: str = 'dataset', # column that colours the points
@@ -261,12 +366,15 @@ def plot_predicted_true(
     "Draw predicted against true OA, with agreement measured within image and within dataset."
     _need(sqed, ['image_id', 'dataset', by], 'predicted against true')
     t, left = _measured(sqed, ['oa', column], 'predicted against true')
-    a, data, ax = scores(t, column), t.sample(min(len(t), max_points), random_state=0), _canvas(ax, 5.6, 4.8)
+    a = scores(t, column)
+    data = t.sample(min(len(t), max_points), random_state=0)
+    ax = _canvas(ax, 5.6, 4.8)
     for name, i, colour, marker in _groups(data[by]):
         ax.scatter(data[column][i], data.oa[i], s=14, c=colour, marker=marker, alpha=.65, linewidths=0,
                    label=_plain(name[:24]), rasterized=True)
     both = np.concatenate([data[column], data.oa])
-    lo, hi = np.floor(both.min() * 10) / 10, max(np.ceil(both.max() * 10) / 10, np.floor(both.min() * 10) / 10 + .1)
+    lo = np.floor(both.min() * 10) / 10
+    hi = max(np.ceil(both.max() * 10) / 10, np.floor(both.min() * 10) / 10 + .1)
     ax.plot([lo, hi], [lo, hi], color='#333333', lw=1)
     ax.set(xlim=(lo, hi), ylim=(lo, hi), aspect='equal', xlabel='predicted OA', ylabel='true OA')
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
@@ -275,7 +383,7 @@ def plot_predicted_true(
            f' · PLCC {a["plcc_dataset"]:.2f} · MAE {a["mae"]:.3f} · bias {round(a["bias"], 3) + 0:.3f}')
     return _display(data, ax)
 
-# %% ../../nbs/61_viz.figures.ipynb #0f6e3b0d
+# %% ../../nbs/61_viz.figures.ipynb #81970da7
 def plot_calibration(
     sqed: pd.DataFrame, # oa and `column`
     column: str = 'predicted', # which prediction
@@ -286,21 +394,31 @@ def plot_calibration(
     t, left = _measured(sqed, ['oa', column], 'calibration')
     part = (t[column].rank(method='first') - 1) * min(bins, len(t)) // len(t)
     g = t.groupby(part)
-    data = pd.DataFrame(dict(predicted=g[column].mean(), true=g.oa.mean(), low=g.oa.quantile(.1), high=g.oa.quantile(.9),
-                             n=g.size())).reset_index(drop=True)
+    data = pd.DataFrame(
+        dict(
+            predicted=g[column].mean(),
+            true=g.oa.mean(),
+            low=g.oa.quantile(0.1),
+            high=g.oa.quantile(0.9),
+            n=g.size(),
+        )
+    ).reset_index(drop=True)
     gap = float(((data.predicted - data.true).abs() * data.n).sum() / data.n.sum())
     ax = _canvas(ax, 5.6, 4.8)
     ax.vlines(data.predicted, data.low, data.high, color=PALETTE[0], lw=4, alpha=.25)
     ax.plot(data.predicted, data.true, 'o-', color=PALETTE[0], ms=5)
-    lo, hi = data[['predicted', 'low']].min(axis=None) - .02, data[['predicted', 'high']].max(axis=None) + .02
+    lo = data[['predicted', 'low']].min(axis=None) - .02
+    hi = data[['predicted', 'high']].max(axis=None) + .02
     ax.plot([lo, hi], [lo, hi], color='#333333', lw=1)
     ax.set(xlim=(lo, hi), ylim=(lo, hi), aspect='equal', xlabel='predicted OA (mean of bin)',
            ylabel='true OA (mean, 10th to 90th percentile)')
-    note = f'n = {len(t):,} maps in {len(data)} bins of equal count{left}\nmean distance from the line {gap:.3f}'
+    note = (
+        f'n = {len(t):,} maps in {len(data)} bins of equal count{left}\nmean distance from the line {gap:.3f}'
+    )
     _title(ax, 'calibration', note)
     return _display(data, ax)
 
-# %% ../../nbs/61_viz.figures.ipynb #9c466ee0
+# %% ../../nbs/61_viz.figures.ipynb #705be918
 def follow(
     sqed: pd.DataFrame, # image_id, dataset, method, oa and `column`; images that lack a method of their dataset are left out
     column: str = 'predicted', # the method with the highest value is recommended
@@ -310,29 +428,48 @@ def follow(
     _need(sqed, ['image_id', 'dataset', 'method'], 'a recommendation')
     t, _ = _measured(sqed, ['oa', column], 'a recommendation')
     rivals = single_best(t) if always is None else always if isinstance(always, dict) else {'': always}
-    images = pd.concat([_picks(part, column, rivals.get(name, rivals.get(''))) for name, part in t.groupby('dataset')])
+    images = pd.concat(
+        [_picks(part, column, rivals.get(name, rivals.get(''))) for name, part in t.groupby('dataset')]
+    )
     return pd.concat([_summary(images.groupby('dataset')), _summary(images.groupby(lambda _: 'all'))])
 
 
 def _picks(part, column, always): # rows of one dataset -> one row an image: OA of each choice
     oa, score = (wide(part, c).dropna() for c in ('oa', column))
-    if not len(oa): raise SchemaError(f'cannot compare methods of {part.dataset.iloc[0]}',
-                                      'no image has a row for every method', 'score every image with every method')
+    if not len(oa):
+        raise SchemaError(
+            f'cannot compare methods of {part.dataset.iloc[0]}',
+            'no image has a row for every method',
+            'score every image with every method',
+        )
     if always not in oa: raise unknown('method', str(always), oa.columns)
     picked = oa.to_numpy()[np.arange(len(oa)), score.to_numpy().argmax(1)]
-    return pd.DataFrame(dict(dataset=part.dataset.iloc[0], always=always, random_oa=oa.mean(axis=1), always_oa=oa[always],
-                             picked_oa=picked,
-                             oracle_oa=oa.max(axis=1), top1=picked >= oa.max(axis=1)))
+    return pd.DataFrame(
+        dict(
+            dataset=part.dataset.iloc[0],
+            always=always,
+            random_oa=oa.mean(axis=1),
+            always_oa=oa[always],
+            picked_oa=picked,
+            oracle_oa=oa.max(axis=1),
+            top1=picked >= oa.max(axis=1),
+        )
+    )
 
 
 def _summary(groups): # mean over images
     out = groups[['random_oa', 'always_oa', 'picked_oa', 'oracle_oa', 'top1']].mean()
     out.insert(0, 'n_images', groups.size())
-    out.insert(1, 'always', groups.always.agg(lambda s: s.iloc[0] if s.nunique() == 1 else 'best per dataset'))
+    out.insert(
+        1, 'always', groups.always.agg(lambda s: s.iloc[0] if s.nunique() == 1 else 'best per dataset')
+    )
     gap = out.oracle_oa - out.always_oa
-    return out.assign(regret=out.oracle_oa - out.picked_oa, gap_closed=((out.picked_oa - out.always_oa) / gap.where(gap > 1e-9)))
+    return out.assign(
+        regret=out.oracle_oa - out.picked_oa,
+        gap_closed=((out.picked_oa - out.always_oa) / gap.where(gap > 1e-9)),
+    )
 
-# %% ../../nbs/61_viz.figures.ipynb #a5079c2b
+# %% ../../nbs/61_viz.figures.ipynb #d4676191
 def plot_recommendation(
     sqed: pd.DataFrame, # image_id, dataset, method, oa, predicted
     baseline: str | None = None, # a second column to follow instead, such as 'conf'
@@ -342,8 +479,12 @@ def plot_recommendation(
 ) -> Display:
     "Draw mean OA a dataset of the recommended method between always using one and an oracle."
     data = follow(sqed, column, always)
-    if baseline: data = data.join(follow(sqed, baseline, always)[['picked_oa', 'gap_closed']].add_suffix(f'_{baseline}'))
-    ax, y = _canvas(ax, 6.4, 1.4 + .5 * len(data)), np.arange(len(data))[::-1]
+    if baseline:
+        data = data.join(
+            follow(sqed, baseline, always)[['picked_oa', 'gap_closed']].add_suffix(f'_{baseline}')
+        )
+    ax = _canvas(ax, 6.4, 1.4 + .5 * len(data))
+    y = np.arange(len(data))[::-1]
     ax.hlines(y, data.always_oa, data.oracle_oa, color='#CCCCCC', lw=3, zorder=1)
     marks = [('random_oa', '|', '#888888', 'random'), ('always_oa', 's', '#7F7F7F', 'always one method'),
              ('picked_oa', 'o', PALETTE[0], 'recommended'), ('oracle_oa', 'D', '#000000', 'oracle')]
@@ -354,12 +495,21 @@ def plot_recommendation(
         ax.annotate(_closed(closed), (1.01, at), xycoords=('axes fraction', 'data'), va='center')
     ax.set_yticks(y, [_plain(f'{name[:24]} (n = {n})') for name, n in zip(data.index, data.n_images)])
     ax.set(xlabel='mean OA', ylim=(-.6, len(data) - .4))
-    ax.grid(axis='x', color='#EEEEEE'); ax.set_axisbelow(True)
-    ax.legend(loc='upper center', bbox_to_anchor=(.45, -.26 if len(data) > 3 else -.45), ncols=5, columnspacing=1,
-              handletextpad=.2)
+    ax.grid(axis='x', color='#EEEEEE')
+    ax.set_axisbelow(True)
+    ax.legend(
+        loc='upper center',
+        bbox_to_anchor=(0.45, -0.26 if len(data) > 3 else -0.45),
+        ncols=5,
+        columnspacing=1,
+        handletextpad=0.2,
+    )
     chosen = 'chosen on this table, which flatters it' if always is None else 'given'
-    _title(ax, 'follow the recommendation, or always use one method?',
-           f'{data.n_images.iloc[-1]:,} images · rival {chosen}: {data.always.iloc[-1]} · right: share of the gap closed')
+    _title(
+        ax,
+        'follow the recommendation, or always use one method?',
+        f'{data.n_images.iloc[-1]:,} images · rival {chosen}: {data.always.iloc[-1]} · right: share of the gap closed',
+    )
     return _display(data, ax)
 
 
@@ -408,15 +558,36 @@ def plot_methods(
     _title(ax, 'mean OA', f'n = {len(t):,} maps{left}')
     return _display(data, ax)
 
-# %% ../../nbs/61_viz.figures.ipynb #2cd7d73a
-METRICS = { # column: (name, +1 higher is better | -1 lower is better, format, what it is)
-    'srocc_image': ('SROCC within image', 1, '.3f', 'rank correlation over the methods of one image, mean over images'),
-    'srocc_dataset': ('SROCC within dataset', 1, '.3f', 'rank correlation over the maps of one dataset, mean over datasets'),
-    'plcc_dataset': ('PLCC within dataset', 1, '.3f', 'linear correlation over the maps of one dataset, mean over datasets'),
+# %% ../../nbs/61_viz.figures.ipynb #569b2843
+METRICS = {  # column: (name, +1 higher is better | -1 lower is better, format, what it is)
+    'srocc_image': (
+        'SROCC within image',
+        1,
+        '.3f',
+        'rank correlation over the methods of one image, mean over images',
+    ),
+    'srocc_dataset': (
+        'SROCC within dataset',
+        1,
+        '.3f',
+        'rank correlation over the maps of one dataset, mean over datasets',
+    ),
+    'plcc_dataset': (
+        'PLCC within dataset',
+        1,
+        '.3f',
+        'linear correlation over the maps of one dataset, mean over datasets',
+    ),
     'mae': ('MAE', -1, '.3f', 'mean absolute error of predicted OA (0..1)'),
     'top1': ('top-1', 1, '.3f', 'share of images whose recommended method is the best one'),
     'regret': ('regret', -1, '.4f', 'mean OA lost against the best method of each image'),
-    'gap_closed': ('gap closed', 1, '.1%', 'share of the way from always using one method (0) to an oracle (1); negative: worse than that')}
+    'gap_closed': (
+        'gap closed',
+        1,
+        '.1%',
+        'share of the way from always using one method (0) to an oracle (1); negative: worse than that',
+    ),
+}
 
 
 def best_rows(
@@ -427,7 +598,7 @@ def best_rows(
     values = table[metric].astype(float) * METRICS[metric][1]
     return np.isclose(values, values.max(), rtol=0, atol=1e-12) & values.notna()
 
-# %% ../../nbs/61_viz.figures.ipynb #9fdaf7eb
+# %% ../../nbs/61_viz.figures.ipynb #e55b3204
 def plot_comparison(
     table: pd.DataFrame, # one row a predictor (index), columns among METRICS
     ours: str = 'RS-SQA', # row to colour
@@ -437,8 +608,11 @@ def plot_comparison(
     from matplotlib.figure import Figure
     metrics = [m for m in METRICS if m in table]
     if not metrics or not len(table):
-        raise SchemaError('cannot draw a comparison', f'found {len(table)} rows and columns {list(table.columns)}',
-                          f'pass one row a predictor and columns among {", ".join(METRICS)}')
+        raise SchemaError(
+            'cannot draw a comparison',
+            f'found {len(table)} rows and columns {list(table.columns)}',
+            f'pass one row a predictor and columns among {", ".join(METRICS)}',
+        )
     data = table.sort_values(metrics[0], ascending=METRICS[metrics[0]][1] < 0)
     if axes is None:
         figure = Figure((1.9 + 1.25 * len(metrics), 1.1 + .26 * len(data)), layout='constrained')
@@ -461,7 +635,7 @@ def _metric_panel(ax, data, metric, y, ours):
     ax.margins(x=.15)
     ax.set_ylim(-.6, len(data) - .4)
 
-# %% ../../nbs/61_viz.figures.ipynb #11a905b5
+# %% ../../nbs/61_viz.figures.ipynb #9c03918e
 IGNORED, WRONG = (190, 190, 190), (213, 94, 0)
 
 
@@ -488,7 +662,8 @@ def _paint(mask, palette, shape, name): # (h,w) ids -> (h,w,3)
 
 def _errors(rgb, truth, mask): # faded image, wrong pixels red, unlabelled grey
     faded = np.repeat((rgb.mean(-1, keepdims=True) * .4 + 150).astype(np.uint8), 3, -1)
-    faded[(truth != mask) & (truth != IGNORE)], faded[truth == IGNORE] = WRONG, IGNORED
+    faded[(truth != mask) & (truth != IGNORE)] = WRONG
+    faded[truth == IGNORE] = IGNORED
     return faded
 
 
@@ -500,7 +675,7 @@ def case_oa(
     valid = np.asarray(truth) != IGNORE
     return float((np.asarray(truth) == np.asarray(mask))[valid].mean()) if valid.any() else np.nan
 
-# %% ../../nbs/61_viz.figures.ipynb #8ff86d4f
+# %% ../../nbs/61_viz.figures.ipynb #1e7814eb
 def plot_case(
     image, # (3,h,w)
     truth: np.ndarray | None, # (h,w) class ids, 255 = ignore, or None
@@ -515,7 +690,11 @@ def plot_case(
     height, width = np.shape(predicted_mask)
     size = 2.2 * len(panels), 2.2 * height / width + .4 + .25 * bool(title)
     if axes is None: axes = Figure(size, layout='constrained').subplots(1, len(panels))
-    said = dict(map='map (no truth: OA unknown)') if truth is None else dict(error=f'error (OA {case_oa(truth, predicted_mask):.3f})')
+    said = (
+        dict(map='map (no truth: OA unknown)')
+        if truth is None
+        else dict(error=f'error (OA {case_oa(truth, predicted_mask):.3f})')
+    )
     for ax, (name, panel) in zip(np.ravel(axes), panels.items()):
         ax.imshow(panel)
         ax.set(xticks=[], yticks=[])
@@ -525,12 +704,16 @@ def plot_case(
 
 
 def _class_shares(truth, mask, classes): # one row a class
-    mask, ids = np.asarray(mask), np.arange(classes)
+    mask = np.asarray(mask)
+    ids = np.arange(classes)
     out = pd.DataFrame(dict(class_id=ids, map_share=[(mask == c).mean() for c in ids]))
     if truth is None: return out
-    t, valid = np.asarray(truth), np.asarray(truth) != IGNORE
+    t = np.asarray(truth)
+    valid = np.asarray(truth) != IGNORE
     shares = [(t[valid] == c).mean() if valid.any() else np.nan for c in ids]
-    return out.assign(truth_share=shares, found=[(mask[t == c] == c).mean() if (t == c).any() else np.nan for c in ids])
+    return out.assign(
+        truth_share=shares, found=[(mask[t == c] == c).mean() if (t == c).any() else np.nan for c in ids]
+    )
 
 # %% ../../nbs/61_viz.figures.ipynb #9e2c11aa
 def worst(

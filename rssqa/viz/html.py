@@ -18,7 +18,7 @@ from ..core import Incompatible, SchemaError, as_image, atomic, unknown
 from .projection import separation_text
 from .figures import OA_MAP, PALETTE, UNKNOWN, _need, how_made, is_number, limits
 
-# %% ../../nbs/63_viz.html.ipynb #7a8862f3
+# %% ../../nbs/63_viz.html.ipynb #ac73d711
 MISSING = 65535 # the code of what is not there
 
 
@@ -42,25 +42,38 @@ def _names(values): # -> what the page holds of a column of names
     rank = np.empty(len(order), int)
     rank[order] = np.arange(len(order))
     code = np.where(code < 0, MISSING, rank[code] if len(rank) else MISSING)
-    if len(levels) >= MISSING: raise SchemaError(f'cannot put column {values.name} on a page', f'found {len(levels):,} names, expected fewer than {MISSING:,}', 'leave it out of `columns`')
-    return dict(kind='name', levels=[str(levels[i]) for i in order], missing=int((code == MISSING).sum()), data=_b64(code))
+    if len(levels) >= MISSING:
+        raise SchemaError(
+            f'cannot put column {values.name} on a page',
+            f'found {len(levels):,} names, expected fewer than {MISSING:,}',
+            'leave it out of `columns`',
+        )
+    return dict(
+        kind='name',
+        levels=[str(levels[i]) for i in order],
+        missing=int((code == MISSING).sum()),
+        data=_b64(code),
+    )
 
 
 def _column(values): return _numbers(values) if is_number(values) else _names(values)
 
-# %% ../../nbs/63_viz.html.ipynb #fe667661
+# %% ../../nbs/63_viz.html.ipynb #89a07724
 SIDES = (64, 56, 48, 40, 32, 24, 16) # pixels of a thumbnail
 
 
 def _tile(image, side): # anything as_image takes -> PIL image of side x side
     from PIL import Image
     rgb = (as_image(image).transpose(1, 2, 0) * 255).round().astype(np.uint8)
-    return Image.fromarray(rgb).resize((side, side), Image.Resampling.LANCZOS if min(rgb.shape[:2]) >= side else Image.Resampling.NEAREST)
+    return Image.fromarray(rgb).resize(
+        (side, side), Image.Resampling.LANCZOS if min(rgb.shape[:2]) >= side else Image.Resampling.NEAREST
+    )
 
 
 def _sheet(tiles): # PIL images of one size -> WebP bytes, tiles a line
     from PIL import Image
-    side, across = tiles[0].width, math.ceil(len(tiles)**0.5)
+    side = tiles[0].width
+    across = math.ceil(len(tiles)**0.5)
     sheet = Image.new('RGB', (across * side, side * -(-len(tiles) // across)))
     for i, tile in enumerate(tiles): sheet.paste(tile, (i % across * side, i // across * side))
     sheet.save(out := io.BytesIO(), 'WEBP', quality=45, method=2)
@@ -72,14 +85,27 @@ def _shrunk(tiles, side): return [t.resize((side, side)) for t in tiles]
 
 def _thumbnails(images, room): # list of images, bytes of the page -> dict for the page
     if not images: return None
-    if room < 0: raise SchemaError('cannot add thumbnails', 'the page is full without them', 'pass fewer rows or columns')
+    if room < 0:
+        raise SchemaError(
+            'cannot add thumbnails', 'the page is full without them', 'pass fewer rows or columns'
+        )
     tiles = [_tile(image, SIDES[0]) for image in images]
     some = tiles[::-(-len(tiles) // 128)]
     for side in SIDES:
         if len(_sheet(_shrunk(some, side))[0]) / len(some) * len(tiles) * 4 / 3 > room * 1.1: continue
         raw, across = _sheet(_shrunk(tiles, side))
-        if len(raw) * 4 / 3 <= room: return dict(side=side, across=across, n=len(tiles), src='data:image/webp;base64,' + base64.b64encode(raw).decode())
-    raise SchemaError('cannot add thumbnails', f'{len(tiles):,} images of {SIDES[-1]} pixels exceed the {room / 1e6:.1f} MB that are left', 'pass fewer images, or a larger limit')
+        if len(raw) * 4 / 3 <= room:
+            return dict(
+                side=side,
+                across=across,
+                n=len(tiles),
+                src='data:image/webp;base64,' + base64.b64encode(raw).decode(),
+            )
+    raise SchemaError(
+        'cannot add thumbnails',
+        f'{len(tiles):,} images of {SIDES[-1]} pixels exceed the {room / 1e6:.1f} MB that are left',
+        'pass fewer images, or a larger limit',
+    )
 
 
 def _pictures(data, images): # -> list of distinct images, (n,) which one each row has, MISSING for none
@@ -87,10 +113,14 @@ def _pictures(data, images): # -> list of distinct images, (n,) which one each r
     if isinstance(images, Mapping):
         _need(data, ['image_id'], 'thumbnails by image_id')
         keys = [k for k in dict.fromkeys(data.image_id) if k in images]
-        return [images[k] for k in keys], data.image_id.map({k: i for i, k in enumerate(keys)}).fillna(MISSING).to_numpy(int)
+        return [images[k] for k in keys], data.image_id.map({k: i for i, k in enumerate(keys)}).fillna(
+            MISSING
+        ).to_numpy(int)
     found = [images[i] for i in data['_row']]
     kept = [x for x in found if x is not None]
-    return kept, np.where([x is not None for x in found], np.cumsum([x is not None for x in found]) - 1, MISSING)
+    return kept, np.where(
+        [x is not None for x in found], np.cumsum([x is not None for x in found]) - 1, MISSING
+    )
 
 # %% ../../nbs/63_viz.html.ipynb #2866d1c8
 PLANE_CSS = '''
@@ -292,8 +322,19 @@ document.querySelectorAll('.plane').forEach(plane);
 addEventListener('scroll', () => document.querySelectorAll('.plane .tip').forEach(t => t.hidden = true), { passive: true });
 '''
 
-# %% ../../nbs/63_viz.html.ipynb #80f1264c
-LABELS = dict(oa='OA', predicted='predicted OA', miou='mIoU', mf1='mean F1', image_id='image', gsd_m='GSD (m)', level='damage level', kind='damage', low='interval from', high='interval to')
+# %% ../../nbs/63_viz.html.ipynb #4de3f1be
+LABELS = dict(
+    oa='OA',
+    predicted='predicted OA',
+    miou='mIoU',
+    mf1='mean F1',
+    image_id='image',
+    gsd_m='GSD (m)',
+    level='damage level',
+    kind='damage',
+    low='interval from',
+    high='interval to',
+)
 ACCURACIES = ('oa', 'predicted')
 FILTERS = ('dataset', 'method')
 PART = '''<div class="plane"><div class="bar"><label>Colour <select class="color"></select></label>{filters}
@@ -308,7 +349,10 @@ Keys in the plot: arrows move, + − 0 zoom, n and p step through the points, En
 
 
 def _usable(data, columns): # names of the columns that a page can hold
-    plain = lambda s: is_number(s) or not s.dropna().head(50).map(lambda x: hasattr(x, '__len__') and not isinstance(x, str)).any()
+    plain = lambda s: (
+        is_number(s)
+        or not s.dropna().head(50).map(lambda x: hasattr(x, '__len__') and not isinstance(x, str)).any()
+    )
     if columns is not None:
         _need(data, columns, 'a page')
         return list(dict.fromkeys(columns))
@@ -320,7 +364,12 @@ def _placed(emb, max_points): # -> rows that have a place, shuffled, with their 
     _need(emb, ['u', 'v'], 'a page')
     data = emb.assign(_row=np.arange(len(emb))).reset_index(drop=True)
     data = data[np.isfinite(data[['u', 'v']].astype(float)).all(axis=1)]
-    if not len(data): raise SchemaError('cannot draw a page', f'none of {len(emb)} points has a place', 'project the features first, see rssqa.viz.projection.project')
+    if not len(data):
+        raise SchemaError(
+            'cannot draw a page',
+            f'none of {len(emb)} points has a place',
+            'project the features first, see rssqa.viz.projection.project',
+        )
     return data.sample(min(len(data), max_points), random_state=0)
 
 
@@ -329,7 +378,8 @@ def _axis(x): # -> codes 0..65535, extent
     return np.round((x - lo) / ((x.max() - lo) or 1) * 65535), float(x.max() - lo)
 
 
-def _safe(value): return json.dumps(value, separators=(',', ':')).replace('<', '\\u003c')   # no text inside may end the script element
+def _safe(value):  # no text inside may end the script element
+    return json.dumps(value, separators=(',', ':')).replace('<', '\\u003c')
 
 
 def _ramp(): # 32 colours of the continuous map
@@ -342,7 +392,9 @@ def _filled(template, **parts): # in one pass: a name in braces inside a part st
 
 
 def _menu(column): # a filter
-    options = ''.join(f'<option value="{i}">{html.escape(name)}</option>' for i, name in enumerate(column['levels']))
+    options = ''.join(
+        f'<option value="{i}">{html.escape(name)}</option>' for i, name in enumerate(column['levels'])
+    )
     return f'<label>{html.escape(column["label"])} <select class="filter" name="{html.escape(column["name"])}"><option value="">all</option>{options}</select></label>'
 
 
@@ -360,32 +412,63 @@ def plane(
     names = _usable(data, columns)
     if color not in names: raise unknown('column to colour by', color, names)
     if images is not None and not isinstance(images, Mapping) and len(images) != len(emb):
-        raise Incompatible('cannot add thumbnails', f'found {len(images)} images for {len(emb)} points', 'pass one a row (None for none), or a dict by image_id')
-    cols = [dict(name=str(c), label=LABELS.get(c, str(c).replace('_', ' '))) | _column(data[c]) for c in names]
+        raise Incompatible(
+            'cannot add thumbnails',
+            f'found {len(images)} images for {len(emb)} points',
+            'pass one a row (None for none), or a dict by image_id',
+        )
+    cols = [
+        dict(name=str(c), label=LABELS.get(c, str(c).replace('_', ' '))) | _column(data[c]) for c in names
+    ]
     (u, wide), (v, high) = _axis(data.u), _axis(data.v)
     longest = max(wide, high) or 1
-    told = dict(n=len(data), u=_b64(u), v=_b64(v), wide=max(wide / longest, .05), high=max(high / longest, .05), columns=cols, color=color, file=file,
-                means=[c for c in ACCURACIES if c in names and is_number(data[c])], palette=PALETTE, unknown=UNKNOWN, ramp=_ramp(),
-                alt=f'Scatter plot of {len(data):,} points.')
+    told = dict(
+        n=len(data),
+        u=_b64(u),
+        v=_b64(v),
+        wide=max(wide / longest, 0.05),
+        high=max(high / longest, 0.05),
+        columns=cols,
+        color=color,
+        file=file,
+        means=[c for c in ACCURACIES if c in names and is_number(data[c])],
+        palette=PALETTE,
+        unknown=UNKNOWN,
+        ramp=_ramp(),
+        alt=f'Scatter plot of {len(data):,} points.',
+    )
     kept, which = _pictures(data, images)
-    filters = ''.join(_menu(c) for c in cols if c['name'] in FILTERS and c['kind'] == 'name' and len(c['levels']) > 1)
+    filters = ''.join(
+        _menu(c) for c in cols if c['name'] in FILTERS and c['kind'] == 'name' and len(c['levels']) > 1
+    )
     bare = len(PART) + len(filters) + len(_safe(told)) + 4 * len(data)
-    if bare > room: raise SchemaError('cannot write the page', f'{len(data):,} points with {len(names)} columns take {bare / 1e6:.1f} MB, expected at most {room / 1e6:.1f}', 'pass fewer columns or points, or a larger limit')
+    if bare > room:
+        raise SchemaError(
+            'cannot write the page',
+            f'{len(data):,} points with {len(names)} columns take {bare / 1e6:.1f} MB, expected at most {room / 1e6:.1f}',
+            'pass fewer columns or points, or a larger limit',
+        )
     told |= dict(thumbs=_thumbnails(kept, room - bare), thumbAt=_b64(which) if kept else '')
     return _filled(PART, filters=filters, data=_safe(told))
 
-# %% ../../nbs/63_viz.html.ipynb #3f02957e
+# %% ../../nbs/63_viz.html.ipynb #55301e25
 def drawn(
     emb: pd.DataFrame, # from `projection.project`
     max_points: int = 20_000, # as in `plane`
 ) -> str:
     "Say how many points a page draws, and how they were projected."
     placed = int(np.isfinite(emb[['u', 'v']].astype(float)).all(axis=1).sum())
-    of, lost = max(emb.attrs.get('of', 0), len(emb)), len(emb) - placed
+    of = max(emb.attrs.get('of', 0), len(emb))
+    lost = len(emb) - placed
     n = min(placed, max_points)
-    return f'n = {n:,}' + (f' of {of:,}' if n < of else '') + (f', {lost:,} without a place' if lost else '') + f' · {how_made(emb.attrs)}'
+    return (
+        f'n = {n:,}'
+        + (f' of {of:,}' if n < of else '')
+        + (f', {lost:,} without a place' if lost else '')
+        + f' · {how_made(emb.attrs)}'
+    )
 
-# %% ../../nbs/63_viz.html.ipynb #225c4db5
+# %% ../../nbs/63_viz.html.ipynb #466566fa
 LIMIT = 3_000_000 # bytes of one page
 CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 SHELL = '''<!doctype html>
@@ -405,7 +488,11 @@ def measured(
 ) -> str: # one sentence
     "Say what separation was measured, with the warning that a picture needs."
     text = separation_text(numbers)
-    return text[0].upper() + text[1:].replace(':\n', ': ').replace('\n', ' · ') + '. The picture shows neighbourhoods only; distances between clusters mean little.'
+    return (
+        text[0].upper()
+        + text[1:].replace(':\n', ': ').replace('\n', ' · ')
+        + '. The picture shows neighbourhoods only; distances between clusters mean little.'
+    )
 
 
 def to_html(
@@ -421,8 +508,20 @@ def to_html(
 ) -> Path:
     "Write a projection as one HTML file that needs nothing else."
     from rssqa import __version__
-    head = dict(csp=CSP, title=html.escape(title), css=PLANE_CSS, drawn=html.escape(drawn(emb, max_points)) if len(emb) and {'u', 'v'} <= set(emb) else '', measured=html.escape(measured(numbers)), version=__version__, script=PLANE_JS)
+    head = dict(
+        csp=CSP,
+        title=html.escape(title),
+        css=PLANE_CSS,
+        drawn=html.escape(drawn(emb, max_points)) if len(emb) and {'u', 'v'} <= set(emb) else '',
+        measured=html.escape(measured(numbers)),
+        version=__version__,
+        script=PLANE_JS,
+    )
     room = limit - len(_filled(SHELL, **head, part='').encode())
-    page = _filled(SHELL, **head, part=plane(emb, color, images, columns, room, max_points, Path(path).stem + '-selection.csv'))
+    page = _filled(
+        SHELL,
+        **head,
+        part=plane(emb, color, images, columns, room, max_points, Path(path).stem + '-selection.csv'),
+    )
     with atomic(path) as tmp: tmp.write_text(page, encoding='utf-8')
     return Path(path)

@@ -7,16 +7,29 @@ __all__ = ['TIE', 'MEASURES', 'method_regrets', 'plot_ranking', 'choice_table', 
            'learning_rows', 'plot_learning', 'with_originals', 'plot_degradation', 'class_quality', 'plot_classes',
            'scene_share', 'plot_residuals', 'plot_uncertainty']
 
-# %% ../../nbs/62_viz.plots.ipynb #21dfaf81
+# %% ../../nbs/62_viz.plots.ipynb #8550ddbf
 import numpy as np
 import pandas as pd
 
 from ..core import BadImage, Incompatible, SchemaError, unknown
 from ..segment.metrics import IGNORE, accuracy, class_iou, failure_auroc, plcc, srocc, wide
-from .figures import METRICS, OA_MAP, PALETTE, Display, _canvas, _display, _measured, _need, _plain, _title, case_oa, case_panels
+from rssqa.viz.figures import (
+    METRICS,
+    OA_MAP,
+    PALETTE,
+    Display,
+    _canvas,
+    _display,
+    _measured,
+    _need,
+    _plain,
+    _title,
+    case_oa,
+    case_panels,
+)
 from ..tables.store import read_published
 
-# %% ../../nbs/62_viz.plots.ipynb #25a63f03
+# %% ../../nbs/62_viz.plots.ipynb #277d8847
 TIE = .005   # OA difference that counts as equal
 
 
@@ -28,12 +41,32 @@ def method_regrets(
     _need(sqed, ['image_id', 'method'], 'methods')
     t = _measured(sqed, ['oa'], 'methods')[0]
     oa = wide(t, 'oa').dropna()
-    if not len(oa): raise SchemaError('cannot rank methods', 'no image has a row for every method', 'score every image with every method')
-    lost, rank = (-oa).add(oa.max(axis=1), axis=0), oa.rank(axis=1, ascending=False)
+    if not len(oa):
+        raise SchemaError(
+            'cannot rank methods',
+            'no image has a row for every method',
+            'score every image with every method',
+        )
+    lost = (-oa).add(oa.max(axis=1), axis=0)
+    rank = oa.rank(axis=1, ascending=False)
     if column in t and (score := wide(t, column).reindex(oa.index)).notna().all(axis=None):
         pick = score.to_numpy().argmax(1)
-        lost['recommended'], rank['recommended'] = (x.to_numpy()[np.arange(len(x)), pick] for x in (lost, rank))
-    return pd.DataFrame(dict(regret=lost.mean(), p90=lost.quantile(.9), rank=rank.mean(), near_best=(lost <= TIE).mean(), n=len(oa))).sort_values('regret').rename_axis('method')
+        lost['recommended'], rank['recommended'] = (
+            x.to_numpy()[np.arange(len(x)), pick] for x in (lost, rank)
+        )
+    return (
+        pd.DataFrame(
+            dict(
+                regret=lost.mean(),
+                p90=lost.quantile(0.9),
+                rank=rank.mean(),
+                near_best=(lost <= TIE).mean(),
+                n=len(oa),
+            )
+        )
+        .sort_values('regret')
+        .rename_axis('method')
+    )
 
 
 def plot_ranking(
@@ -43,18 +76,36 @@ def plot_ranking(
 ) -> Display: # data_: from method_regrets
     "Draw the mean regret of each method, its 90th percentile, and how often it is as good as the best."
     data = method_regrets(sqed, column)
-    ax, y = _canvas(ax, 6.4, 1.3 + .3 * len(data)), np.arange(len(data))[::-1]
+    ax = _canvas(ax, 6.4, 1.3 + .3 * len(data))
+    y = np.arange(len(data))[::-1]
     colours = [PALETTE[0] if m == 'recommended' else '#8C8C8C' for m in data.index]
     ax.hlines(y, data.regret, data.p90, color=colours, lw=1.5, alpha=.5)
     ax.scatter(data.regret, y, c=colours, s=44, zorder=2)
-    for at, r in zip(y, data.itertuples()): ax.annotate(f'{r.rank:.1f}    {r.near_best:.0%}', (1.02, at), xycoords=('axes fraction', 'data'), va='center')
-    ax.annotate('rank    near\n           best', (1.02, len(data) - .45), xycoords=('axes fraction', 'data'), fontsize=8, color='#555555')
+    for at, r in zip(y, data.itertuples()):
+        ax.annotate(
+            f'{r.rank:.1f}    {r.near_best:.0%}', (1.02, at), xycoords=('axes fraction', 'data'), va='center'
+        )
+    ax.annotate(
+        'rank    near\n           best',
+        (1.02, len(data) - 0.45),
+        xycoords=('axes fraction', 'data'),
+        fontsize=8,
+        color='#555555',
+    )
     ax.set_yticks(y, [_plain(str(m)[:24]) for m in data.index])
-    ax.set(xlabel='regret: OA below the best map of the image (mean, line to the 90th percentile)', xlim=(0, None), ylim=(-.6, len(data) - .4))
-    _title(ax, 'what always using one method costs', f'n = {data.n.iloc[0]:,} images · near best: within {TIE} OA')
+    ax.set(
+        xlabel='regret: OA below the best map of the image (mean, line to the 90th percentile)',
+        xlim=(0, None),
+        ylim=(-0.6, len(data) - 0.4),
+    )
+    _title(
+        ax,
+        'what always using one method costs',
+        f'n = {data.n.iloc[0]:,} images · near best: within {TIE} OA',
+    )
     return _display(data, ax)
 
-# %% ../../nbs/62_viz.plots.ipynb #53f28559
+# %% ../../nbs/62_viz.plots.ipynb #e5446f87
 def choice_table(
     sqed: pd.DataFrame, # image_id, method, oa and `column`; images without all methods are left out
     column: str = 'predicted', # which prediction
@@ -62,15 +113,26 @@ def choice_table(
     "Count which method was recommended where another was best."
     _need(sqed, ['image_id', 'method'], 'recommendations')
     t = _measured(sqed, ['oa', column], 'recommendations')[0]
-    oa, score = wide(t, 'oa').dropna(), wide(t, column).dropna()
+    oa = wide(t, 'oa').dropna()
+    score = wide(t, column).dropna()
     both = oa.index.intersection(score.index)
-    if not len(both): raise SchemaError('cannot judge recommendations', 'no image has a row for every method', 'score every image with every method')
+    if not len(both):
+        raise SchemaError(
+            'cannot judge recommendations',
+            'no image has a row for every method',
+            'score every image with every method',
+        )
     oa, score = oa.loc[both], score.loc[both]
     best, chosen = (v.eq(v.max(axis=1), axis=0).to_numpy(float) for v in (oa, score))
-    best, chosen = best / best.sum(1, keepdims=True), chosen / chosen.sum(1, keepdims=True)
+    best = best / best.sum(1, keepdims=True)
+    chosen = chosen / chosen.sum(1, keepdims=True)
     out = pd.DataFrame(best.T @ chosen, oa.columns.rename('best'), oa.columns.rename('recommended'))
     top = oa.to_numpy().max(1, keepdims=True)
-    out.attrs = dict(n=len(both), top1=float((chosen * (oa.to_numpy() >= top)).sum(1).mean()), regret=float(((top - oa.to_numpy()) * chosen).sum(1).mean()))
+    out.attrs = dict(
+        n=len(both),
+        top1=float((chosen * (oa.to_numpy() >= top)).sum(1).mean()),
+        regret=float(((top - oa.to_numpy()) * chosen).sum(1).mean()),
+    )
     return out
 
 
@@ -85,21 +147,46 @@ def plot_choices(
     ax = _canvas(ax, 2.2 + .52 * len(data), 1.7 + .36 * len(data))
     held = data.sum(axis=1)
     share = data.div(held.where(held > 0), axis=0)
-    seaborn.heatmap(share, ax=ax, cmap='Blues', vmin=0, vmax=1, annot=True, fmt='.2f', linewidths=1, annot_kws=dict(fontsize=8), cbar_kws=dict(label='share of the row'))
+    seaborn.heatmap(
+        share,
+        ax=ax,
+        cmap='Blues',
+        vmin=0,
+        vmax=1,
+        annot=True,
+        fmt='.2f',
+        linewidths=1,
+        annot_kws=dict(fontsize=8),
+        cbar_kws=dict(label='share of the row'),
+    )
     ax.set_yticklabels([_plain(f'{str(m)[:20]} ({held[m]:.0f})') for m in data.index], rotation=0)
     ax.set_xticklabels([_plain(str(m)[:20]) for m in data.columns], rotation=40, ha='right')
     ax.set(xlabel='recommended', ylabel='best (images)')
     ax.tick_params(length=0)
-    _title(ax, 'recommended, and best', f'n = {data.attrs["n"]:,} images · top-1 {data.attrs["top1"]:.0%} · mean regret {data.attrs["regret"]:.4f}')
+    _title(
+        ax,
+        'recommended, and best',
+        f'n = {data.attrs["n"]:,} images · top-1 {data.attrs["top1"]:.0%} · mean regret {data.attrs["regret"]:.4f}',
+    )
     return _display(data, ax)
 
-# %% ../../nbs/62_viz.plots.ipynb #fe7609e3
-MEASURES = dict(mae=('mean absolute error', '.3f', 'rocket_r'), bias=('predicted - true OA, mean', '+.3f', 'vlag'), srocc=('SROCC over images', '.2f', 'mako'), plcc=('PLCC over images', '.2f', 'mako'))
+# %% ../../nbs/62_viz.plots.ipynb #84b82f90
+MEASURES = dict(
+    mae=('mean absolute error', '.3f', 'rocket_r'),
+    bias=('predicted - true OA, mean', '+.3f', 'vlag'),
+    srocc=('SROCC over images', '.2f', 'mako'),
+    plcc=('PLCC over images', '.2f', 'mako'),
+)
 
 
 def _cell(part, column, measure):
     error = part[column] - part.oa
-    return dict(mae=lambda: error.abs().mean(), bias=error.mean, srocc=lambda: srocc(part.oa, part[column]), plcc=lambda: plcc(part.oa, part[column]))[measure]()
+    return dict(
+        mae=lambda: error.abs().mean(),
+        bias=error.mean,
+        srocc=lambda: srocc(part.oa, part[column]),
+        plcc=lambda: plcc(part.oa, part[column]),
+    )[measure]()
 
 
 def plot_cells(
@@ -114,18 +201,39 @@ def plot_cells(
     _need(sqed, ['dataset', 'method'], 'a prediction by dataset and method')
     t, left = _measured(sqed, ['oa', column], 'a prediction by dataset and method')
     groups = t.groupby(['method', 'dataset'], observed=True)
-    data = pd.Series({key: _cell(part, column, measure) for key, part in groups}).rename_axis(['method', 'dataset']).unstack()
+    data = (
+        pd.Series({key: _cell(part, column, measure) for key, part in groups})
+        .rename_axis(['method', 'dataset'])
+        .unstack()
+    )
     name, form, cmap = MEASURES[measure]
-    ax, far = _canvas(ax, 2.6 + .95 * data.shape[1], 1.6 + .3 * len(data)), np.nanmax(np.abs(data.to_numpy(float))) if data.notna().any(axis=None) else 1
-    scale = dict(mae=(0, None), bias=(-far, far))[measure] if measure in ('mae', 'bias') else (min(0, data.min(axis=None)), 1)
-    seaborn.heatmap(data.astype(float), ax=ax, cmap=cmap, vmin=scale[0], vmax=scale[1], annot=True, fmt=form, linewidths=1, annot_kws=dict(fontsize=8), cbar_kws=dict(label=name))
-    ax.set_xticklabels([_plain(str(c)[:16]) for c in data.columns], rotation=20, ha='right'); ax.set_yticklabels([_plain(str(m)[:22]) for m in data.index], rotation=0)
+    ax = _canvas(ax, 2.6 + .95 * data.shape[1], 1.6 + .3 * len(data))
+    far = np.nanmax(np.abs(data.to_numpy(float))) if data.notna().any(axis=None) else 1
+    scale = (
+        dict(mae=(0, None), bias=(-far, far))[measure]
+        if measure in ('mae', 'bias')
+        else (min(0, data.min(axis=None)), 1)
+    )
+    seaborn.heatmap(
+        data.astype(float),
+        ax=ax,
+        cmap=cmap,
+        vmin=scale[0],
+        vmax=scale[1],
+        annot=True,
+        fmt=form,
+        linewidths=1,
+        annot_kws=dict(fontsize=8),
+        cbar_kws=dict(label=name),
+    )
+    ax.set_xticklabels([_plain(str(c)[:16]) for c in data.columns], rotation=20, ha='right')
+    ax.set_yticklabels([_plain(str(m)[:22]) for m in data.index], rotation=0)
     ax.set(xlabel='', ylabel='')
     ax.tick_params(length=0)
     _title(ax, f'{name}, by dataset and method', f'n = {len(t):,} maps{left}')
     return _display(data, ax)
 
-# %% ../../nbs/62_viz.plots.ipynb #299ae81f
+# %% ../../nbs/62_viz.plots.ipynb #779b426d
 def plot_confidence(
     sqed: pd.DataFrame, # oa, `column` and `by`
     column: str = 'conf', # confidence 0..1
@@ -138,21 +246,44 @@ def plot_confidence(
     _need(sqed, [by], 'confidence')
     t, left = _measured(sqed, ['oa', column], 'confidence')
     g = t.groupby(by, observed=True)
-    data = pd.DataFrame(dict(n=g.size(), confidence=g[column].mean(), oa=g.oa.mean(), share_over=(t[column] > t.oa).groupby(t[by], observed=True).mean()))
+    data = pd.DataFrame(
+        dict(
+            n=g.size(),
+            confidence=g[column].mean(),
+            oa=g.oa.mean(),
+            share_over=(t[column] > t.oa).groupby(t[by], observed=True).mean(),
+        )
+    )
     data.insert(3, 'gap', data.confidence - data.oa)
-    ax, lo = _canvas(ax, 6.2, 3.8), np.floor(t[column].min() * 10) / 10
+    ax = _canvas(ax, 6.2, 3.8)
+    lo = np.floor(t[column].min() * 10) / 10
     for i, (name, r) in enumerate(data.iterrows()):
         colour = PALETTE[i % 8]
-        seaborn.histplot(t[t[by] == name], x=column, bins=np.linspace(lo, max(1., t[column].max()), bins + 1), stat='density', element='step', fill=i < 8 and len(data) <= 4, alpha=.15, color=colour,
-                         label=f'{_plain(str(name)[:20])}: {r.confidence:.2f} sure, {r.oa:.2f} right', ax=ax)
-        ax.axvline(r.confidence, color=colour, ls='--', lw=1.2); ax.axvline(r.oa, color=colour, lw=1.2)
+        seaborn.histplot(
+            t[t[by] == name],
+            x=column,
+            bins=np.linspace(lo, max(1.0, t[column].max()), bins + 1),
+            stat='density',
+            element='step',
+            fill=i < 8 and len(data) <= 4,
+            alpha=0.15,
+            color=colour,
+            label=f'{_plain(str(name)[:20])}: {r.confidence:.2f} sure, {r.oa:.2f} right',
+            ax=ax,
+        )
+        ax.axvline(r.confidence, color=colour, ls='--', lw=1.2)
+        ax.axvline(r.oa, color=colour, lw=1.2)
     ax.set(xlabel=f'{column} (dashed: its mean; solid: mean OA)', ylabel='density of maps')
     ax.legend(loc='upper left')
     over = (t[column] > t.oa).mean()
-    _title(ax, 'confidence, and what it is worth', f'n = {len(t):,} maps{left} · {over:.0%} of them more confident than accurate')
+    _title(
+        ax,
+        'confidence, and what it is worth',
+        f'n = {len(t):,} maps{left} · {over:.0%} of them more confident than accurate',
+    )
     return _display(data, ax)
 
-# %% ../../nbs/62_viz.plots.ipynb #597e9995
+# %% ../../nbs/62_viz.plots.ipynb #5d629c55
 def learning_rows(
     board: pd.DataFrame, # results indexed by, or with a column, predictor; names end in ' @ share'
     full: pd.DataFrame | None = None, # results on all training data, plain names: share 1
@@ -160,9 +291,19 @@ def learning_rows(
     "Split names such as 'RS-SQA @ 0.25' into predictor and share of the training data."
     tables = [b.reset_index() if 'predictor' not in b else b for b in (board, full) if b is not None]
     parts = tables[0].predictor.astype(str).str.extract(r'^(.*) @ ([\d.]+)$')
-    if parts[1].isna().all(): raise SchemaError('cannot read learning curves', f'found predictors such as {tables[0].predictor.iloc[0]!r}', "expected names such as 'RS-SQA @ 0.25'")
+    if parts[1].isna().all():
+        raise SchemaError(
+            'cannot read learning curves',
+            f'found predictors such as {tables[0].predictor.iloc[0]!r}',
+            "expected names such as 'RS-SQA @ 0.25'",
+        )
     rows = [tables[0].assign(name=parts[0], share=parts[1].astype(float)).dropna(subset=['share'])]
-    if full is not None: rows.append(tables[1].assign(name=tables[1].predictor, share=1.)[tables[1].predictor.isin(rows[0].name).to_numpy()])
+    if full is not None:
+        rows.append(
+            tables[1].assign(name=tables[1].predictor, share=1.0)[
+                tables[1].predictor.isin(rows[0].name).to_numpy()
+            ]
+        )
     return pd.concat(rows, ignore_index=True)
 
 
@@ -175,19 +316,41 @@ def plot_learning(
     "Draw a measure against the amount of training data, one line a predictor."
     _need(rows, ['name'], 'learning curves')
     t, left = _measured(rows, [x, measure], 'learning curves')
-    data = t.groupby(['name', x], sort=True)[measure].agg(['mean', 'min', 'max', 'size']).reset_index().set_axis(['name', x, 'mean', 'low', 'high', 'n'], axis=1)
+    data = (
+        t.groupby(['name', x], sort=True)[measure]
+        .agg(['mean', 'min', 'max', 'size'])
+        .reset_index()
+        .set_axis(['name', x, 'mean', 'low', 'high', 'n'], axis=1)
+    )
     ax = _canvas(ax, 5.6, 3.8)
     for i, (name, part) in enumerate(data.groupby('name', sort=False)):
         ax.fill_between(part[x], part.low, part.high, color=PALETTE[i % 8], alpha=.15, lw=0)
-        ax.plot(part[x], part['mean'], 'osD^vPX*'[i % 8] + '-', color=PALETTE[i % 8], ms=5, label=_plain(str(name)[:32]))
+        ax.plot(
+            part[x],
+            part['mean'],
+            'osD^vPX*'[i % 8] + '-',
+            color=PALETTE[i % 8],
+            ms=5,
+            label=_plain(str(name)[:32]),
+        )
     if data[x].min() > 0 and data[x].max() / data[x].min() >= 4:
-        ax.set_xscale('log', base=2); ax.set_xticks(ticks := sorted(data[x].unique()), [f'{v:g}' for v in ticks]); ax.minorticks_off()
-    ax.set(xlabel='share of the training data' if x == 'share' else _plain(x), ylabel=(name := METRICS.get(measure, (_plain(measure),))[0]))
+        ax.set_xscale('log', base=2)
+        ax.set_xticks(ticks := sorted(data[x].unique()), [f'{v:g}' for v in ticks])
+        ax.minorticks_off()
+    ax.set(
+        xlabel='share of the training data' if x == 'share' else _plain(x),
+        ylabel=(name := METRICS.get(measure, (_plain(measure),))[0]),
+    )
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
-    _title(ax, f'{name}, with more to learn from', f'{data.name.nunique()} predictors, {len(t)} measurements{left}' + (' · band: lowest to highest' if data.n.max() > 1 else ''))
+    _title(
+        ax,
+        f'{name}, with more to learn from',
+        f'{data.name.nunique()} predictors, {len(t)} measurements{left}'
+        + (' · band: lowest to highest' if data.n.max() > 1 else ''),
+    )
     return _display(data, ax)
 
-# %% ../../nbs/62_viz.plots.ipynb #a46b8d14
+# %% ../../nbs/62_viz.plots.ipynb #7cc54cce
 def with_originals(
     damaged: pd.DataFrame, # image_id (original, '+', damage), method, kind, level, oa
     originals: pd.DataFrame, # image_id, method, oa
@@ -196,8 +359,15 @@ def with_originals(
     _need(damaged, ['image_id', 'method', 'kind', 'level'], 'damage')
     t = damaged.assign(source=damaged.image_id.str.split('+').str[0])
     pairs = t[['source', 'method', 'kind']].drop_duplicates()
-    clean = pairs.merge(originals, left_on=['source', 'method'], right_on=['image_id', 'method']).assign(level=0.)
-    if not len(clean): raise Incompatible('cannot compare with originals', f'found no row for any of {t.source.nunique()} images', 'pass the table that the damaged copies were made from')
+    clean = pairs.merge(originals, left_on=['source', 'method'], right_on=['image_id', 'method']).assign(
+        level=0.0
+    )
+    if not len(clean):
+        raise Incompatible(
+            'cannot compare with originals',
+            f'found no row for any of {t.source.nunique()} images',
+            'pass the table that the damaged copies were made from',
+        )
     return pd.concat([clean, t], ignore_index=True)
 
 
@@ -212,17 +382,30 @@ def plot_degradation(
     g = t.groupby(['kind', 'level'], observed=True)
     data = pd.DataFrame(dict(oa=g.oa.mean(), n=g.size()))
     if column in t and t[column].notna().any(): data['predicted'] = g[column].mean()
-    data, ax = data.reset_index(), _canvas(ax, 5.8, 3.8)
+    data = data.reset_index()
+    ax = _canvas(ax, 5.8, 3.8)
     for i, (kind, part) in enumerate(data.groupby('kind', observed=True)):
-        ax.plot(part.level, part.oa, 'osD^vPX*'[i % 8] + '-', color=PALETTE[i % 8], ms=5, label=_plain(f'{kind} (n = {part.n.max():,})'))
+        ax.plot(
+            part.level,
+            part.oa,
+            'osD^vPX*'[i % 8] + '-',
+            color=PALETTE[i % 8],
+            ms=5,
+            label=_plain(f'{kind} (n = {part.n.max():,})'),
+        )
         if 'predicted' in data: ax.plot(part.level, part.predicted, '--', color=PALETTE[i % 8], lw=1.2)
-    ax.set(xlabel='strength of the damage (0: none)', ylabel='mean OA' + (' (dashed: predicted)' if 'predicted' in data else ''))
+    ax.set(
+        xlabel='strength of the damage (0: none)',
+        ylabel='mean OA' + (' (dashed: predicted)' if 'predicted' in data else ''),
+    )
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     drop = data.groupby('kind', observed=True).oa.agg(lambda s: s.iloc[0] - s.iloc[-1])
-    _title(ax, 'OA under damage', f'n = {len(t):,} maps{left} · worst: {drop.idxmax()}, {drop.max():.3f} lost')
+    _title(
+        ax, 'OA under damage', f'n = {len(t):,} maps{left} · worst: {drop.idxmax()}, {drop.max():.3f} lost'
+    )
     return _display(data, ax)
 
-# %% ../../nbs/62_viz.plots.ipynb #cbe086c8
+# %% ../../nbs/62_viz.plots.ipynb #4ba25e0a
 def class_quality(
     sqed: pd.DataFrame, # one dataset: method, confusion (K*K a row)
     classes: list | None = None, # K names
@@ -231,14 +414,29 @@ def class_quality(
     "Measure the IoU of every class over all labelled pixels of each group."
     _need(sqed, [by, 'confusion'], 'quality of classes')
     sides = {round(len(c)**.5) for c in sqed.confusion}
-    if len(sides) > 1: raise Incompatible('cannot add confusion matrices', f'found {sorted(sides)} classes', 'pass the rows of one dataset')
+    if len(sides) > 1:
+        raise Incompatible(
+            'cannot add confusion matrices', f'found {sorted(sides)} classes', 'pass the rows of one dataset'
+        )
     side = sides.pop()
     names = list(range(side)) if classes is None else list(classes)
-    if len(names) != side: raise Incompatible('cannot name the classes', f'found {len(names)} names and {side} classes', 'pass one name a class')
-    total = {group: np.sum([np.reshape(c, (side, side)) for c in part.confusion], 0) for group, part in sqed.groupby(by, observed=True)}
+    if len(names) != side:
+        raise Incompatible(
+            'cannot name the classes', f'found {len(names)} names and {side} classes', 'pass one name a class'
+        )
+    total = {
+        group: np.sum([np.reshape(c, (side, side)) for c in part.confusion], 0)
+        for group, part in sqed.groupby(by, observed=True)
+    }
     pixels = np.sum(list(total.values()), 0).sum(1)
-    out = pd.DataFrame({group: class_iou(c) for group, c in total.items()}, index=pd.Index(names, name='class'))
-    out.attrs = dict(share=dict(zip(names, pixels / max(pixels.sum(), 1))), oa={g: accuracy(c)['oa'] for g, c in total.items()}, n=len(sqed))
+    out = pd.DataFrame(
+        {group: class_iou(c) for group, c in total.items()}, index=pd.Index(names, name='class')
+    )
+    out.attrs = dict(
+        share=dict(zip(names, pixels / max(pixels.sum(), 1))),
+        oa={g: accuracy(c)['oa'] for g, c in total.items()},
+        n=len(sqed),
+    )
     return out
 
 
@@ -252,17 +450,33 @@ def plot_classes(
     import seaborn
     data = class_quality(sqed, classes, by)
     share = pd.Series(data.attrs['share'])
-    order, columns = share[share > 0].sort_values(ascending=False).index, data.mean().sort_values(ascending=False).index
+    order = share[share > 0].sort_values(ascending=False).index
+    columns = data.mean().sort_values(ascending=False).index
     ax = _canvas(ax, 2.8 + .58 * len(columns), 2 + .3 * len(order))
-    seaborn.heatmap(data.loc[order, columns], ax=ax, cmap=OA_MAP, vmin=0, vmax=1, annot=True, fmt='.2f', linewidths=1, annot_kws=dict(fontsize=8), cbar_kws=dict(label='IoU'))
+    seaborn.heatmap(
+        data.loc[order, columns],
+        ax=ax,
+        cmap=OA_MAP,
+        vmin=0,
+        vmax=1,
+        annot=True,
+        fmt='.2f',
+        linewidths=1,
+        annot_kws=dict(fontsize=8),
+        cbar_kws=dict(label='IoU'),
+    )
     ax.set_yticklabels([_plain(f'{str(c)[:18]} ({share[c]:.1%})') for c in order], rotation=0)
     ax.set_xticklabels([_plain(str(c)[:18]) for c in columns], rotation=40, ha='right')
     ax.set(xlabel='', ylabel='class (share of pixels)')
     ax.tick_params(length=0)
-    _title(ax, 'quality, class by class', f'n = {data.attrs["n"]:,} maps · mean IoU {data.mean().min():.2f} to {data.mean().max():.2f}, OA {min(data.attrs["oa"].values()):.2f} to {max(data.attrs["oa"].values()):.2f}')
+    _title(
+        ax,
+        'quality, class by class',
+        f'n = {data.attrs["n"]:,} maps · mean IoU {data.mean().min():.2f} to {data.mean().max():.2f}, OA {min(data.attrs["oa"].values()):.2f} to {max(data.attrs["oa"].values()):.2f}',
+    )
     return _display(data, ax)
 
-# %% ../../nbs/62_viz.plots.ipynb #a534dbc4
+# %% ../../nbs/62_viz.plots.ipynb #c0961792
 def scene_share(
     residual, # (n,) numbers
     scene, # (n,) names
@@ -270,9 +484,12 @@ def scene_share(
     "Estimate the share of variance between scenes (intraclass correlation, one-way analysis of variance)."
     t = pd.DataFrame(dict(r=np.asarray(residual, float), s=np.asarray(scene, object)))
     g = t.groupby('s').r
-    n, k, sizes = len(t), g.ngroups, g.size()
+    n = len(t)
+    k = g.ngroups
+    sizes = g.size()
     if k < 2 or n <= k: return np.nan
-    between, inside = ((g.mean() - t.r.mean())**2 * sizes).sum() / (k - 1), ((t.r - g.transform('mean'))**2).sum() / (n - k)
+    between = ((g.mean() - t.r.mean())**2 * sizes).sum() / (k - 1)
+    inside = ((t.r - g.transform('mean'))**2).sum() / (n - k)
     each = (n - (sizes**2).sum() / n) / (k - 1)                          # rows a scene, for unequal scenes
     spread = between + (each - 1) * inside
     return float(np.clip((between - inside) / spread, 0, 1)) if spread > 0 else np.nan
@@ -289,23 +506,42 @@ def plot_residuals(
     t, left = _measured(sqed, ['oa', column], 'residuals')
     t = t.assign(residual=t[column] - t.oa, dataset=t.get('dataset', pd.Series('', t.index)).astype(str))
     g = t.groupby(['dataset', 'scene'], observed=True).residual
-    data = pd.DataFrame(dict(n=g.size(), median=g.median(), mean=g.mean(), low=g.quantile(.1), high=g.quantile(.9))).reset_index()
+    data = pd.DataFrame(
+        dict(n=g.size(), median=g.median(), mean=g.mean(), low=g.quantile(0.1), high=g.quantile(0.9))
+    ).reset_index()
     drawn = data.nlargest(most, 'n').sort_values('median')
-    ax, y, names = _canvas(ax, 6.4, 1.4 + .2 * len(drawn)), np.arange(len(drawn)), sorted(t.dataset.unique())
+    ax = _canvas(ax, 6.4, 1.4 + .2 * len(drawn))
+    y = np.arange(len(drawn))
+    names = sorted(t.dataset.unique())
     for i, name in enumerate(names):
         if not (mine := (drawn.dataset == name).to_numpy()).any(): continue
         ax.hlines(y[mine], drawn.low[mine], drawn.high[mine], color=PALETTE[i % 8], lw=3, alpha=.35)
-        ax.scatter(drawn['median'][mine], y[mine], color=PALETTE[i % 8], s=22, label=_plain(name[:24]) or 'scenes', zorder=2)
+        ax.scatter(
+            drawn['median'][mine],
+            y[mine],
+            color=PALETTE[i % 8],
+            s=22,
+            label=_plain(name[:24]) or 'scenes',
+            zorder=2,
+        )
     ax.axvline(0, color='#333333', lw=1)
     ax.set_yticks(y, [_plain(f'{str(s)[:18]} ({n})') for s, n in zip(drawn.scene, drawn.n)], fontsize=7)
     ax.set(xlabel='predicted - true OA (median, 10th to 90th percentile)', ylim=(-.7, len(drawn) - .3))
     if len(names) > 1: ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     share = scene_share(t.residual, t.dataset + '/' + t.scene.astype(str))
-    said = 'share of variance between scenes not measurable' if np.isnan(share) else f'{share:.0%} of the variance lies between scenes'
-    _title(ax, 'residuals, scene by scene', f'n = {len(t):,} maps of {len(data):,} scenes{left}, {len(drawn)} drawn · {said}')
+    said = (
+        'share of variance between scenes not measurable'
+        if np.isnan(share)
+        else f'{share:.0%} of the variance lies between scenes'
+    )
+    _title(
+        ax,
+        'residuals, scene by scene',
+        f'n = {len(t):,} maps of {len(data):,} scenes{left}, {len(drawn)} drawn · {said}',
+    )
     return _display(data, ax)
 
-# %% ../../nbs/62_viz.plots.ipynb #c132ff9b
+# %% ../../nbs/62_viz.plots.ipynb #c35a9c53
 def plot_uncertainty(
     image, # (3,h,w)
     truth: np.ndarray, # (h,w) class ids, 255 = ignore
@@ -317,16 +553,45 @@ def plot_uncertainty(
     "Draw image, map, error and confidence, and measure whether doubt finds the errors."
     from matplotlib.figure import Figure
     confidence = np.asarray(confidence, float)
-    if confidence.shape != np.shape(predicted_mask): raise BadImage('cannot draw the confidence', f'found shape {confidence.shape}, the map has {np.shape(predicted_mask)}', 'pass one number a pixel')
+    if confidence.shape != np.shape(predicted_mask):
+        raise BadImage(
+            'cannot draw the confidence',
+            f'found shape {confidence.shape}, the map has {np.shape(predicted_mask)}',
+            'pass one number a pixel',
+        )
     panels = {k: v for k, v in case_panels(image, predicted_mask, palette, truth).items() if k != 'truth'}
-    if axes is None: axes = Figure((9.4, 9.2 / 4 * confidence.shape[0] / confidence.shape[1] + .5), layout='constrained').subplots(1, 4)
+    if axes is None:
+        axes = Figure(
+            (9.4, 9.2 / 4 * confidence.shape[0] / confidence.shape[1] + 0.5), layout='constrained'
+        ).subplots(1, 4)
     valid = np.asarray(truth) != IGNORE
-    wrong, sure = (np.asarray(truth) != predicted_mask)[valid], confidence[valid]
+    wrong = (np.asarray(truth) != predicted_mask)[valid]
+    sure = confidence[valid]
     auroc = failure_auroc(~wrong, sure, .5)
-    for ax, (name, panel) in zip(np.ravel(axes), panels.items()): ax.imshow(panel); ax.set_title(name if name != 'error' else f'error (OA {case_oa(truth, predicted_mask):.3f})', fontsize=9, weight='normal')
+    for ax, (name, panel) in zip(np.ravel(axes), panels.items()):
+        ax.imshow(panel)
+        ax.set_title(
+            name if name != 'error' else f'error (OA {case_oa(truth, predicted_mask):.3f})',
+            fontsize=9,
+            weight='normal',
+        )
     last = np.ravel(axes)[3]
     last.figure.colorbar(last.imshow(confidence, cmap=OA_MAP, vmin=0, vmax=1), ax=last, shrink=.8)
-    last.set_title('confidence' + (f' (AUROC {auroc:.2f})' if np.isfinite(auroc) else ''), fontsize=9, weight='normal')
+    last.set_title(
+        'confidence' + (f' (AUROC {auroc:.2f})' if np.isfinite(auroc) else ''), fontsize=9, weight='normal'
+    )
     for ax in np.ravel(axes): ax.set(xticks=[], yticks=[])
     mean = lambda v: v.mean() if len(v) else np.nan
-    return _display(pd.DataFrame([dict(oa=case_oa(truth, predicted_mask), auroc=auroc, right=mean(sure[~wrong]), wrong=mean(sure[wrong]))]), axes)
+    return _display(
+        pd.DataFrame(
+            [
+                dict(
+                    oa=case_oa(truth, predicted_mask),
+                    auroc=auroc,
+                    right=mean(sure[~wrong]),
+                    wrong=mean(sure[wrong]),
+                )
+            ]
+        ),
+        axes,
+    )

@@ -16,11 +16,15 @@ import pandas as pd
 
 from ..core import Incompatible, SchemaError, digest, unknown
 
-# %% ../../nbs/60_viz.projection.ipynb #6cf9b0d3
+# %% ../../nbs/60_viz.projection.ipynb #9fd3f5c4
 def _features(features): # -> (N,D>=2) float32, finite
     x = np.asarray(features, np.float32)
     if x.ndim != 2 or not x.size:
-        raise SchemaError('cannot use the features', f'found shape {x.shape}, expected (N,D) with at least one row', 'pass one row a point')
+        raise SchemaError(
+            'cannot use the features',
+            f'found shape {x.shape}, expected (N,D) with at least one row',
+            'pass one row a point',
+        )
     bad = (~np.isfinite(x)).any(1)
     if bad.any():
         found = f'{bad.sum()} of {len(x)} rows are not finite, the first is row {bad.argmax()}'
@@ -36,7 +40,7 @@ def sample_rows(
     "Draw the rows to work with, seeded; a larger limit keeps the rows of a smaller one."
     return np.sort(np.random.default_rng(seed).permutation(n)[:max_points])
 
-# %% ../../nbs/60_viz.projection.ipynb #080aab16
+# %% ../../nbs/60_viz.projection.ipynb #e6e5e47c
 @dataclass(frozen=True, repr=False, eq=False)
 class Graph:
     "The nearest rows of every row."
@@ -48,9 +52,13 @@ class Graph:
     def with_self(self, k: int) -> tuple: # (n,k) row numbers and distances, the row itself first
         "Give the graph in the form that umap-learn takes."
         own = np.arange(len(self.near))[:, None]
-        return (np.hstack([own, self.near[:, :k - 1]]).astype(np.int32), np.pad(self.distance[:, :k - 1], ((0, 0), (1, 0))).astype(np.float32))
+        return (
+            np.hstack([own, self.near[:, : k - 1]]).astype(np.int32),
+            np.pad(self.distance[:, : k - 1], ((0, 0), (1, 0))).astype(np.float32),
+        )
 
-    def __repr__(self): return f'Graph of {len(self.near):,} rows, {self.near.shape[1]} neighbours each, {self.metric}'
+    def __repr__(self):
+        return f'Graph of {len(self.near):,} rows, {self.near.shape[1]} neighbours each, {self.metric}'
 
 
 def neighbour_graph(
@@ -63,17 +71,25 @@ def neighbour_graph(
     "Find the k nearest other rows of every row."
     x = _features(features)
     x = x[sample_rows(len(x), max_points, seed)]
-    if len(x) < 2: raise SchemaError('cannot build a neighbourhood graph', 'found one row, expected two or more', 'pass more rows')
+    if len(x) < 2:
+        raise SchemaError(
+            'cannot build a neighbourhood graph', 'found one row, expected two or more', 'pass more rows'
+        )
     return Graph(*_nearest(x, x, min(k, len(x) - 1), metric, own=True), metric, digest(x))
 
-# %% ../../nbs/60_viz.projection.ipynb #455116d2
+# %% ../../nbs/60_viz.projection.ipynb #6c67e783
 def _spread_out(x, metric, like): # so that closeness is a difference: unit length, or around the mean of the others
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) if metric == 'cosine' else x - like.mean(0)
+    return (
+        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+        if metric == 'cosine'
+        else x - like.mean(0)
+    )
 
 
 def _nearest(new, x, k, metric, own=False, chunk=500): # (m,D), (n,D) -> (m,k) rows of x, nearest first, and distances
     if metric not in ('euclidean', 'cosine'): return _nearest_any(new, x, k, metric, own)
-    a, b = _spread_out(new, metric, x), _spread_out(x, metric, x)
+    a = _spread_out(new, metric, x)
+    b = _spread_out(x, metric, x)
     half = (b * b).sum(1) / 2
     parts = [_nearest_chunk(a[i:i + chunk], b, half, k, i if own else None) for i in range(0, len(a), chunk)]
     near, distance = (np.concatenate(p) for p in zip(*parts))
@@ -83,7 +99,8 @@ def _nearest(new, x, k, metric, own=False, chunk=500): # (m,D), (n,D) -> (m,k) r
 def _nearest_chunk(a, b, half, k, start): # start: row of b that the first row of a is; None: a and b are different rows
     score = a @ b.T - half                                                  # (c,n), grows as distance falls
     if start is not None: score[np.arange(len(a)), np.arange(start, start + len(a))] = -np.inf
-    near = np.sort(np.argpartition(score, -k, axis=1)[:, -k:], axis=1)      # (c,k); of equally near rows the first comes first
+    # (c,k); of equally near rows the first comes first
+    near = np.sort(np.argpartition(score, -k, axis=1)[:, -k:], axis=1)
     distance = np.linalg.norm(a[:, None] - b[near], axis=2)                 # again, without cancellation
     order = np.argsort(distance, axis=1, kind='stable')
     return np.take_along_axis(near, order, 1), np.take_along_axis(distance, order, 1)
@@ -95,7 +112,7 @@ def _nearest_any(new, x, k, metric, own):
     distance, near = finder.kneighbors() if own else finder.kneighbors(new)
     return near, distance.astype(np.float32)
 
-# %% ../../nbs/60_viz.projection.ipynb #22ebd3d4
+# %% ../../nbs/60_viz.projection.ipynb #5dedb916
 def _principal(x): # -> mean (D,), the two leading directions (D,2)
     mean = x.mean(0, dtype=np.float64)
     c = x - mean
@@ -103,8 +120,13 @@ def _principal(x): # -> mean (D,), the two leading directions (D,2)
     else:
         w, v = np.linalg.eigh(c @ c.T)
         axes = c.T @ (v[:, ::-1] / np.sqrt(np.maximum(w[::-1], 1e-300)))[:, :2]
-        axes = np.where(w[::-1][:2] > w.max(initial=0) * 1e-10, axes, 0) if len(x) > 1 else np.zeros((x.shape[1], 2))
-    return mean, axes * np.sign(axes[np.abs(axes).argmax(0), [0, 1]] + 1e-300)      # the largest loading is positive
+        axes = (
+            np.where(w[::-1][:2] > w.max(initial=0) * 1e-10, axes, 0)
+            if len(x) > 1
+            else np.zeros((x.shape[1], 2))
+        )
+    # the largest loading is positive
+    return mean, axes * np.sign(axes[np.abs(axes).argmax(0), [0, 1]] + 1e-300)
 
 
 def _pca(x, start, seed): return start
@@ -112,16 +134,26 @@ def _pca(x, start, seed): return start
 
 def _tsne(x, start, seed, **options):
     from sklearn.manifold import TSNE
-    return TSNE(random_state=seed, init=start / (start.std() or 1) * 1e-4, n_jobs=1, **options).fit_transform(x)
+    return TSNE(random_state=seed, init=start / (start.std() or 1) * 1e-4, n_jobs=1, **options).fit_transform(
+        x
+    )
 
 
 def _umap(x, start, seed, graph, **options):
     os.environ.setdefault('NUMBA_THREADING_LAYER', 'workqueue')
     from umap import UMAP
-    begin = 10 * start / np.abs(start).max() + np.random.default_rng(seed).normal(0, 1e-4, start.shape).astype(np.float32)
+    begin = 10 * start / np.abs(start).max() + np.random.default_rng(seed).normal(
+        0, 1e-4, start.shape
+    ).astype(np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        return UMAP(random_state=seed, n_jobs=1, init=begin, precomputed_knn=(*graph.with_self(options['n_neighbors']), None), **options).fit_transform(x)
+        return UMAP(
+            random_state=seed,
+            n_jobs=1,
+            init=begin,
+            precomputed_knn=(*graph.with_self(options['n_neighbors']), None),
+            **options,
+        ).fit_transform(x)
 
 
 def _pacmap(x, start, seed, metric, n_neighbors):
@@ -129,13 +161,18 @@ def _pacmap(x, start, seed, metric, n_neighbors):
     known = {'euclidean': 'euclidean', 'cosine': 'angular', 'manhattan': 'manhattan', 'hamming': 'hamming'}
     if metric not in known: raise unknown('metric of PaCMAP', metric, known)
     try: from pacmap import PaCMAP
-    except ImportError as e: raise Incompatible('cannot project with PaCMAP', 'it is not installed', 'pip install rssqa[pacmap], or choose umap') from e
+    except ImportError as e:
+        raise Incompatible(
+            'cannot project with PaCMAP', 'it is not installed', 'pip install rssqa[pacmap], or choose umap'
+        ) from e
     logging.getLogger('pacmap').setLevel(logging.ERROR)                       # it announces every seed
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        return PaCMAP(n_neighbors=n_neighbors, distance=known[metric], random_state=seed).fit_transform(x.copy(), init='pca')
+        return PaCMAP(n_neighbors=n_neighbors, distance=known[metric], random_state=seed).fit_transform(
+            x.copy(), init='pca'
+        )
 
-# %% ../../nbs/60_viz.projection.ipynb #ce5e5c27
+# %% ../../nbs/60_viz.projection.ipynb #376e59c0
 LEAST = 5   # distinct points that make a neighbourhood
 
 
@@ -169,68 +206,112 @@ class Projection:
     def transform(self, features) -> np.ndarray: # (m,D) -> (m,2)
         "Place points that were not fitted."
         x = _features(features)
-        if x.shape[1] != len(self.mean_): raise Incompatible('cannot place new points', f'found {x.shape[1]} columns, the map was fitted to {len(self.mean_)}', 'pass the same features')
+        if x.shape[1] != len(self.mean_):
+            raise Incompatible(
+                'cannot place new points',
+                f'found {x.shape[1]} columns, the map was fitted to {len(self.mean_)}',
+                'pass the same features',
+            )
         if self.used_ == 'pca': return ((x - self.mean_) @ self.axes_).astype(np.float32)
-        if self.used_ != 'umap': raise Incompatible(f'cannot place new points on a map of {self.used_}', 'it has no rule for points that it was not fitted to', 'project with umap or pca, or fit all points together')
+        if self.used_ != 'umap':
+            raise Incompatible(
+                f'cannot place new points on a map of {self.used_}',
+                'it has no rule for points that it was not fitted to',
+                'project with umap or pca, or fit all points together',
+            )
         k = min(self.n_neighbors, len(self.x_) - 1)
-        return np.concatenate([_placed(*_nearest(x[i:i + 4000], self.x_, k, self.metric), self.uv_) for i in range(0, len(x), 4000)])
+        return np.concatenate(
+            [
+                _placed(*_nearest(x[i : i + 4000], self.x_, k, self.metric), self.uv_)
+                for i in range(0, len(x), 4000)
+            ]
+        )
 
     def _checked(self, features, table):
         x = _features(features)
         if self.method not in DRAWERS: raise unknown('projection', self.method, DRAWERS)
-        if self.rest not in ('leave', 'place'): raise unknown('rule for the rest', self.rest, ['leave', 'place'])
+        if self.rest not in ('leave', 'place'):
+            raise unknown('rule for the rest', self.rest, ['leave', 'place'])
         if table is not None and len(table) != len(x):
-            raise Incompatible('cannot project', f'found {len(x)} feature rows and {len(table)} table rows', 'pass the table that the features came from')
+            raise Incompatible(
+                'cannot project',
+                f'found {len(x)} feature rows and {len(table)} table rows',
+                'pass the table that the features came from',
+            )
         return x
 
     def _options(self, n): # of the method that is used, with caps
         near = min(self.n_neighbors, n - 1)
-        return dict(umap=dict(n_neighbors=near, min_dist=self.min_dist, n_epochs=self.n_epochs, metric=self.metric), pca={},
-                    tsne=dict(perplexity=min(self.perplexity, (n - 1) / 3), metric=self.metric), pacmap=dict(n_neighbors=near, metric=self.metric))[self.used_]
+        return dict(
+            umap=dict(n_neighbors=near, min_dist=self.min_dist, n_epochs=self.n_epochs, metric=self.metric),
+            pca={},
+            tsne=dict(perplexity=min(self.perplexity, (n - 1) / 3), metric=self.metric),
+            pacmap=dict(n_neighbors=near, metric=self.metric),
+        )[self.used_]
 
     def _graph(self, graph): # the given one, if it fits, or a new one
         need = min(self.n_neighbors, len(self.x_) - 1) - 1
-        if graph is None: return Graph(*_nearest(self.x_, self.x_, max(need, 1), self.metric, own=True), self.metric, '')
+        if graph is None:
+            return Graph(*_nearest(self.x_, self.x_, max(need, 1), self.metric, own=True), self.metric, '')
         if (graph.metric, graph.key) != (self.metric, digest(self.x_)):
-            raise Incompatible('cannot use this neighbourhood graph', f'it is of other rows, or of another metric ({graph.metric})', 'build it from the same features with the same seed, metric and max_points')
-        if graph.near.shape[1] < need: raise Incompatible('cannot use this neighbourhood graph', f'it has {graph.near.shape[1]} neighbours a row, needed are {need}', 'build it with a larger k')
+            raise Incompatible(
+                'cannot use this neighbourhood graph',
+                f'it is of other rows, or of another metric ({graph.metric})',
+                'build it from the same features with the same seed, metric and max_points',
+            )
+        if graph.near.shape[1] < need:
+            raise Incompatible(
+                'cannot use this neighbourhood graph',
+                f'it has {graph.near.shape[1]} neighbours a row, needed are {need}',
+                'build it with a larger k',
+            )
         return graph
 
     def _framed(self, x, table, options):
-        uv, rows, left = self.uv_, self.rows_, np.setdiff1d(np.arange(len(x)), self.rows_)
-        if placing := self.rest == 'place' and len(left): uv, rows = np.concatenate([uv, self.transform(x[left])]), np.concatenate([rows, left])
+        uv = self.uv_
+        rows = self.rows_
+        left = np.setdiff1d(np.arange(len(x)), self.rows_)
+        if placing := self.rest == 'place' and len(left):
+            uv = np.concatenate([uv, self.transform(x[left])])
+            rows = np.concatenate([rows, left])
         out = pd.DataFrame(uv, index=rows, columns=['u', 'v']).sort_index()
-        if table is not None: out = out.join(table.reset_index(drop=True).drop(columns=['u', 'v'], errors='ignore'))
+        if table is not None:
+            out = out.join(table.reset_index(drop=True).drop(columns=['u', 'v'], errors='ignore'))
         out.attrs = dict(method=self.used_, seed=self.seed, **options, n=len(out), of=len(x))
         if placing: out.attrs['placed'] = len(left)
         if self.used_ != self.method: out.attrs['note'] = f'too few distinct points for {self.method}'
         return out
 
-    def __repr__(self): return f'Projection({", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))})'
+    def __repr__(self):
+        return f'Projection({", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))})'
 
 
 DRAWERS = dict(umap=_umap, tsne=_tsne, pca=_pca, pacmap=_pacmap)
 
-# %% ../../nbs/60_viz.projection.ipynb #45288207
+# %% ../../nbs/60_viz.projection.ipynb #3083b6d5
 def _membership(distance): # (m,k) ascending -> (m,k) weights of UMAP's fuzzy neighbourhood: exp(-(d-nearest)/s), s so that they sum to log2(k)
-    gap, want = distance - distance[:, :1], np.log2(max(distance.shape[1], 2))
-    low, high = np.full((len(gap), 1), 1e-9), np.maximum(gap.max(1, keepdims=True), 1e-9) * 1e3
+    gap = distance - distance[:, :1]
+    want = np.log2(max(distance.shape[1], 2))
+    low = np.full((len(gap), 1), 1e-9)
+    high = np.maximum(gap.max(1, keepdims=True), 1e-9) * 1e3
     for _ in range(48):
         s = np.sqrt(low * high)
         above = np.exp(-gap / s).sum(1, keepdims=True) > want
-        low, high = np.where(above, low, s), np.where(above, s, high)
+        low = np.where(above, low, s)
+        high = np.where(above, s, high)
     return np.exp(-gap / s)
 
 
 def _placed(near, distance, uv): # -> (m,2): weighted geometric median of the neighbours' places; a row that was fitted keeps its own
-    at, w = uv[near].astype(np.float64), _membership(distance.astype(np.float64))
+    at = uv[near].astype(np.float64)
+    w = _membership(distance.astype(np.float64))
     place = (at * w[..., None]).sum(1) / w.sum(1, keepdims=True)
     for _ in range(20):                                                     # Weiszfeld: a few strays on another island do not pull
         pull = w / np.maximum(np.linalg.norm(at - place[:, None], axis=2), 1e-6)
         place = (at * pull[..., None]).sum(1) / pull.sum(1, keepdims=True)
     return np.where(distance[:, :1] == 0, at[:, 0], place).astype(np.float32)
 
-# %% ../../nbs/60_viz.projection.ipynb #b3c39ec2
+# %% ../../nbs/60_viz.projection.ipynb #3de0f269
 def project(
     features, # (N,D) numbers
     method: str = 'umap', # 'umap', 'tsne', 'pca' or, where it is installed, 'pacmap'
@@ -240,7 +321,8 @@ def project(
     **options, # fields of `Projection`: n_neighbors, min_dist, n_epochs, perplexity, metric, max_points, rest
 ) -> pd.DataFrame: # u, v and the table's columns; the index is the row number in `features`; `attrs` says how it was made
     "Project features to the plane, seeded."
-    if odd := set(options) - {f.name for f in fields(Projection)}: raise unknown('option of a projection', sorted(odd)[0], [f.name for f in fields(Projection)])
+    if odd := set(options) - {f.name for f in fields(Projection)}:
+        raise unknown('option of a projection', sorted(odd)[0], [f.name for f in fields(Projection)])
     return Projection(method, seed, **options).fit(features, table, graph).frame
 
 # %% ../../nbs/60_viz.projection.ipynb #a7a4f476
@@ -257,7 +339,7 @@ def stages(
     yield project(features, 'pca', seed, table, **options)
     if method != 'pca': yield project(features, method, seed, table, graph, **options)
 
-# %% ../../nbs/60_viz.projection.ipynb #9551d185
+# %% ../../nbs/60_viz.projection.ipynb #a6b5a101
 def preservation(
     features, # (N,D) numbers, or their `Graph`
     uv, # (N,2) projection
@@ -266,7 +348,9 @@ def preservation(
 ) -> float: # 0..1
     "Measure the share of a row's k nearest neighbours that are among its k nearest on the plane, mean over rows."
     uv = np.asarray(uv, np.float32)
-    graph = features if isinstance(features, Graph) else neighbour_graph(features, k, metric, max_points=len(uv))
+    graph = (
+        features if isinstance(features, Graph) else neighbour_graph(features, k, metric, max_points=len(uv))
+    )
     k = min(k, graph.near.shape[1])
     plane = np.sort(_nearest(uv, uv, k, 'euclidean', own=True)[0], axis=1)
     own = np.arange(len(uv))[:, None] * len(uv)
@@ -277,9 +361,12 @@ def _faith(x, uv, k, metric):
     if uv is None or len(x) < 4: return dict(trustworthiness=np.nan, preservation=np.nan)
     from sklearn.manifold import trustworthiness
     k = min(k, (len(x) - 1) // 2)
-    return dict(trustworthiness=float(trustworthiness(x, uv, n_neighbors=k, metric=metric)), preservation=preservation(x, uv, k, metric))
+    return dict(
+        trustworthiness=float(trustworthiness(x, uv, n_neighbors=k, metric=metric)),
+        preservation=preservation(x, uv, k, metric),
+    )
 
-# %% ../../nbs/60_viz.projection.ipynb #14ef6f34
+# %% ../../nbs/60_viz.projection.ipynb #714e94db
 def separation(
     features, # (N,D) numbers
     oa, # (N,) true OA 0..1
@@ -295,43 +382,69 @@ def separation(
     x = _features(features)
     table = _aligned(x, oa, dataset, np.arange(len(x)) if scene is None else scene)
     keep = sample_rows(len(x), max_points, seed)
-    x, table = x[keep], table.iloc[keep].reset_index(drop=True)
+    x = x[keep]
+    table = table.iloc[keep].reset_index(drop=True)
     rows = pd.concat([_within(x[part.index], part, k, metric) for _, part in table.groupby('dataset')])
-    knn_mae, mean_mae = (rows.oa - rows.knn).abs().mean(), (rows.oa - rows['mean']).abs().mean()
+    knn_mae = (rows.oa - rows.knn).abs().mean()
+    mean_mae = (rows.oa - rows['mean']).abs().mean()
     skill = np.nan if not len(rows) else max(0., 1 - knn_mae / mean_mae) if mean_mae > 0 else 0.
     probe = quality_probe(x, table.oa, table.dataset, table.scene)
     picture = _faith(x, None if uv is None else np.asarray(uv)[keep], k, metric)
-    return dict(n=len(rows), of=len(oa), datasets=table.dataset.nunique(), k=k, metric=metric,
-                other_scenes_only=scene is not None, knn_mae=knn_mae, mean_mae=mean_mae, skill=skill,
-                tertile_accuracy=(rows.vote == rows.tertile).mean(), chance=rows.tertile.value_counts(normalize=True).max(),
-                silhouette=rows.silhouette.mean(), probe_accuracy=probe['accuracy'], probe_chance=probe['chance'], **picture)
+    return dict(
+        n=len(rows),
+        of=len(oa),
+        datasets=table.dataset.nunique(),
+        k=k,
+        metric=metric,
+        other_scenes_only=scene is not None,
+        knn_mae=knn_mae,
+        mean_mae=mean_mae,
+        skill=skill,
+        tertile_accuracy=(rows.vote == rows.tertile).mean(),
+        chance=rows.tertile.value_counts(normalize=True).max(),
+        silhouette=rows.silhouette.mean(),
+        probe_accuracy=probe['accuracy'],
+        probe_chance=probe['chance'],
+        **picture,
+    )
 
-# %% ../../nbs/60_viz.projection.ipynb #b8abb0ec
+# %% ../../nbs/60_viz.projection.ipynb #81aa485f
 def _aligned(x, oa, dataset, scene): # -> table of N rows, checked
-    columns = dict(oa=np.asarray(oa, float), dataset=np.asarray(dataset, object), scene=np.asarray(scene, object))
+    columns = dict(
+        oa=np.asarray(oa, float), dataset=np.asarray(dataset, object), scene=np.asarray(scene, object)
+    )
     sizes = {'features': len(x)} | {name: len(v) for name, v in columns.items()}
     if len(set(sizes.values())) > 1:
-        raise Incompatible('cannot measure separation', f'found lengths {sizes}, expected one length', 'pass one value a row')
+        raise Incompatible(
+            'cannot measure separation', f'found lengths {sizes}, expected one length', 'pass one value a row'
+        )
     table = pd.DataFrame(columns)
     if (bad := ~np.isfinite(columns['oa']) | table.dataset.isna()).any():
-        raise SchemaError('cannot measure separation', f'{bad.sum()} of {len(x)} rows lack an OA or a dataset',
-                          'drop these rows first')
+        raise SchemaError(
+            'cannot measure separation',
+            f'{bad.sum()} of {len(x)} rows lack an OA or a dataset',
+            'drop these rows first',
+        )
     return table
 
 
-def _thirds(oa): return ((pd.Series(np.asarray(oa)).rank(method='first') - 1) * 3 // len(oa)).to_numpy(int)   # 0 low, 1 middle, 2 high
+def _thirds(oa):  # 0 low, 1 middle, 2 high
+    return ((pd.Series(np.asarray(oa)).rank(method='first') - 1) * 3 // len(oa)).to_numpy(int)
 
 
 def _within(x, part, k, metric): # rows of one dataset -> what their neighbours say about them
     from sklearn.metrics import pairwise_distances
-    oa, scene = part.oa.to_numpy(), pd.factorize(part.scene)[0]
+    oa = part.oa.to_numpy()
+    scene = pd.factorize(part.scene)[0]
     allowed = scene[:, None] != scene
     d = np.where(allowed, pairwise_distances(x, metric=metric), np.inf)
     near = np.argsort(d, axis=1, kind='stable')[:, :k]
-    w, tertile = np.take_along_axis(allowed, near, 1).astype(float), _thirds(oa)
+    w = np.take_along_axis(allowed, near, 1).astype(float)
+    tertile = _thirds(oa)
     thirds = np.eye(3)[tertile]
     with np.errstate(invalid='ignore', divide='ignore'):
-        knn, mean = (w * oa[near]).sum(1) / w.sum(1), allowed @ oa / allowed.sum(1)
+        knn = (w * oa[near]).sum(1) / w.sum(1)
+        mean = allowed @ oa / allowed.sum(1)
         to_third = np.where(allowed, d, 0) @ thirds / (allowed @ thirds)   # (n,3) mean distance
     out = part.assign(knn=knn, mean=mean, tertile=tertile, silhouette=_silhouette(to_third, tertile),
                       vote=(w[..., None] * thirds[near]).sum(1).argmax(1))
@@ -340,13 +453,14 @@ def _within(x, part, k, metric): # rows of one dataset -> what their neighbours 
 
 def _silhouette(to_third, own): # (n,3) mean distances, (n,) own third -> (n,)
     rows = np.arange(len(own))
-    a, rest = to_third[rows, own], to_third.copy()
+    a = to_third[rows, own]
+    rest = to_third.copy()
     rest[rows, own] = np.inf
     b = np.nanmin(rest, axis=1)
     with np.errstate(invalid='ignore', divide='ignore'): s = (b - a) / np.maximum(a, b)
     return np.where(np.isfinite(b), s, np.nan)
 
-# %% ../../nbs/60_viz.projection.ipynb #8c8eb10c
+# %% ../../nbs/60_viz.projection.ipynb #c0218c0c
 def quality_probe(
     features, # (N,D) numbers
     oa, # (N,) true OA 0..1
@@ -359,15 +473,23 @@ def quality_probe(
     x = _features(features)
     table = _aligned(x, oa, dataset, np.arange(len(x)) if scene is None else scene)
     told = pd.concat([_probed(x[part.index], part, folds, dims) for _, part in table.groupby('dataset')])
-    return dict(accuracy=(told.told == told.tertile).mean(), chance=told.tertile.value_counts(normalize=True).max(), n=len(told), datasets=table.dataset.nunique())
+    return dict(
+        accuracy=(told.told == told.tertile).mean(),
+        chance=told.tertile.value_counts(normalize=True).max(),
+        n=len(told),
+        datasets=table.dataset.nunique(),
+    )
 
 
 def _probed(x, part, folds, dims): # rows of one dataset -> the third that was told out of fold; no rows where none can be
     from sklearn.model_selection import GroupKFold
-    scene, tertile = pd.factorize(part.scene)[0], _thirds(part.oa)
+    scene = pd.factorize(part.scene)[0]
+    tertile = _thirds(part.oa)
     if len(part) < 6 or scene.max() < 1: return part.assign(told=0, tertile=0).iloc[:0]
-    z, told = _leading(x, dims), np.zeros(len(part), int)
-    for train, test in GroupKFold(min(folds, scene.max() + 1)).split(z, groups=scene): told[test] = _tell(z[train], tertile[train], z[test])
+    z = _leading(x, dims)
+    told = np.zeros(len(part), int)
+    for train, test in GroupKFold(min(folds, scene.max() + 1)).split(z, groups=scene):
+        told[test] = _tell(z[train], tertile[train], z[test])
     return part.assign(told=told, tertile=tertile)
 
 
@@ -383,10 +505,11 @@ def _tell(z, y, new):
     from sklearn.linear_model import LogisticRegression
     if len(set(y)) < 2: return np.full(len(new), y[0])
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                                     # not quite converged is good enough for a probe
+        # not quite converged is good enough for a probe
+        warnings.simplefilter('ignore')
         return LogisticRegression(max_iter=200).fit(z, y).predict(new)
 
-# %% ../../nbs/60_viz.projection.ipynb #d1cf72a3
+# %% ../../nbs/60_viz.projection.ipynb #7b3cfe27
 def separation_text(
     numbers: dict | None, # what `separation` returned
 ) -> str: # up to three lines for a figure or a report
@@ -394,15 +517,21 @@ def separation_text(
     if not numbers: return 'separation not measured: nearness in this picture is no evidence'
     if not numbers['n']: return 'separation cannot be measured: too few rows, or a single scene a dataset'
     where = 'within dataset, other scenes only' if numbers['other_scenes_only'] else 'within dataset'
-    trust = '' if np.isnan(numbers['trustworthiness']) else f' · picture trustworthy to {numbers["trustworthiness"]:.2f}'
+    trust = (
+        ''
+        if np.isnan(numbers['trustworthiness'])
+        else f' · picture trustworthy to {numbers["trustworthiness"]:.2f}'
+    )
     probe = numbers.get('probe_accuracy', np.nan)
     probed = '' if np.isnan(probe) else f', linear probe {probe:.0%}'
-    return (f'original space, {where}, k = {numbers["k"]}, n = {numbers["n"]:,}:\n'
-            f'skill {numbers["skill"]:.2f} (MAE {numbers["knn_mae"]:.3f} against {numbers["mean_mae"]:.3f}) · '
-            f'silhouette {numbers["silhouette"]:.2f}\n'
-            f'thirds found: neighbours {numbers["tertile_accuracy"]:.0%}{probed} (chance {numbers["chance"]:.0%}){trust}')
+    return (
+        f'original space, {where}, k = {numbers["k"]}, n = {numbers["n"]:,}:\n'
+        f'skill {numbers["skill"]:.2f} (MAE {numbers["knn_mae"]:.3f} against {numbers["mean_mae"]:.3f}) · '
+        f'silhouette {numbers["silhouette"]:.2f}\n'
+        f'thirds found: neighbours {numbers["tertile_accuracy"]:.0%}{probed} (chance {numbers["chance"]:.0%}){trust}'
+    )
 
-# %% ../../nbs/60_viz.projection.ipynb #48f3c5f0
+# %% ../../nbs/60_viz.projection.ipynb #1f79d4ea
 def centred(
     features, # (N,D) numbers
     group, # (N,) names, such as the dataset
@@ -410,8 +539,16 @@ def centred(
     "Subtract the mean of each group, so that the group's identity no longer shows."
     x = _features(features)
     codes, names = pd.factorize(np.asarray(group, object))
-    if len(codes) != len(x): raise Incompatible('cannot centre', f'found {len(x)} rows and {len(codes)} groups', 'pass one group a row')
-    if (codes < 0).any(): raise SchemaError('cannot centre', f'{(codes < 0).sum()} of {len(x)} rows have no group', 'drop these rows, or name their group')
+    if len(codes) != len(x):
+        raise Incompatible(
+            'cannot centre', f'found {len(x)} rows and {len(codes)} groups', 'pass one group a row'
+        )
+    if (codes < 0).any():
+        raise SchemaError(
+            'cannot centre',
+            f'{(codes < 0).sum()} of {len(x)} rows have no group',
+            'drop these rows, or name their group',
+        )
     sums = np.zeros((len(names), x.shape[1]))
     np.add.at(sums, codes, x)
     return (x - (sums / np.bincount(codes)[:, None])[codes]).astype(np.float32)
@@ -428,18 +565,38 @@ def branch_maps(
     **options, # fields of `Projection`
 ) -> dict: # name -> (frame as from `project`, numbers as from `separation`)
     "Map and measure several feature spaces of the same rows."
-    if lost := [c for c in ('oa', 'dataset') if c not in table]: raise SchemaError('cannot compare branches', f'the table has no column {", ".join(lost)}', f'it has {", ".join(map(str, table.columns[:20]))}')
-    if not views: raise SchemaError('cannot compare branches', 'found no features', 'pass a dict of name -> (N,D) features')
-    return {name: _branch(_features(x), table.reset_index(drop=True), method, seed, control, max_points, k, options) for name, x in views.items()}
+    if lost := [c for c in ('oa', 'dataset') if c not in table]:
+        raise SchemaError(
+            'cannot compare branches',
+            f'the table has no column {", ".join(lost)}',
+            f'it has {", ".join(map(str, table.columns[:20]))}',
+        )
+    if not views:
+        raise SchemaError(
+            'cannot compare branches', 'found no features', 'pass a dict of name -> (N,D) features'
+        )
+    return {
+        name: _branch(
+            _features(x), table.reset_index(drop=True), method, seed, control, max_points, k, options
+        )
+        for name, x in views.items()
+    }
 
 
 def _branch(x, table, method, seed, control, max_points, k, options):
-    if len(x) != len(table): raise Incompatible('cannot compare branches', f'found {len(x)} feature rows and {len(table)} table rows', 'pass the features of this table, row by row')
+    if len(x) != len(table):
+        raise Incompatible(
+            'cannot compare branches',
+            f'found {len(x)} feature rows and {len(table)} table rows',
+            'pass the features of this table, row by row',
+        )
     keep = sample_rows(len(x), max_points, seed)
-    x, part = x[keep], table.iloc[keep].reset_index(drop=True)
+    x = x[keep]
+    part = table.iloc[keep].reset_index(drop=True)
     drawn = centred(x, part.dataset) if control else x
     emb = project(drawn, method, seed, part, max_points=len(x), **options)
     metric = options.get('metric', 'euclidean')
     numbers = separation(x, part.oa, part.dataset, part.get('scene'), None, k, metric, len(x), seed)
-    emb.index, emb.attrs['of'] = keep, len(table)
+    emb.index = keep
+    emb.attrs['of'] = len(table)
     return emb, numbers | _faith(drawn, emb[['u', 'v']].to_numpy(), k, metric)

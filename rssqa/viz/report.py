@@ -6,7 +6,7 @@
 __all__ = ['CLAIMS', 'LIMIT', 'LIBRARIES', 'ROOM', 'POINTS', 'THUMBS', 'CSS', 'SCRIPT', 'PAGE', 'PARTS', 'headlines',
            'write_report']
 
-# %% ../../nbs/68_viz.report.ipynb #11d5ae1a
+# %% ../../nbs/68_viz.report.ipynb #a3981529
 import base64, io
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +16,22 @@ import pandas as pd
 
 from ..core import SchemaError, atomic
 from .html import PLANE_CSS, PLANE_JS, drawn, measured, plane
-from .figures import (METRICS, STYLE, best_rows, case_oa, case_panels, follow, method_shares, plot_calibration, plot_comparison,
-                       plot_methods, plot_predicted_true, plot_recommendation)
+from rssqa.viz.figures import (
+    METRICS,
+    STYLE,
+    best_rows,
+    case_oa,
+    case_panels,
+    follow,
+    method_shares,
+    plot_calibration,
+    plot_comparison,
+    plot_methods,
+    plot_predicted_true,
+    plot_recommendation,
+)
 
-# %% ../../nbs/68_viz.report.ipynb #82a9a8dc
+# %% ../../nbs/68_viz.report.ipynb #45eef617
 CLAIMS = {'gap_closed': 'closes {} of that gap', 'srocc_image': 'ranks the methods of an image with SROCC {}',
           'mae': 'predicts OA to within {} on average'}
 
@@ -31,27 +43,37 @@ def headlines(
 ) -> list[str]: # plain sentences, most important first
     "Say what the table says, whoever leads."
     facts = facts or {}
-    ours, out = facts.get('ours', 'RS-SQA'), []
+    ours = facts.get('ours', 'RS-SQA')
+    out = []
     if ours not in comparison.index:
         todo = f'it has {", ".join(map(str, comparison.index))}; set facts["ours"]'
         raise SchemaError('cannot write headlines', f'the comparison has no row {ours!r}', todo)
     total = follow(sqed, always=facts.get('always')).loc['all']
-    rival = 'the method that is best on average in each dataset' if total.always == 'best per dataset' else total.always
-    out.append(f'Always using {rival} gives a mean OA of {total.always_oa:.3f} over {total.n_images:,} images; '
-               f'an oracle that knows the best method of every image reaches {total.oracle_oa:.3f}; '
-               f'following {ours} gives {total.picked_oa:.3f}.')
+    rival = (
+        'the method that is best on average in each dataset'
+        if total.always == 'best per dataset'
+        else total.always
+    )
+    out.append(
+        f'Always using {rival} gives a mean OA of {total.always_oa:.3f} over {total.n_images:,} images; '
+        f'an oracle that knows the best method of every image reaches {total.oracle_oa:.3f}; '
+        f'following {ours} gives {total.picked_oa:.3f}.'
+    )
     for metric, verb in CLAIMS.items():
-        if metric in comparison and np.isfinite(comparison.loc[ours, metric]): out.append(_duel(comparison, ours, metric, verb))
+        if metric in comparison and np.isfinite(comparison.loc[ours, metric]):
+            out.append(_duel(comparison, ours, metric, verb))
     if numbers := facts.get('separation'): out.append(_separates(numbers))
     return out
 
 
 def _duel(comparison, ours, metric, verb): # one sentence: we, the strongest other, who leads
     _, direction, form, _ = METRICS[metric]
-    mine, others = comparison.loc[ours, metric], comparison[metric].drop(ours).astype(float).dropna() * direction
+    mine = comparison.loc[ours, metric]
+    others = comparison[metric].drop(ours).astype(float).dropna() * direction
     said = f'{ours} {verb.format(format(mine, form))}'
     if others.empty: return said + '; nothing was compared with it.'
-    best, value = others.idxmax(), others.max() * direction
+    best = others.idxmax()
+    value = others.max() * direction
     said = f'{said}, the strongest baseline (“{best}”) {format(value, form)}'
     if format(mine, form) == format(value, form): return f'{said}: level.'
     return f'{said}: {ours if (mine - value) * direction > 0 else f"“{best}”"} leads.'
@@ -59,11 +81,13 @@ def _duel(comparison, ours, metric, verb): # one sentence: we, the strongest oth
 
 def _separates(numbers):
     if not numbers['n']: return 'Whether the features separate quality could not be measured.'
-    return (f'Within a dataset, neighbours in feature space predict OA with an error of {numbers["knn_mae"]:.3f} '
-            f'against {numbers["mean_mae"]:.3f} for the mean: '
-            f'a skill of {numbers["skill"]:.2f} on a scale from 0 (nothing) to 1 (all).')
+    return (
+        f'Within a dataset, neighbours in feature space predict OA with an error of {numbers["knn_mae"]:.3f} '
+        f'against {numbers["mean_mae"]:.3f} for the mean: '
+        f'a skill of {numbers["skill"]:.2f} on a scale from 0 (nothing) to 1 (all).'
+    )
 
-# %% ../../nbs/68_viz.report.ipynb #2635abe5
+# %% ../../nbs/68_viz.report.ipynb #7f13c3a1
 LIMIT = 3_000_000 # bytes of one report
 LIBRARIES = 'rssqa', 'torch', 'numpy', 'pandas', 'scikit-learn' # whose versions are reported
 
@@ -84,7 +108,9 @@ def _photo(rgb, size, exact=False): # (h,w,3) uint8 -> data address of at most s
     scale = min(1, size / max(image.size))
     image = image.resize([max(1, round(s * scale)) for s in image.size],
                          Image.Resampling.NEAREST if exact else Image.Resampling.LANCZOS)
-    if exact: image.quantize(256, dither=0).save(out := io.BytesIO(), 'PNG')   # a class table has at most 256 colours
+    if exact:
+        # a class table has at most 256 colours
+        image.quantize(256, dither=0).save(out := io.BytesIO(), 'PNG')
     else: image.save(out := io.BytesIO(), 'JPEG', quality=82)
     return _uri(out.getvalue(), 'png' if exact else 'jpeg')
 
@@ -92,27 +118,40 @@ def _photo(rgb, size, exact=False): # (h,w,3) uint8 -> data address of at most s
 def _figures(sqed, comparison, facts): # name -> (data address, alt text)
     import matplotlib
     with matplotlib.rc_context(STYLE):
-        plots = dict(comparison=plot_comparison(comparison, facts.get('ours', 'RS-SQA')), true=plot_predicted_true(sqed),
-                     calibration=plot_calibration(sqed),
-                     recommendation=plot_recommendation(sqed, always=facts.get('always')), methods=plot_methods(sqed))
+        plots = dict(
+            comparison=plot_comparison(comparison, facts.get('ours', 'RS-SQA')),
+            true=plot_predicted_true(sqed),
+            calibration=plot_calibration(sqed),
+            recommendation=plot_recommendation(sqed, always=facts.get('always')),
+            methods=plot_methods(sqed),
+        )
         return {name: (_png(shown.figure_), _alt(shown)) for name, shown in plots.items()}
 
 
 def _alt(shown): # what the figure says in words: its title and notes
     ax = np.ravel(shown.ax_)[0]
-    if len(np.ravel(shown.ax_)) > 1: return 'The table above as dots: a panel a metric, a line a predictor, the best one filled.'
-    return ' '.join([ax.get_title(loc='left'), *(t.get_text() for t in ax.texts[-1:])]).replace('\n', ' ').strip()
+    if len(np.ravel(shown.ax_)) > 1:
+        return 'The table above as dots: a panel a metric, a line a predictor, the best one filled.'
+    return (
+        ' '.join([ax.get_title(loc='left'), *(t.get_text() for t in ax.texts[-1:])])
+        .replace('\n', ' ')
+        .strip()
+    )
 
-# %% ../../nbs/68_viz.report.ipynb #ecb2271c
+# %% ../../nbs/68_viz.report.ipynb #a379807c
 ROOM, POINTS, THUMBS = 1_500_000, 8000, 400 # bytes, points and thumbnails of the map
 
 
 def _map(emb, thumbs): # the interactive plot
     emb, color = emb.reset_index(drop=True), 'oa' if 'oa' in emb else 'dataset'
-    if not isinstance(thumbs, Mapping): thumbs = [*list(thumbs)[:min(THUMBS, len(emb))], *[None] * (len(emb) - min(THUMBS, len(thumbs), len(emb)))]
+    if not isinstance(thumbs, Mapping):
+        thumbs = [
+            *list(thumbs)[: min(THUMBS, len(emb))],
+            *[None] * (len(emb) - min(THUMBS, len(thumbs), len(emb))),
+        ]
     return plane(emb, color, thumbs, room=ROOM, max_points=POINTS, file='points.csv')
 
-# %% ../../nbs/68_viz.report.ipynb #229a70af
+# %% ../../nbs/68_viz.report.ipynb #830efd2d
 def _cells(comparison, ours): # -> header, rows of (text, number, best)
     metrics = [m for m in METRICS if m in comparison]
     counts = [c for c in ('n_rows', 'n_images') if c in comparison]
@@ -120,14 +159,23 @@ def _cells(comparison, ours): # -> header, rows of (text, number, best)
     head = [dict(name=METRICS[m][0], note='higher is better' if METRICS[m][1] > 0 else 'lower is better',
                  what=METRICS[m][3]) for m in metrics]
     head += [dict(name=c.replace('_', ' ').replace('n ', ''), note='counted', what='') for c in counts]
-    cells = lambda name, row: [_cell(row[m], METRICS[m][2], best[m][name]) for m in metrics] + [_cell(row[c], ',.0f') for c in counts]
-    rows = [dict(name=str(name), ours=name == ours, cells=cells(name, row)) for name, row in comparison.iterrows()]
+    cells = lambda name, row: (
+        [_cell(row[m], METRICS[m][2], best[m][name]) for m in metrics]
+        + [_cell(row[c], ',.0f') for c in counts]
+    )
+    rows = [
+        dict(name=str(name), ours=name == ours, cells=cells(name, row)) for name, row in comparison.iterrows()
+    ]
     return head, rows
 
 
 def _cell(value, form, best=False):
     known = value is not None and np.isfinite(float(value))
-    return dict(text=format(float(value), form) if known else '—', number=float(value) if known else '', best=bool(best))
+    return dict(
+        text=format(float(value), form) if known else '—',
+        number=float(value) if known else '',
+        best=bool(best),
+    )
 
 
 def _case(case, size): # one case -> what the template shows
@@ -135,9 +183,13 @@ def _case(case, size): # one case -> what the template shows
     true = case_oa(case['truth'], case['mask']) if case.get('truth') is not None else None
     said = [f'true OA {true:.3f}' if true is not None else 'no truth, so its OA is unknown']
     if case.get('predicted') is not None: said.append(f'predicted OA {case["predicted"]:.3f}')
-    if true is not None and case.get('predicted') is not None: said.append(f'error {case["predicted"] - true:+.3f}')
-    return dict(title=case.get('title', ''), said=', '.join(said),
-                panels=[(name, _photo(p, size, exact=name in ('truth', 'map'))) for name, p in panels.items()])
+    if true is not None and case.get('predicted') is not None:
+        said.append(f'error {case["predicted"] - true:+.3f}')
+    return dict(
+        title=case.get('title', ''),
+        said=', '.join(said),
+        panels=[(name, _photo(p, size, exact=name in ('truth', 'map'))) for name, p in panels.items()],
+    )
 
 # %% ../../nbs/68_viz.report.ipynb #34a79dff
 CSS = '''
@@ -220,8 +272,10 @@ PAGE = '''<!doctype html>
 </main><script>{{ script|safe }}</script></body></html>
 '''
 
-# %% ../../nbs/68_viz.report.ipynb #1e6ddc90
-PARTS = {'page': PAGE, 'table': '''
+# %% ../../nbs/68_viz.report.ipynb #9dda1bc8
+PARTS = {
+    'page': PAGE,
+    'table': '''
 <h2>Predictors compared</h2>
 <div class="scroll"><table class="sort"><caption hidden>Predictors and metrics</caption>
 <thead><tr><th scope="col"><button>predictor</button></th>
@@ -235,7 +289,8 @@ PARTS = {'page': PAGE, 'table': '''
 {% for h in head if h.what %}<b>{{ h.name }}</b>: {{ h.what }}. {% endfor %}
 {{ protocol }} The values are point estimates: read small differences as ties.</p>
 {{ figure('comparison', wide=True) }}
-''', 'methods': '''
+''',
+    'methods': '''
 <h2>The methods</h2>
 <div class="pair"><div class="scroll"><table class="sort"><caption hidden>Methods</caption>
 <thead><tr><th scope="col"><button>method</button></th><th scope="col"><button>mean OA</button></th>
@@ -245,7 +300,8 @@ PARTS = {'page': PAGE, 'table': '''
 <td data-n="{{ m.mean_oa }}">{{ '%.3f'|format(m.mean_oa) }}</td><td data-n="{{ m.best }}">{{ '%.1f'|format(100 * m.best) }} %</td>
 <td data-n="{{ m.recommended }}">{{ '%.1f'|format(100 * m.recommended) }} %</td></tr>{% endfor %}
 </tbody></table></div>{{ figure('methods') }}</div>
-''', 'cases': '''
+''',
+    'cases': '''
 <h2>The worst cases</h2>
 {% if cases %}<p>Wrong pixels are red on a faded image; pixels that nobody labelled are grey and count neither way.
 {%- if left %} {{ left }} more were given and are not shown.{% endif %}</p>
@@ -253,20 +309,34 @@ PARTS = {'page': PAGE, 'table': '''
 {% for case in cases %}<h3>{{ case.title }}</h3><p class="soft">{{ case.said }}</p><div class="case">
 {% for name, src in case.panels %}<figure>
 <img src="{{ src }}" alt="{{ name }} of {{ case.title }}"><figcaption>{{ name }}</figcaption></figure>{% endfor %}</div>{% endfor %}
-'''}
+''',
+}
 
-# %% ../../nbs/68_viz.report.ipynb #099e0b90
+# %% ../../nbs/68_viz.report.ipynb #a31da4d1
 def _content(sqed, embedding, comparison, facts): # everything but the cases
     figures = _figures(sqed, comparison, facts)
     head, rows = _cells(comparison, facts.get('ours', 'RS-SQA'))
     methods = method_shares(sqed).reset_index().to_dict('records')
     given = [name for name in ('data', 'split', 'seeds') if name in facts]
     protocol = ' '.join(f'{name.capitalize()}: {str(facts[name]).rstrip(".")}.' for name in given)
-    return dict(title=facts.get('title', 'RS-SQA report'),
-                asked=facts.get('asked', 'How good is each map, and which method should be used where nobody has labelled?'),
-                headlines=headlines(sqed, comparison, facts), separation=measured(facts.get('separation')), drawn=drawn(embedding, POINTS), figures=figures,
-                head=head, rows=rows, methods=methods, protocol=protocol,
-                made=_made(sqed, facts), version=_version('rssqa'), css=CSS + PLANE_CSS, script=SCRIPT + PLANE_JS)
+    return dict(
+        title=facts.get('title', 'RS-SQA report'),
+        asked=facts.get(
+            'asked', 'How good is each map, and which method should be used where nobody has labelled?'
+        ),
+        headlines=headlines(sqed, comparison, facts),
+        separation=measured(facts.get('separation')),
+        drawn=drawn(embedding, POINTS),
+        figures=figures,
+        head=head,
+        rows=rows,
+        methods=methods,
+        protocol=protocol,
+        made=_made(sqed, facts),
+        version=_version('rssqa'),
+        css=CSS + PLANE_CSS,
+        script=SCRIPT + PLANE_JS,
+    )
 
 
 def _made(sqed, facts): # (name, value) pairs for the last section
@@ -287,7 +357,11 @@ def _version(name):
 
 def _render(content):
     from jinja2 import DictLoader, Environment, StrictUndefined
-    return Environment(loader=DictLoader(PARTS), autoescape=True, undefined=StrictUndefined).get_template('page').render(content)
+    return (
+        Environment(loader=DictLoader(PARTS), autoescape=True, undefined=StrictUndefined)
+        .get_template('page')
+        .render(content)
+    )
 
 # %% ../../nbs/68_viz.report.ipynb #ef6b7531
 def write_report(

@@ -6,7 +6,7 @@
 __all__ = ['RATINGS', 'KEYS_JS', 'write_table', 'read_table', 'Recommender', 'class_table', 'view_recommender', 'PairReviewer',
            'marked', 'view_reviewer', 'app_settings', 'example_review']
 
-# %% ../../nbs/67_viz.widgets.ipynb #2c76a177
+# %% ../../nbs/67_viz.widgets.ipynb #3757be0b
 import html, os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import BadImage, DataNotFound, Incompatible, Problem, SchemaError, as_image, atomic, datasets, unknown
+from rssqa.core import (
+    BadImage,
+    DataNotFound,
+    Incompatible,
+    Problem,
+    SchemaError,
+    as_image,
+    atomic,
+    datasets,
+    unknown,
+)
 from ..data.datasets import colourise
 from .explorer import WRITERS
 from .degradation import as_png, class_key, interval_rows, with_intervals
@@ -23,14 +33,19 @@ from ..quality.recommend import SUFFIXES, Pack, default_pack, rank
 from ..data.synthetic import CLASSES, PALETTE
 from .figures import PALETTE as MARKS
 
-# %% ../../nbs/67_viz.widgets.ipynb #eb54c9ff
+# %% ../../nbs/67_viz.widgets.ipynb #80f6544d
 def write_table(
     table: pd.DataFrame, # any
     path, # .csv or .parquet
 ) -> Path:
     "Write a table, all or nothing."
     path, kind = Path(path), Path(path).suffix.lstrip('.')
-    if kind not in WRITERS: raise Incompatible(f'cannot write {path}', f'found suffix {path.suffix!r}, expected .csv or .parquet', 'rename the output')
+    if kind not in WRITERS:
+        raise Incompatible(
+            f'cannot write {path}',
+            f'found suffix {path.suffix!r}, expected .csv or .parquet',
+            'rename the output',
+        )
     with atomic(path) as tmp: WRITERS[kind](table, tmp)
     return path
 
@@ -43,7 +58,7 @@ def read_table(
     if not path.is_file(): raise DataNotFound(f'no table {path}', '', 'check the path')
     return pd.read_csv(path, keep_default_na=False) if path.suffix == '.csv' else pd.read_parquet(path)
 
-# %% ../../nbs/67_viz.widgets.ipynb #946d3755
+# %% ../../nbs/67_viz.widgets.ipynb #86d0064a
 class Recommender:
     "Images, what each method makes of them, and what was chosen."
     def __init__(self,
@@ -53,12 +68,20 @@ class Recommender:
     ):
         self.pack = pack if isinstance(pack, Pack) else Pack(pack or default_pack())
         self.dataset = self.pack._dataset(dataset)
-        self.images, self.at, self._ranked, self.chosen, self.problems = {}, 0, {}, {}, {}
+        self.images = {}
+        self.at = 0
+        self._ranked = {}
+        self.chosen = {}
+        self.problems = {}
         if images is not None: self.open(images)
 
     def open(self, images) -> 'Recommender': # folder, dict or list
         "Take new images; choices about the old ones are forgotten."
-        self.images, self.at, self._ranked, self.chosen, self.problems = _images(images), 0, {}, {}, {}
+        self.images = _images(images)
+        self.at = 0
+        self._ranked = {}
+        self.chosen = {}
+        self.problems = {}
         return self
 
     @property
@@ -72,7 +95,11 @@ class Recommender:
 
     def go(self, to) -> str: # number or name
         "Go to an image."
-        self.at = self.names.index(self._name(to)) if isinstance(to, str) else int(np.clip(to, 0, max(len(self.images) - 1, 0)))
+        self.at = (
+            self.names.index(self._name(to))
+            if isinstance(to, str)
+            else int(np.clip(to, 0, max(len(self.images) - 1, 0)))
+        )
         return self._name(None)
 
     def ranked(self, name: str = None) -> pd.DataFrame: # best first: method, predicted, low, high, state, reason, mask
@@ -80,8 +107,13 @@ class Recommender:
         name = self._name(name)
         if name in self.problems: raise BadImage(*self.problems[name])
         if name not in self._ranked:
-            try: told = with_intervals(rank(self.images[name], self.pack, self.dataset, keep_masks=True), self.pack)
-            except BadImage as e: self.problems[name] = (e.what, e.found, e.todo); raise
+            try:
+                told = with_intervals(
+                    rank(self.images[name], self.pack, self.dataset, keep_masks=True), self.pack
+                )
+            except BadImage as e:
+                self.problems[name] = (e.what, e.found, e.todo)
+                raise
             self._ranked[name] = told[['method', 'predicted', 'low', 'high', 'state', 'reason', 'mask']]
         return self._ranked[name]
 
@@ -97,8 +129,20 @@ class Recommender:
         for name, t in self._ranked.items():
             pick = self.chosen.get(name, t.method[0])
             row = t.set_index('method').loc[pick]
-            rows.append(dict(image=name, chosen=pick, predicted=row.predicted, low=row.low, high=row.high, recommended=t.method[0], by='person' if name in self.chosen else 'recommendation'))
-        return pd.DataFrame(rows, columns=['image', 'chosen', 'predicted', 'low', 'high', 'recommended', 'by'])
+            rows.append(
+                dict(
+                    image=name,
+                    chosen=pick,
+                    predicted=row.predicted,
+                    low=row.low,
+                    high=row.high,
+                    recommended=t.method[0],
+                    by='person' if name in self.chosen else 'recommendation',
+                )
+            )
+        return pd.DataFrame(
+            rows, columns=['image', 'chosen', 'predicted', 'low', 'high', 'recommended', 'by']
+        )
 
     def rank_all(self, tick=lambda n, of: None) -> pd.DataFrame: # the table
         "Rank every image, skipping those that cannot be read."
@@ -110,14 +154,18 @@ class Recommender:
 
     def export(self, path) -> Path:
         "Write the table as CSV or Parquet."
-        if not self._ranked: raise DataNotFound('nothing to export', 'no image has been ranked', 'open a folder and look at an image')
+        if not self._ranked:
+            raise DataNotFound(
+                'nothing to export', 'no image has been ranked', 'open a folder and look at an image'
+            )
         return write_table(self.table(), path)
 
     def view(self):
         "Return the widget."
         return view_recommender(self)
 
-    def __repr__(self): return f'Recommender: {len(self.images)} images, {len(self._ranked)} ranked, {len(self.chosen)} chosen by a person · {self.pack!r}'
+    def __repr__(self):
+        return f'Recommender: {len(self.images)} images, {len(self._ranked)} ranked, {len(self.chosen)} chosen by a person · {self.pack!r}'
 
 
 def _images(images): # folder, dict or list -> dict name -> path or image
@@ -125,8 +173,21 @@ def _images(images): # folder, dict or list -> dict name -> path or image
     elif isinstance(images, (str, os.PathLike)):
         folder = Path(images).expanduser()
         if not folder.exists(): raise DataNotFound(f'no folder {folder}', '', 'check the path')
-        found = {folder.name: folder} if folder.is_file() else {str(p.relative_to(folder)): p for p in sorted(folder.rglob('*')) if p.suffix.lower() in SUFFIXES}
-        if not found: raise DataNotFound(f'no image in {folder}', f'expected files ending in {", ".join(SUFFIXES)}', 'point to a folder with images')
+        found = (
+            {folder.name: folder}
+            if folder.is_file()
+            else {
+                str(p.relative_to(folder)): p
+                for p in sorted(folder.rglob('*'))
+                if p.suffix.lower() in SUFFIXES
+            }
+        )
+        if not found:
+            raise DataNotFound(
+                f'no image in {folder}',
+                f'expected files ending in {", ".join(SUFFIXES)}',
+                'point to a folder with images',
+            )
     else: found = {f'image {i}': x for i, x in enumerate(images)}
     if not found: raise DataNotFound('no image was given', '', 'pass at least one')
     return found
@@ -139,16 +200,19 @@ def class_table(
     "Find names and colours of the classes."
     names = tuple(pack.segmenter(pack.methods(dataset)[0], dataset).classes)
     if names == tuple(CLASSES): return names, PALETTE
-    if dataset in datasets and len(known := getattr(datasets[dataset], 'palette', ())) >= len(names): return names, known[:len(names)]
+    if dataset in datasets and len(known := getattr(datasets[dataset], 'palette', ())) >= len(names):
+        return names, known[:len(names)]
     hexes = [MARKS[i % len(MARKS)] for i in range(len(names))]
     return names, [tuple(int(h[j:j + 2], 16) for j in (1, 3, 5)) for h in hexes]
 
-# %% ../../nbs/67_viz.widgets.ipynb #365dd165
+# %% ../../nbs/67_viz.widgets.ipynb #825f8969
 def _error(words): return f'<p style="color:#b3261e;margin:4px 0">{html.escape(words)}</p>'
 
 
 def _guarded(view, action): # run what a button means; say what went wrong
-    try: action(); view.said.value = ''
+    try:
+        action()
+        view.said.value = ''
     except Problem as e: view.said.value = _error(str(e))
     view.refresh()
 
@@ -161,29 +225,64 @@ def view_recommender(
     view = w.VBox()
     view.state, view.busy = state, False
     view.folder = w.Text(placeholder='folder of images', layout=w.Layout(width='360px'))
-    view.opener, view.all = w.Button(description='Open'), w.Button(description='Rank all images')
-    view.back, view.next = w.Button(description='Previous'), w.Button(description='Next')
+    view.opener = w.Button(description='Open')
+    view.all = w.Button(description='Rank all images')
+    view.back = w.Button(description='Previous')
+    view.next = w.Button(description='Next')
     view.which = w.Dropdown(options=[], layout=w.Layout(width='300px'))
     view.choice = w.ToggleButtons(options=[], style=dict(button_width='auto'))
-    view.place, view.maps, view.numbers, view.said = w.HTML(), w.Box(layout=w.Layout(flex_flow='row wrap')), w.HTML(), w.HTML()
-    view.path, view.save, view.saved = w.Text('chosen.csv', layout=w.Layout(width='240px')), w.Button(description='Export table'), w.HTML()
+    view.place = w.HTML()
+    view.maps = w.Box(layout=w.Layout(flex_flow='row wrap'))
+    view.numbers = w.HTML()
+    view.said = w.HTML()
+    view.path = w.Text('chosen.csv', layout=w.Layout(width='240px'))
+    view.save = w.Button(description='Export table')
+    view.saved = w.HTML()
     view.picks = w.HTML()
-    view.children = [w.HBox([view.folder, view.opener, view.all]), w.HBox([view.back, view.next, view.which, view.place], layout=w.Layout(align_items='center')), view.said, view.maps, view.numbers,
-                     w.HBox([w.HTML('<b>use for this image:</b>'), view.choice], layout=w.Layout(align_items='center', grid_gap='8px')), view.picks, w.HBox([view.path, view.save, view.saved], layout=w.Layout(align_items='center'))]
+    view.children = [
+        w.HBox([view.folder, view.opener, view.all]),
+        w.HBox([view.back, view.next, view.which, view.place], layout=w.Layout(align_items='center')),
+        view.said,
+        view.maps,
+        view.numbers,
+        w.HBox(
+            [w.HTML('<b>use for this image:</b>'), view.choice],
+            layout=w.Layout(align_items='center', grid_gap='8px'),
+        ),
+        view.picks,
+        w.HBox([view.path, view.save, view.saved], layout=w.Layout(align_items='center')),
+    ]
     view.refresh = lambda: _show_image(view)
     view.opener.on_click(lambda _: _guarded(view, lambda: state.open(view.folder.value or '.')))
-    view.all.on_click(lambda _: _guarded(view, lambda: state.rank_all(lambda n, of: setattr(view.place, 'value', f'ranking {n} of {of}'))))
+    view.all.on_click(
+        lambda _: _guarded(
+            view, lambda: state.rank_all(lambda n, of: setattr(view.place, 'value', f'ranking {n} of {of}'))
+        )
+    )
     view.back.on_click(lambda _: _guarded(view, lambda: state.go(state.at - 1)))
     view.next.on_click(lambda _: _guarded(view, lambda: state.go(state.at + 1)))
-    view.which.observe(lambda change: None if view.busy or change.new is None else _guarded(view, lambda: state.go(change.new)), 'value')
-    view.choice.observe(lambda change: None if view.busy or change.new is None else _guarded(view, lambda: state.choose(change.new)), 'value')
+    view.which.observe(
+        lambda change: (
+            None if view.busy or change.new is None else _guarded(view, lambda: state.go(change.new))
+        ),
+        'value',
+    )
+    view.choice.observe(
+        lambda change: (
+            None if view.busy or change.new is None else _guarded(view, lambda: state.choose(change.new))
+        ),
+        'value',
+    )
     view.save.on_click(lambda _: _export(view))
     view.refresh()
     return view
 
 
 def _export(view):
-    try: view.saved.value = f'{len(view.state.table())} rows in {html.escape(str(view.state.export(view.path.value)))}'
+    try:
+        view.saved.value = (
+            f'{len(view.state.table())} rows in {html.escape(str(view.state.export(view.path.value)))}'
+        )
     except (Problem, OSError) as e: view.saved.value = _error(str(e))
 
 
@@ -192,45 +291,87 @@ def _show_image(view): # the current image, or what to do
     try:
         view.which.options = state.names
         n = len(state.images)
-        view.back.disabled, view.next.disabled, view.all.disabled = state.at == 0, state.at >= n - 1, n == 0
+        view.back.disabled = state.at == 0
+        view.next.disabled = state.at >= n - 1
+        view.all.disabled = n == 0
         view.place.value = f'{state.at + 1} of {n}' if n else ''
         if n: view.which.value = state.names[state.at]
         ranked = state.ranked()
     except Problem as e:
-        view.maps.children, view.numbers.value, view.choice.options = (), '', []
+        view.maps.children = ()
+        view.numbers.value = ''
+        view.choice.options = []
         if state.images: view.said.value = _error(str(e))
         elif not view.said.value: view.said.value = 'No image yet: type a folder of images and press Open.'
     else:
         _show_maps(view, ranked)
     finally:
-        view.picks.value, view.save.disabled, view.busy = _picks(state), not state._ranked, False
+        view.picks.value = _picks(state)
+        view.save.disabled = not state._ranked
+        view.busy = False
 
 
 def _show_maps(view, ranked):
     import ipywidgets as w
-    state, layout = view.state, w.Layout(border='1px solid #d5dbe1')
+    state = view.state
+    layout = w.Layout(border='1px solid #d5dbe1')
     names, palette = class_table(state.pack, state.dataset)
-    box = lambda png, words: w.VBox([w.Image(value=png, format='png', layout=layout), w.HTML(words)], layout=w.Layout(margin='0 10px 6px 0'))
+    box = lambda png, words: w.VBox(
+        [w.Image(value=png, format='png', layout=layout), w.HTML(words)],
+        layout=w.Layout(margin='0 10px 6px 0'),
+    )
     parts = [box(as_png(as_image(state.images[state.names[state.at]]), 220), '<b>image</b>')]
-    for i, r in enumerate(ranked.itertuples()): parts.append(box(as_png(colourise(r.mask, palette), 220), f'<b>{html.escape(r.method)}</b>{" · recommended" if i == 0 else ""}<br>predicted OA {r.predicted:.3f}' if np.isfinite(r.predicted) else f'<b>{html.escape(r.method)}</b><br>no prediction'))
+    for i, r in enumerate(ranked.itertuples()):
+        parts.append(
+            box(
+                as_png(colourise(r.mask, palette), 220),
+                f'<b>{html.escape(r.method)}</b>{" · recommended" if i == 0 else ""}<br>predicted OA {r.predicted:.3f}'
+                if np.isfinite(r.predicted)
+                else f'<b>{html.escape(r.method)}</b><br>no prediction',
+            )
+        )
     view.maps.children = parts
     why = sorted(set(ranked.reason) - {''})
-    view.numbers.value = interval_rows(ranked) + (f'<p style="color:#5c6670;margin:2px 0">no interval: {html.escape("; ".join(why))}</p>' if why else '') + class_key(names, palette)
+    view.numbers.value = (
+        interval_rows(ranked)
+        + (
+            f'<p style="color:#5c6670;margin:2px 0">no interval: {html.escape("; ".join(why))}</p>'
+            if why
+            else ''
+        )
+        + class_key(names, palette)
+    )
     view.choice.options = list(ranked.method)
     view.choice.value = state.chosen.get(state.names[state.at], ranked.method[0])
 
 
 def _picks(state): # the table as HTML
     if not state._ranked: return ''
-    cell = lambda v: '–' if isinstance(v, float) and np.isnan(v) else f'{v:.3f}' if isinstance(v, float) else html.escape(str(v))
+    cell = lambda v: (
+        '–'
+        if isinstance(v, float) and np.isnan(v)
+        else f'{v:.3f}'
+        if isinstance(v, float)
+        else html.escape(str(v))
+    )
     t = state.table()
-    rows = ''.join('<tr>' + ''.join(f'<td style="padding:1px 12px 1px 0">{cell(v)}</td>' for v in row) + '</tr>' for row in t.tail(12).itertuples(index=False))
-    head = ''.join(f'<th style="padding:1px 12px 1px 0;text-align:left">{c}</th>' for c in ('image', 'chosen', 'predicted OA', 'from', 'to', 'recommended', 'by'))
+    rows = ''.join(
+        '<tr>' + ''.join(f'<td style="padding:1px 12px 1px 0">{cell(v)}</td>' for v in row) + '</tr>'
+        for row in t.tail(12).itertuples(index=False)
+    )
+    head = ''.join(
+        f'<th style="padding:1px 12px 1px 0;text-align:left">{c}</th>'
+        for c in ('image', 'chosen', 'predicted OA', 'from', 'to', 'recommended', 'by')
+    )
     more = f'<p style="color:#5c6670;margin:2px 0">the last 12 of {len(t)} images</p>' if len(t) > 12 else ''
-    lost = f'<p style="color:#b3261e;margin:2px 0">{len(state.problems)} could not be read: {html.escape(", ".join(list(state.problems)[:5]))}</p>' if state.problems else ''
+    lost = (
+        f'<p style="color:#b3261e;margin:2px 0">{len(state.problems)} could not be read: {html.escape(", ".join(list(state.problems)[:5]))}</p>'
+        if state.problems
+        else ''
+    )
     return f'<table style="line-height:1.5;margin-top:6px"><tr>{head}</tr>{rows}</table>{more}{lost}'
 
-# %% ../../nbs/67_viz.widgets.ipynb #916017a1
+# %% ../../nbs/67_viz.widgets.ipynb #fc1f64eb
 RATINGS = ('right', 'wrong', 'skip')
 
 
@@ -241,19 +382,39 @@ class PairReviewer:
         path=None, # .csv or .parquet; written after every rating, read when it exists
         images: Mapping = None, # key -> image; default: the column path
     ):
-        if missing := [c for c in ('pair', 'action', 'before', 'after') if c not in review]: raise SchemaError('cannot review this table', f'it has no column {", ".join(missing)}', 'make it with rssqa.clip.purify.review_table')
-        if review.pair.duplicated().any(): raise SchemaError('cannot review this table', f'pair {review.pair[review.pair.duplicated()].iloc[0]} appears twice', 'pass each pair once')
-        self.review = review.reset_index(drop=True).assign(rating=review.get('rating', pd.Series('', review.index)).fillna('').to_numpy(object), skipped=False)
-        self.path, self.images = path and Path(path), images
+        if missing := [c for c in ('pair', 'action', 'before', 'after') if c not in review]:
+            raise SchemaError(
+                'cannot review this table',
+                f'it has no column {", ".join(missing)}',
+                'make it with rssqa.clip.purify.review_table',
+            )
+        if review.pair.duplicated().any():
+            raise SchemaError(
+                'cannot review this table',
+                f'pair {review.pair[review.pair.duplicated()].iloc[0]} appears twice',
+                'pass each pair once',
+            )
+        self.review = review.reset_index(drop=True).assign(
+            rating=review.get('rating', pd.Series('', review.index)).fillna('').to_numpy(object),
+            skipped=False,
+        )
+        self.path = path and Path(path)
+        self.images = images
         if self.path and self.path.exists(): self._resume()
         self.at = self._open(0)
 
     def _resume(self):
         old = read_table(self.path).set_index('pair')
-        if lost := [p for p in old.index if p not in set(self.review.pair)]: raise Incompatible(f'{self.path} holds verdicts on other pairs', f'the first is {lost[0]!r}', 'name another file')
+        if lost := [p for p in old.index if p not in set(self.review.pair)]:
+            raise Incompatible(
+                f'{self.path} holds verdicts on other pairs', f'the first is {lost[0]!r}', 'name another file'
+            )
         known = self.review.pair.map(old.rating.fillna('')).fillna('')
         self.review['rating'] = known.where(known != '', self.review.rating)
-        if 'skipped' in old: self.review['skipped'] = self.review.pair.map(old.skipped.astype(str).str.lower() == 'true').eq(True)
+        if 'skipped' in old:
+            self.review['skipped'] = self.review.pair.map(old.skipped.astype(str).str.lower() == 'true').eq(
+                True
+            )
 
     def _open(self, start): # first pair from `start` on that waits for a rating, then from the beginning, else the end
         waiting = np.flatnonzero((self.review.rating == '') & ~self.review.skipped)
@@ -270,11 +431,18 @@ class PairReviewer:
     def judge(self, rating: str) -> None: # 'right', 'wrong' or 'skip'
         "Give a rating on the current pair, save it, and go to the next that waits."
         if rating not in RATINGS: raise unknown('rating', rating, RATINGS)
-        if self.current is None: raise SchemaError('there is no pair left to judge', f'all {len(self.review)} have a rating or were skipped', 'go back to change one')
+        if self.current is None:
+            raise SchemaError(
+                'there is no pair left to judge',
+                f'all {len(self.review)} have a rating or were skipped',
+                'go back to change one',
+            )
         before = self.review.loc[self.at, ['rating', 'skipped']].tolist()
         self.review.loc[self.at, ['rating', 'skipped']] = ['', True] if rating == 'skip' else [rating, False]
         try: self.save()
-        except OSError: self.review.loc[self.at, ['rating', 'skipped']] = before; raise
+        except OSError:
+            self.review.loc[self.at, ['rating', 'skipped']] = before
+            raise
         self.at = self._open(self.at + 1)
 
     def back(self) -> None:
@@ -294,15 +462,18 @@ class PairReviewer:
         row = self.current
         if row is None: return None
         source = self.images.get(row.get('key')) if self.images is not None else row.get('path')
-        return as_image(source) if source is not None and not (isinstance(source, str) and not source) else None
+        return (
+            as_image(source) if source is not None and not (isinstance(source, str) and not source) else None
+        )
 
     def view(self):
         "Return the widget."
         return view_reviewer(self)
 
-    def __repr__(self): return f'PairReviewer: {len(self.review)} pairs, {self.left} to judge, {int(self.review.skipped.sum())} skipped'
+    def __repr__(self):
+        return f'PairReviewer: {len(self.review)} pairs, {self.left} to judge, {int(self.review.skipped.sum())} skipped'
 
-# %% ../../nbs/67_viz.widgets.ipynb #617395da
+# %% ../../nbs/67_viz.widgets.ipynb #15937937
 KEYS_JS = '''
 function render({ model, el }) {
   el.textContent = 'Keys, after a click in here: r right, w wrong, s skip, b back'; el.tabIndex = 0; el.style.cssText = 'color:#5c6670;font-size:12px;padding:4px';
@@ -326,12 +497,18 @@ def marked(
 ) -> tuple[str, str]: # HTML of both
     "Mark what was taken out and what was put in, word by word."
     import difflib
-    a, b = before.split(), after.split()
+    a = before.split()
+    b = after.split()
     out, new = [], []
     for what, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        old, fresh = html.escape(' '.join(a[i:j])), html.escape(' '.join(b[k:m]))
+        old = html.escape(' '.join(a[i:j]))
+        fresh = html.escape(' '.join(b[k:m]))
         out.append(old if what == 'equal' or not old else f'<del style="background:#fbe3e0">{old}</del>')
-        new.append(fresh if what == 'equal' or not fresh else f'<ins style="background:#def1e4;text-decoration:none">{fresh}</ins>')
+        new.append(
+            fresh
+            if what == 'equal' or not fresh
+            else f'<ins style="background:#def1e4;text-decoration:none">{fresh}</ins>'
+        )
     return ' '.join(filter(None, out)), ' '.join(filter(None, new))
 
 
@@ -348,53 +525,122 @@ def view_reviewer(
     import ipywidgets as w
     view = w.VBox()
     view.add_class('rssqa-keys')
-    view.state, view.keyboard = state, _keys()
-    view.buttons = {v: w.Button(description=v.capitalize(), button_style=style, layout=w.Layout(width='110px')) for v, style in zip(RATINGS, ('success', 'danger', ''))}
+    view.state = state
+    view.keyboard = _keys()
+    view.buttons = {
+        v: w.Button(description=v.capitalize(), button_style=style, layout=w.Layout(width='110px'))
+        for v, style in zip(RATINGS, ('success', 'danger', ''))
+    }
     view.back = w.Button(description='Back', layout=w.Layout(width='110px'))
-    view.bar, view.place = w.IntProgress(0, 0, max(len(state.review), 1), layout=w.Layout(width='240px')), w.HTML()
-    view.picture, view.text, view.said, view.shares = w.Image(value=as_png(np.ones((3, 8, 8), np.float32)), format='png', layout=w.Layout(border='1px solid #d5dbe1')), w.HTML(), w.HTML(), w.HTML()
-    view.children = [w.HBox([view.bar, view.place], layout=w.Layout(align_items='center')), w.HBox([view.picture, w.Box([view.text], layout=w.Layout(max_width='720px', min_width='0'))], layout=w.Layout(grid_gap='16px', align_items='flex-start')),
-                     w.HBox([*view.buttons.values(), view.back]), view.keyboard, view.said, view.shares]
+    view.bar = w.IntProgress(0, 0, max(len(state.review), 1), layout=w.Layout(width='240px'))
+    view.place = w.HTML()
+    view.picture = w.Image(
+        value=as_png(np.ones((3, 8, 8), np.float32)),
+        format='png',
+        layout=w.Layout(border='1px solid #d5dbe1'),
+    )
+    view.text = w.HTML()
+    view.said = w.HTML()
+    view.shares = w.HTML()
+    view.children = [
+        w.HBox([view.bar, view.place], layout=w.Layout(align_items='center')),
+        w.HBox(
+            [view.picture, w.Box([view.text], layout=w.Layout(max_width='720px', min_width='0'))],
+            layout=w.Layout(grid_gap='16px', align_items='flex-start'),
+        ),
+        w.HBox([*view.buttons.values(), view.back]),
+        view.keyboard,
+        view.said,
+        view.shares,
+    ]
     view.refresh = lambda: _show_pair(view)
-    act = dict(r=lambda: state.judge('right'), w=lambda: state.judge('wrong'), s=lambda: state.judge('skip'), b=state.back)
+    act = dict(
+        r=lambda: state.judge('right'),
+        w=lambda: state.judge('wrong'),
+        s=lambda: state.judge('skip'),
+        b=state.back,
+    )
     view.press = lambda key: _safely(view, act[key])
     for key, button in zip('rws', view.buttons.values()): button.on_click(lambda _, key=key: view.press(key))
     view.back.on_click(lambda _: view.press('b'))
-    view.keyboard.on_msg(lambda _, content, buffers: view.press(content['key']) if content.get('key') in act else None)
+    view.keyboard.on_msg(
+        lambda _, content, buffers: view.press(content['key']) if content.get('key') in act else None
+    )
     view.refresh()
     return view
 
 
 def _safely(view, action):
     try: _guarded(view, action)
-    except OSError as e: view.said.value = _error(f'the rating was not saved: {e}'); view.refresh()
+    except OSError as e:
+        view.said.value = _error(f'the rating was not saved: {e}')
+        view.refresh()
 
 
 def _show_pair(view):
-    state, row, n = view.state, view.state.current, len(view.state.review)
-    judged, skipped = int((state.review.rating != '').sum()), int(state.review.skipped.sum())
-    view.bar.value, view.back.disabled = judged + skipped, state.at == 0
-    view.place.value = f'{judged} judged, {skipped} skipped, {state.left} left' + (f' · saved in {html.escape(state.path.name)}' if state.path else ' · not saved: no file was named')
+    state = view.state
+    row = view.state.current
+    n = len(view.state.review)
+    judged = int((state.review.rating != '').sum())
+    skipped = int(state.review.skipped.sum())
+    view.bar.value = judged + skipped
+    view.back.disabled = state.at == 0
+    view.place.value = f'{judged} judged, {skipped} skipped, {state.left} left' + (
+        f' · saved in {html.escape(state.path.name)}' if state.path else ' · not saved: no file was named'
+    )
     for b in view.buttons.values(): b.disabled = row is None
     told = state.agreement()
-    view.shares.value = '<b>right so far</b> ' + ' · '.join(f'{html.escape(str(a))} {int(r.right)} of {int(r.judged)} ({r.low:.0%} to {r.high:.0%})' for a, r in told.iterrows()) if len(told) else ''
+    view.shares.value = (
+        '<b>right so far</b> '
+        + ' · '.join(
+            f'{html.escape(str(a))} {int(r.right)} of {int(r.judged)} ({r.low:.0%} to {r.high:.0%})'
+            for a, r in told.iterrows()
+        )
+        if len(told)
+        else ''
+    )
     view.picture.layout.display = 'none'
-    if row is None: view.text.value = '<p>There is no pair in this table.</p>' if not n else '<p><b>All done.</b> Back shows the last pair again.</p>'; return
+    if row is None:
+        view.text.value = (
+            '<p>There is no pair in this table.</p>'
+            if not n
+            else '<p><b>All done.</b> Back shows the last pair again.</p>'
+        )
+        return
     view.text.value = _pair_text(row)
     try: image = state.image()
-    except Problem as e: view.said.value = _error(str(e)); return
-    if image is not None: view.picture.value, view.picture.layout.display = as_png(image, 280), None
+    except Problem as e:
+        view.said.value = _error(str(e))
+        return
+    if image is not None:
+        view.picture.value = as_png(image, 280)
+        view.picture.layout.display = None
 
 
 def _pair_text(row): # HTML of one decision
     before, after = marked(str(row.before), str(row.after) if isinstance(row.after, str) else '')
-    line = lambda name, text: f'<p style="margin:0 0 8px;line-height:1.5"><span style="color:#5c6670">{name}</span><br>{text}</p>'
-    facts = ' · '.join(html.escape(f'{k} {row[k]:.3f}' if isinstance(row[k], float) else f'{k} {row[k]}') for k in ('source', 'score', 'new_score') if k in row and pd.notna(row[k]) and row[k] != '')
+    line = lambda name, text: (
+        f'<p style="margin:0 0 8px;line-height:1.5"><span style="color:#5c6670">{name}</span><br>{text}</p>'
+    )
+    facts = ' · '.join(
+        html.escape(f'{k} {row[k]:.3f}' if isinstance(row[k], float) else f'{k} {row[k]}')
+        for k in ('source', 'score', 'new_score')
+        if k in row and pd.notna(row[k]) and row[k] != ''
+    )
     rating = line('your rating', f'<b>{row.rating}</b>') if row.rating else ''
-    return line(f'decision · pair {html.escape(str(row.pair))}', f'<b>{html.escape(str(row.action))}</b>' + (f' – {html.escape(str(row.reason))}' if row.get('reason') else '')) + line('caption before', before) + \
-        line('caption after', after or '<i>none: the pair leaves</i>') + (line('measured', facts) if facts else '') + rating
+    return (
+        line(
+            f'decision · pair {html.escape(str(row.pair))}',
+            f'<b>{html.escape(str(row.action))}</b>'
+            + (f' – {html.escape(str(row.reason))}' if row.get('reason') else ''),
+        )
+        + line('caption before', before)
+        + line('caption after', after or '<i>none: the pair leaves</i>')
+        + (line('measured', facts) if facts else '')
+        + rating
+    )
 
-# %% ../../nbs/67_viz.widgets.ipynb #ac61ed9e
+# %% ../../nbs/67_viz.widgets.ipynb #58fe9222
 def app_settings() -> dict: # data, pack, dataset, out; None where nothing was said
     "Read what `rssqa app` was asked for, and go where it was called, so that files are saved there."
     os.chdir(os.environ.get('RSSQA_APP_HERE', '.'))                        # Voila starts beside the notebook
@@ -411,5 +657,16 @@ def example_review() -> tuple[pd.DataFrame, dict]: # review table, key -> image
     for i, (key, s) in enumerate(scenes.items()):
         before = f'{s.caption}. {extra[i % 4]}'.strip()
         after, fired = tidy(before)
-        rows.append(dict(pair=key, key=key, source='synthetic', action='rewrite' if after != before else 'keep', before=before, after=after, reason=', '.join(fired), rating=''))
+        rows.append(
+            dict(
+                pair=key,
+                key=key,
+                source='synthetic',
+                action='rewrite' if after != before else 'keep',
+                before=before,
+                after=after,
+                reason=', '.join(fired),
+                rating='',
+            )
+        )
     return pd.DataFrame(rows), {k: s.image for k, s in scenes.items()}

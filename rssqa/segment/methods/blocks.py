@@ -18,7 +18,7 @@ from torch import nn
 
 from ...core import DataNotFound, Incompatible
 
-# %% ../../../nbs/23_segment.methods.blocks.ipynb #f4cfe7b1
+# %% ../../../nbs/23_segment.methods.blocks.ipynb #084b5fb5
 def conv_bn(
     inp: int, # input channels
     out: int, # output channels
@@ -28,7 +28,9 @@ def conv_bn(
     act: bool = True, # end with ReLU
 ) -> nn.Sequential: # (N,inp,H,W) -> (N,out,H,W)
     "Build convolution, batch norm and (optionally) ReLU, keeping height and width."
-    conv = nn.Conv2d(inp, out, kernel, padding=dilation*(kernel//2), dilation=dilation, groups=groups, bias=False)
+    conv = nn.Conv2d(
+        inp, out, kernel, padding=dilation * (kernel // 2), dilation=dilation, groups=groups, bias=False
+    )
     return nn.Sequential(conv, nn.BatchNorm2d(out), *[nn.ReLU(inplace=True)]*act)
 
 
@@ -37,7 +39,11 @@ def resize(
     size: tuple[int, int], # H, W
 ) -> torch.Tensor: # (N,C,H,W)
     "Resize a map bilinearly, with pixel centres aligned as areas."
-    return x if x.shape[-2:] == tuple(size) else F.interpolate(x, tuple(size), mode='bilinear', align_corners=False)
+    return (
+        x
+        if x.shape[-2:] == tuple(size)
+        else F.interpolate(x, tuple(size), mode='bilinear', align_corners=False)
+    )
 
 # %% ../../../nbs/23_segment.methods.blocks.ipynb #4861df2e
 def _rest(norm, args):
@@ -59,15 +65,17 @@ def safe_norms(
         norm.register_forward_hook(_wake, always_call=True)
     return net
 
-# %% ../../../nbs/23_segment.methods.blocks.ipynb #159c1563
+# %% ../../../nbs/23_segment.methods.blocks.ipynb #a900efb5
 class Pyramid(nn.Module):
     "A timm feature network as a list of maps (N,C_i,H/s_i,W/s_i), fine to deepest."
     def __init__(self,
         net: nn.Module, # made by timm with features_only=True
     ):
         super().__init__()
-        self.net, self.channels_last = net, str(getattr(net, 'output_fmt', '')).endswith('NHWC')
-        self.channels, self.strides = tuple(net.feature_info.channels()), tuple(net.feature_info.reduction())
+        self.net = net
+        self.channels_last = str(getattr(net, 'output_fmt', '')).endswith('NHWC')
+        self.channels = tuple(net.feature_info.channels())
+        self.strides = tuple(net.feature_info.reduction())
 
     def forward(self, x): # (N,3,H,W) -> list of (N,C_i,h_i,w_i)
         maps = self.net(x)
@@ -83,7 +91,9 @@ def timm_encoder(
 ) -> Pyramid:
     "Build an encoder and give it weights."
     import timm
-    net = timm.create_model(name, features_only=True, out_indices=out_indices, pretrained=encoder_weights == 'timm', **options)
+    net = timm.create_model(
+        name, features_only=True, out_indices=out_indices, pretrained=encoder_weights == 'timm', **options
+    )
     return Pyramid(wrap_encoder(net, encoder_weights, stem))
 
 
@@ -97,7 +107,7 @@ def wrap_encoder(
     if encoder_weights not in (None, 'timm'): load_encoder_weights(net, encoder_weights)
     return net
 
-# %% ../../../nbs/23_segment.methods.blocks.ipynb #69bc606a
+# %% ../../../nbs/23_segment.methods.blocks.ipynb #6c949d4e
 def swin(
     embed: int, # channels of the first stage, a multiple of 16; each stage doubles them
     depths: tuple, # layers a stage; every second one shifts its windows
@@ -111,10 +121,12 @@ def swin(
 
 def conv_stem(width: int) -> nn.Sequential: # (N,3,H,W) -> (N,width,H/4,W/4)
     "Build a stem of two strided convolutions, as many tokens as 4x4 patches give."
-    first = nn.Sequential(nn.Conv2d(3, width//2, 3, 2, 1, bias=False), nn.BatchNorm2d(width//2), nn.ReLU(inplace=True))
+    first = nn.Sequential(
+        nn.Conv2d(3, width // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(width // 2), nn.ReLU(inplace=True)
+    )
     return nn.Sequential(*first, nn.Conv2d(width//2, width, 3, 2, 1))
 
-# %% ../../../nbs/23_segment.methods.blocks.ipynb #7d3eaa7e
+# %% ../../../nbs/23_segment.methods.blocks.ipynb #d66d9283
 ENOUGH = 0.9
 
 
@@ -125,7 +137,9 @@ def load_encoder_weights(
     "Load an encoder's weights from a file; refuse a file that belongs to another network."
     from safetensors.torch import load_file
     if not Path(path).is_file():
-        raise DataNotFound(f'no encoder weights {path}', "expected None, 'timm' or a safetensors file", 'check the path')
+        raise DataNotFound(
+            f'no encoder weights {path}', "expected None, 'timm' or a safetensors file", 'check the path'
+        )
     try: given = load_file(path)
     except Exception as e:
         todo = 'convert it with safetensors.torch.save_file'
@@ -136,7 +150,9 @@ def load_encoder_weights(
     if len(fits) < ENOUGH * len(own):
         missing = next(k for k in own if k not in fits)
         found = f'found {len(fits)} of {len(own)} tensors that match, expected at least {ENOUGH:.0%}; first without: {missing}'
-        raise Incompatible(f'cannot load {path} into this encoder', found, 'choose the encoder these weights were saved from')
+        raise Incompatible(
+            f'cannot load {path} into this encoder', found, 'choose the encoder these weights were saved from'
+        )
     net.load_state_dict(fits, strict=False)
 
 
@@ -181,7 +197,7 @@ class EncoderDecoder(nn.Module):
 
     def forward(self, x): return resize(self.head(self.decoder(self.encoder(x))), x.shape[-2:]) # (N,K,H,W)
 
-# %% ../../../nbs/23_segment.methods.blocks.ipynb #16d644c9
+# %% ../../../nbs/23_segment.methods.blocks.ipynb #88f490c1
 class ClassSlice(nn.Module):
     "The logits start..stop of a network, as a network of its own."
     def __init__(self,
@@ -191,7 +207,8 @@ class ClassSlice(nn.Module):
     ):
         super().__init__()
         self.net, self.kept = net, (start, stop)
-        self.layers, self.stride = tuple(f'net.{t}' for t in net.layers), net.stride
+        self.layers = tuple(f'net.{t}' for t in net.layers)
+        self.stride = net.stride
 
     def forward(self, x): return self.net(x)[:, slice(*self.kept)] # (N,stop-start,h,w)
 
@@ -219,7 +236,7 @@ def from_windows(
     x = tokens.reshape(n, -(-height//h), -(-width//w), h, w, c)   # (N,rows,cols,h,w,C)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(n, c, -(-height//h)*h, -(-width//w)*w)[..., :height, :width]
 
-# %% ../../../nbs/23_segment.methods.blocks.ipynb #2696c261
+# %% ../../../nbs/23_segment.methods.blocks.ipynb #62e30dc6
 class WindowAttention(nn.Module):
     "Multi-head self-attention inside windows, with a bias for each offset of two tokens (Liu et al., ICCV 2021)."
     def __init__(self,
@@ -228,16 +245,22 @@ class WindowAttention(nn.Module):
         window: int, # side of a window, pixels
     ):
         super().__init__()
-        self.heads, self.size, self.qkv = heads, (window, window), nn.Conv2d(dim, 3*dim, 1, bias=False)
+        self.heads = heads
+        self.size = (window, window)
+        self.qkv = nn.Conv2d(dim, 3*dim, 1, bias=False)
         self.bias = nn.Parameter(torch.randn(heads, (2*window-1)**2) * 0.02)
-        at = torch.cartesian_prod(torch.arange(window), torch.arange(window))               # (T,2) places in a window
-        offset = at[:, None] - at[None] + window - 1                                        # (T,T,2) from 0 to 2*window-2
+        # (T,2) places in a window
+        at = torch.cartesian_prod(torch.arange(window), torch.arange(window))
+        # (T,T,2) from 0 to 2*window-2
+        offset = at[:, None] - at[None] + window - 1
         self.register_buffer('offset', offset[..., 0] * (2*window-1) + offset[..., 1], persistent=False)
 
     def forward(self, x): # (N,C,H,W) -> same
         tokens = to_windows(self.qkv(x), self.size)                                         # (N,windows,T,3C)
-        parts = tokens.flatten(0, 1).unflatten(-1, (3, self.heads, -1))                     # (N*windows,T,3,heads,C/heads)
-        q, k, v = parts.permute(2, 0, 3, 1, 4)                                              # each (N*windows,heads,T,C/heads)
+        # (N*windows,T,3,heads,C/heads)
+        parts = tokens.flatten(0, 1).unflatten(-1, (3, self.heads, -1))
+        # each (N*windows,heads,T,C/heads)
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias[:, self.offset][None])
         return from_windows(y.transpose(1, 2).flatten(2).view(*tokens.shape[:3], -1), self.size, x.shape[-2:])
 
@@ -247,12 +270,13 @@ def cross_mean(
     length: int, # of a strip, pixels
 ) -> torch.Tensor: # (N,C,H,W)
     "Add the means over a vertical and a horizontal strip around each pixel."
-    before, after = length // 2, length - 1 - length // 2
+    before = length // 2
+    after = length - 1 - length // 2
     tall = F.avg_pool2d(F.pad(x, (0, 0, before, after), mode='replicate'), (length, 1), 1)
     wide = F.avg_pool2d(F.pad(x, (before, after, 0, 0), mode='replicate'), (1, length), 1)
     return tall + wide
 
-# %% ../../../nbs/23_segment.methods.blocks.ipynb #00aefcef
+# %% ../../../nbs/23_segment.methods.blocks.ipynb #f3c860d7
 class GlobalLocalBlock(nn.Module):
     "A transformer block whose attention has a local and a global branch (UNetFormer, 2022)."
     def __init__(self,
@@ -262,11 +286,15 @@ class GlobalLocalBlock(nn.Module):
         ratio: int = 4, # width of the multilayer perceptron
     ):
         super().__init__()
-        self.window, self.norm = window, nn.BatchNorm2d(dim)
-        self.one, self.three = conv_bn(dim, dim, 1, act=False), conv_bn(dim, dim, 3, act=False)
+        self.window = window
+        self.norm = nn.BatchNorm2d(dim)
+        self.one = conv_bn(dim, dim, 1, act=False)
+        self.three = conv_bn(dim, dim, 3, act=False)
         self.attend = WindowAttention(dim, heads, window)
         self.blend = nn.Sequential(conv_bn(dim, dim, 3, groups=dim, act=False), nn.Conv2d(dim, dim, 1))
-        self.mlp = nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, ratio*dim, 1), nn.GELU(), nn.Conv2d(ratio*dim, dim, 1))
+        self.mlp = nn.Sequential(
+            nn.BatchNorm2d(dim), nn.Conv2d(dim, ratio * dim, 1), nn.GELU(), nn.Conv2d(ratio * dim, dim, 1)
+        )
 
     def forward(self, x): # (N,C,H,W) -> same
         y = self.norm(x)
@@ -274,12 +302,14 @@ class GlobalLocalBlock(nn.Module):
         x = x + y
         return x + self.mlp(x)
 
-# %% ../../../nbs/23_segment.methods.blocks.ipynb #e3435340
+# %% ../../../nbs/23_segment.methods.blocks.ipynb #3f7d7364
 class WeightedSum(nn.Module):
     "Mix an encoder map into an upsampled decoder map with one learned weight in 0..1 (UNetFormer, 2022)."
     def __init__(self, inp: int, dim: int):
         super().__init__()
-        self.narrow, self.weight, self.post = nn.Conv2d(inp, dim, 1), nn.Parameter(torch.zeros(())), conv_bn(dim, dim)
+        self.narrow = nn.Conv2d(inp, dim, 1)
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.post = conv_bn(dim, dim)
 
     def forward(self, r, g): # (N,inp,H,W), (N,dim,h,w) -> (N,dim,H,W)
         a = self.weight.sigmoid()
@@ -290,10 +320,14 @@ class Refine(nn.Module):
     "Gate a map by channel and by pixel, with a shortcut (feature refinement head, UNetFormer, 2022)."
     def __init__(self, dim: int):
         super().__init__()
-        self.pixel = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim), nn.Conv2d(dim, 1, 1), nn.Sigmoid())
-        squeeze, excite = nn.Conv2d(dim, dim//4, 1), nn.Conv2d(dim//4, dim, 1)
+        self.pixel = nn.Sequential(
+            nn.Conv2d(dim, dim, 3, padding=1, groups=dim), nn.Conv2d(dim, 1, 1), nn.Sigmoid()
+        )
+        squeeze = nn.Conv2d(dim, dim//4, 1)
+        excite = nn.Conv2d(dim//4, dim, 1)
         self.channel = nn.Sequential(nn.AdaptiveAvgPool2d(1), squeeze, nn.ReLU(), excite, nn.Sigmoid())
-        self.project, self.shortcut = conv_bn(dim, dim, groups=dim, act=False), conv_bn(dim, dim, 1, act=False)
+        self.project = conv_bn(dim, dim, groups=dim, act=False)
+        self.shortcut = conv_bn(dim, dim, 1, act=False)
 
     def forward(self, x): # (N,C,H,W) -> same
         gated = self.pixel(x) * x + self.channel(x) * x
@@ -321,7 +355,7 @@ class GlobalLocalDecoder(nn.Module):
         for block, merge, skip in zip(self.blocks, self.sums, reversed(skips)): x = merge(skip, block(x))
         return self.refine(x)
 
-# %% ../../../nbs/23_segment.methods.blocks.ipynb #7017a74b
+# %% ../../../nbs/23_segment.methods.blocks.ipynb #c068f875
 def outline(
     spec, # MethodSpec
     presets: tuple = ('nano', 'tiny'), # which sizes to build
@@ -334,7 +368,8 @@ def outline(
     rows = {}
     for preset in presets:
         net = spec.build(classes, preset).eval()
-        with torch.inference_mode(), FeatureHooks(net, net.layers) as ear: logits = net(torch.zeros(1, 3, size, size))
+        with torch.inference_mode(), FeatureHooks(net, net.layers) as ear:
+            logits = net(torch.zeros(1, 3, size, size))
         shapes = {f'{tap} tap': 'x'.join(map(str, f.shape[1:])) for tap, f in zip(net.layers, ear.features)}
         count = sum(p.numel() for p in net.parameters())
         rows[preset] = dict(parameters=f'{count:,}', **shapes, logits='x'.join(map(str, logits.shape[1:])))

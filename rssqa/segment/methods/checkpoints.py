@@ -17,7 +17,7 @@ from torch import nn
 from ...core import DataNotFound, Incompatible, read_json
 from .blocks import EncoderDecoder, conv_bn, finish, resize, timm_encoder
 
-# %% ../../../nbs/24_segment.methods.checkpoints.ipynb #4ca61c86
+# %% ../../../nbs/24_segment.methods.checkpoints.ipynb #e6053aa5
 SHELVES = ('state_dict', 'model_state_dict', 'model_state', 'model', 'net', 'weights')
 
 
@@ -28,26 +28,47 @@ def read_state(
     path = Path(path)
     if not path.is_file(): raise DataNotFound(f'no checkpoint {path}', '', 'check the path')
     state = _unshelve(_open(path))
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+    tensors = (
+        {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+    )
     if tensors: return tensors
-    held = f'a dictionary of {", ".join(map(str, list(state)[:6])) or "nothing"}' if isinstance(state, dict) else type(state).__name__
-    raise Incompatible(f'{path} holds no weights', f'found {held}, expected named tensors', 'save the state_dict of the model')
+    held = (
+        f'a dictionary of {", ".join(map(str, list(state)[:6])) or "nothing"}'
+        if isinstance(state, dict)
+        else type(state).__name__
+    )
+    raise Incompatible(
+        f'{path} holds no weights',
+        f'found {held}, expected named tensors',
+        'save the state_dict of the model',
+    )
 
 
 def _open(path):
     from safetensors.torch import load_file
-    try: return load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        return (
+            load_file(path)
+            if path.suffix == '.safetensors'
+            else torch.load(path, map_location='cpu', weights_only=True)
+        )
     except Exception as e:
         reason = str(e).strip().split('\n')[0][:120]
         found = f'not a checkpoint of plain tensors ({type(e).__name__}: {reason})'
-        raise Incompatible(f'cannot read {path}', found, 'save its state_dict alone, where the file comes from') from e
+        raise Incompatible(
+            f'cannot read {path}', found, 'save its state_dict alone, where the file comes from'
+        ) from e
 
 
 def _unshelve(state):
-    shelf = next((s for s in SHELVES if isinstance(state.get(s), dict)), None) if isinstance(state, dict) else None
+    shelf = (
+        next((s for s in SHELVES if isinstance(state.get(s), dict)), None)
+        if isinstance(state, dict)
+        else None
+    )
     return state if shelf is None else _unshelve(state[shelf])
 
-# %% ../../../nbs/24_segment.methods.checkpoints.ipynb #e0f47437
+# %% ../../../nbs/24_segment.methods.checkpoints.ipynb #86c6564e
 def load_weights(
     net: nn.Module, # the architecture, changed in place
     path, # checkpoint
@@ -74,7 +95,9 @@ def fill(
 
 def strip_prefix(given: dict, own: dict) -> dict:
     "Drop the prefix behind which most of `own`'s names are found, and all names without it."
-    cuts = Counter(k[:i] for k in given for i in [0, *(m.end() for m in re.finditer(r'\.', k))] if k[i:] in own)
+    cuts = Counter(
+        k[:i] for k in given for i in [0, *(m.end() for m in re.finditer(r'\.', k))] if k[i:] in own
+    )
     prefix = cuts.most_common(1)[0][0] if cuts else ''
     return {k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)}
 
@@ -87,7 +110,7 @@ def _misfit(net, name, own, given, wrong, extra):
     todo = 'build the network with the encoder, sizes and classes that these weights were trained with'
     return Incompatible(f'cannot load {name} into {type(net).__name__}', f'{counts}; {first}', todo)
 
-# %% ../../../nbs/24_segment.methods.checkpoints.ipynb #09304854
+# %% ../../../nbs/24_segment.methods.checkpoints.ipynb #5220794a
 def load_smp(
     folder, # written by save_pretrained of segmentation_models_pytorch
     classes: int | None = None, # how many are expected; None takes what is there
@@ -98,7 +121,9 @@ def load_smp(
     kind = getattr(smp, str(config.pop('_model_class', '')), None)
     if not (isinstance(kind, type) and issubclass(kind, smp.base.SegmentationModel)):
         found = '_model_class is missing or unknown'
-        raise Incompatible(f'{folder}/config.json names no network', found, 'write the folder with save_pretrained')
+        raise Incompatible(
+            f'{folder}/config.json names no network', found, 'write the folder with save_pretrained'
+        )
     _check_classes(folder, config.get('classes', 1), classes)
     net = kind(**(config | dict(encoder_weights=None, activation=None)))
     return finish(load_weights(net, Path(folder)/'model.safetensors'))
@@ -107,9 +132,11 @@ def load_smp(
 def _check_classes(name, found, expected):
     if expected is not None and found != expected:
         counts = f'found {found} classes, expected {expected}'
-        raise Incompatible(f'{name} was trained on another class table', counts, 'use the class table of its data set')
+        raise Incompatible(
+            f'{name} was trained on another class table', counts, 'use the class table of its data set'
+        )
 
-# %% ../../../nbs/24_segment.methods.checkpoints.ipynb #8d72b4f9
+# %% ../../../nbs/24_segment.methods.checkpoints.ipynb #023a00bd
 DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101}
 
 
@@ -120,27 +147,33 @@ def resnet_v1c(
     "Build mmsegmentation's dilated ResNetV1c from timm's parts."
     encoder = timm_encoder(f'resnet{depth}', output_stride=output_stride, stem_width=32, stem_type='deep')
     if depth == 18:
-        for block in (*encoder.net.layer3, *encoder.net.layer4): block.conv2.dilation = block.conv2.padding = (1, 1)
+        for block in (*encoder.net.layer3, *encoder.net.layer4):
+            block.conv2.dilation = block.conv2.padding = (1, 1)
     return encoder
 
-# %% ../../../nbs/24_segment.methods.checkpoints.ipynb #f1100488
+# %% ../../../nbs/24_segment.methods.checkpoints.ipynb #5cb56dd4
 class PSPHead(nn.Module):
     "Pyramid pooling over grids of 1, 2, 3 and 6 cells a side, then one 3x3 convolution."
     def __init__(self, inp: int, width: int, scales: tuple = (1, 2, 3, 6)):
         super().__init__()
-        self.psp_modules = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(s), conv_bn(inp, width, 1)) for s in scales)
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(s), conv_bn(inp, width, 1)) for s in scales
+        )
         self.bottleneck = conv_bn(inp + len(scales) * width, width)
 
     def forward(self, maps): # -> (N,width,H/8,W/8)
         x = maps[-1]
-        return self.bottleneck(torch.cat([x, *(resize(pool(x), x.shape[-2:]) for pool in self.psp_modules)], 1))
+        return self.bottleneck(
+            torch.cat([x, *(resize(pool(x), x.shape[-2:]) for pool in self.psp_modules)], 1)
+        )
 
 
 class Separable(nn.Module):
     "A depthwise and a pointwise convolution, each with norm and ReLU."
     def __init__(self, inp: int, out: int, dilation: int = 1):
         super().__init__()
-        self.depthwise_conv, self.pointwise_conv = conv_bn(inp, inp, dilation=dilation, groups=inp), conv_bn(inp, out, 1)
+        self.depthwise_conv = conv_bn(inp, inp, dilation=dilation, groups=inp)
+        self.pointwise_conv = conv_bn(inp, out, 1)
 
     def forward(self, x): return self.pointwise_conv(self.depthwise_conv(x))
 
@@ -150,8 +183,11 @@ class ASPPHead(nn.Module):
     def __init__(self, inp: int, width: int, fine: int, fine_width: int, rates: tuple = (12, 24, 36)):
         super().__init__()
         self.image_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv_bn(inp, width, 1))
-        self.aspp_modules = nn.ModuleList([conv_bn(inp, width, 1), *(Separable(inp, width, r) for r in rates)])
-        self.bottleneck, self.c1_bottleneck = conv_bn(5*width, width), conv_bn(fine, fine_width, 1)
+        self.aspp_modules = nn.ModuleList(
+            [conv_bn(inp, width, 1), *(Separable(inp, width, r) for r in rates)]
+        )
+        self.bottleneck = conv_bn(5*width, width)
+        self.c1_bottleneck = conv_bn(fine, fine_width, 1)
         self.sep_bottleneck = nn.Sequential(Separable(width + fine_width, width), Separable(width, width))
 
     def forward(self, maps): # -> (N,width,H/4,W/4)
@@ -160,7 +196,7 @@ class ASPPHead(nn.Module):
         y = resize(self.bottleneck(torch.cat(views, 1)), first.shape[-2:])
         return self.sep_bottleneck(torch.cat([y, self.c1_bottleneck(first)], 1))
 
-# %% ../../../nbs/24_segment.methods.checkpoints.ipynb #8041c714
+# %% ../../../nbs/24_segment.methods.checkpoints.ipynb #faa93a38
 def mmseg_name(
     key: str, # mmsegmentation's name of a tensor
 ) -> str: # ours
@@ -190,10 +226,13 @@ def load_mmseg(
 def _depth(state, path):
     blocks = {m.groups() for k in state if (m := re.match(r'backbone\.layer(\d)\.(\d+)\.', k))}
     counts = tuple(sum(stage == str(i) for stage, _ in blocks) for i in (1, 2, 3, 4))
-    depth, bottleneck = DEPTHS.get(counts), 'backbone.layer1.0.conv3.weight' in state
+    depth = DEPTHS.get(counts)
+    bottleneck = 'backbone.layer1.0.conv3.weight' in state
     if depth and 'backbone.stem.0.weight' in state and bottleneck == (depth > 18): return depth
     found = f'found stages of {counts} blocks, expected {" or ".join(map(str, DEPTHS))} after backbone.stem'
-    raise Incompatible(f'{path} is not a ResNetV1c of mmsegmentation', found, 'use load_weights with a network you build')
+    raise Incompatible(
+        f'{path} is not a ResNetV1c of mmsegmentation', found, 'use load_weights with a network you build'
+    )
 
 
 def _head(state, channels, output_stride, path): # decoder, and the layer that scores classes
@@ -201,9 +240,15 @@ def _head(state, channels, output_stride, path): # decoder, and the layer that s
     rates = tuple(r * 8 // output_stride for r in (12, 24, 36))
     try:
         scores = nn.Conv2d(*state['decode_head.conv_seg.weight'].shape[1::-1], 1)
-        if 'decode_head.psp_modules.0.1.conv.weight' in state: return PSPHead(channels[-1], width('psp_modules.0.1')), scores
+        if 'decode_head.psp_modules.0.1.conv.weight' in state:
+            return PSPHead(channels[-1], width('psp_modules.0.1')), scores
         return ASPPHead(channels[-1], width('bottleneck'), channels[0], width('c1_bottleneck'), rates), scores
     except KeyError as e:
-        names = ', '.join(sorted({k.split('.')[1] for k in state if k.startswith('decode_head.')})) or 'no decode_head'
+        names = (
+            ', '.join(sorted({k.split('.')[1] for k in state if k.startswith('decode_head.')}))
+            or 'no decode_head'
+        )
         found = f'found {names} but not {e.args[0]}, expected the head of PSPNet or DeepLabV3+'
-        raise Incompatible(f'{path} has a head that is not known here', found, 'use load_weights with a network you build') from e
+        raise Incompatible(
+            f'{path} has a head that is not known here', found, 'use load_weights with a network you build'
+        ) from e

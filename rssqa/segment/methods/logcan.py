@@ -5,11 +5,18 @@
 # %% auto #0
 __all__ = ['spec', 'class_centres', 'ClassAttention', 'LoGDecoder', 'LoGCAN', 'logcan']
 
-# %% ../../../nbs/24_segment.methods.logcan.ipynb #2f021626
+# %% ../../../nbs/24_segment.methods.logcan.ipynb #75b93682
 import torch
 from torch import nn
 
-from .blocks import EncoderDecoder, conv_bn, from_windows, resize, timm_encoder, to_windows
+from rssqa.segment.methods.blocks import (
+    EncoderDecoder,
+    conv_bn,
+    from_windows,
+    resize,
+    timm_encoder,
+    to_windows,
+)
 from ..protocol import MethodSpec
 
 # %% ../../../nbs/24_segment.methods.logcan.ipynb #44042ac6
@@ -20,7 +27,7 @@ def class_centres(
     "Average features per class, each pixel weighted by the softmax of its score over the pixels (LoG-CAN, 2023)."
     return logits.softmax(-2).transpose(-1, -2) @ features
 
-# %% ../../../nbs/24_segment.methods.logcan.ipynb #329f560b
+# %% ../../../nbs/24_segment.methods.logcan.ipynb #5b2f238e
 class ClassAttention(nn.Module):
     "Describe each pixel by global class centres, chosen through the local centres of its patch (LoG-CAN, 2023)."
     def __init__(self,
@@ -29,12 +36,14 @@ class ClassAttention(nn.Module):
         patches: int = 4, # patches a side
     ):
         super().__init__()
-        self.patches, self.rough = patches, nn.Conv2d(width, classes, 1)
+        self.patches = patches
+        self.rough = nn.Conv2d(width, classes, 1)
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.out = conv_bn(2*width, width)
 
     def forward(self, x, centres): # (N,C,H,W), (N,K,C) -> rough logits (N,K,H,W), (N,C,H,W)
-        rough, size = self.rough(x), tuple(min(s, max(4, -(-s // self.patches))) for s in x.shape[-2:])
+        rough = self.rough(x)
+        size = tuple(min(s, max(4, -(-s // self.patches))) for s in x.shape[-2:])
         pixels = to_windows(x, size)                                            # (N,patches,T,C)
         local = class_centres(pixels, to_windows(rough, size))                  # (N,patches,K,C)
         match = self.query(pixels) @ self.key(local).transpose(-1, -2)          # (N,patches,T,K)

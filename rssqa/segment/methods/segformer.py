@@ -12,11 +12,14 @@ from ...core import Incompatible
 from .blocks import finish, load_encoder_weights, resize
 from ..protocol import MethodSpec
 
-# %% ../../../nbs/24_segment.methods.segformer.ipynb #804a9f74
+# %% ../../../nbs/24_segment.methods.segformer.ipynb #eb6ad087
 class Stages(nn.Module):
     "The four stages of a Mix Transformer as a list of maps, fine to deepest."
-    def __init__(self, mit): super().__init__(); self.mit = mit
-    def forward(self, x): return list(self.mit(x, output_hidden_states=True).hidden_states) # 4 x (N,C_i,h_i,w_i)
+    def __init__(self, mit):
+        super().__init__()
+        self.mit = mit
+    def forward(self, x):  # 4 x (N,C_i,h_i,w_i)
+        return list(self.mit(x, output_hidden_states=True).hidden_states)
 
 
 class SegFormer(nn.Module):
@@ -28,11 +31,14 @@ class SegFormer(nn.Module):
         super().__init__()
         from transformers import SegformerConfig, SegformerForSemanticSegmentation
         whole = SegformerForSemanticSegmentation(SegformerConfig(num_labels=classes, **config))
-        self.encoder, self.decoder, self.classifier = Stages(whole.segformer), whole.decode_head, whole.decode_head.classifier
+        self.encoder = Stages(whole.segformer)
+        self.decoder = whole.decode_head
+        self.classifier = whole.decode_head.classifier
         self.decoder.classifier = nn.Identity()
         finish(self)
 
-    def forward(self, x): return resize(self.classifier(self.decoder(self.encoder(x))), x.shape[-2:]) # (N,K,H,W)
+    def forward(self, x):  # (N,K,H,W)
+        return resize(self.classifier(self.decoder(self.encoder(x))), x.shape[-2:])
 
 
 def segformer(
@@ -44,7 +50,9 @@ def segformer(
     net = SegFormer(classes, **config)
     if encoder_weights == 'timm':
         todo = 'pass None or the path of a safetensors file'
-        raise Incompatible("cannot give a SegFormer encoder_weights='timm'", 'timm has no Mix Transformer', todo)
+        raise Incompatible(
+            "cannot give a SegFormer encoder_weights='timm'", 'timm has no Mix Transformer', todo
+        )
     if encoder_weights: load_encoder_weights(net.encoder.mit, encoder_weights)
     return net
 

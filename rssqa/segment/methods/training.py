@@ -7,7 +7,7 @@ __all__ = ['REFERENCE_TILES', 'CHECKPOINT_SECONDS', 'Recipe', 'encoder_file', 'm
            'small_weights', 'full_weights', 'small_copies', 'load_segmenter', 'ignore_interrupt', 'cross_fit',
            'manifest']
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #ff159e3f
+# %% ../../../nbs/25_segment.methods.training.ipynb #2185b2bd
 import math, os, time
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -17,12 +17,25 @@ import numpy as np
 import pandas as pd
 
 from ..confidence import fit_temperature, pool_features
-from ...core import DataNotFound, Incompatible, LeakError, atomic, digest, file_id, pick_device, progress, read_json, seed_all, unknown, write_json
+from rssqa.core import (
+    DataNotFound,
+    Incompatible,
+    LeakError,
+    atomic,
+    digest,
+    file_id,
+    pick_device,
+    progress,
+    read_json,
+    seed_all,
+    unknown,
+    write_json,
+)
 from ...data.datasets import DatasetSpec, read_image, read_mask
 from .blocks import ClassSlice
 from ..protocol import IMAGENET_MEAN, IMAGENET_STD, TorchSegmenter, methods, normalise
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #7c77aedf
+# %% ../../../nbs/25_segment.methods.training.ipynb #f4e18267
 @dataclass(frozen=True)
 class Recipe:
     "How a method is trained."
@@ -30,18 +43,23 @@ class Recipe:
     steps: int = 400 # optimiser steps
     batch: int = 8 # crops per step
     crop: int = 160 # side of a training crop, pixels
-    zoom: float = 0. # 0: a crop shows 35-100 % of its image; else it shows crop/zoom .. crop*zoom pixels, so objects keep their size
+    # 0: a crop shows 35-100 % of its image; else it shows crop/zoom .. crop*zoom pixels, so objects keep their size
+    zoom: float = 0.0
     lr: float = 1e-3 # of decoder and head, and of an encoder without weights
     encoder_lr: float = 0.2 # times lr, for a pretrained encoder
     weight_decay: float = 0.01
-    encoder_weights: str | None = None # None; 'timm' to download; or a folder with files named after timm encoders
+    # None; 'timm' to download; or a folder with files named after timm encoders
+    encoder_weights: str | None = None
     holdout: float = 0.12 # share of training tiles kept for temperature scaling
     seed: int = 0
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #bd6c42f1
+# %% ../../../nbs/25_segment.methods.training.ipynb #7f5b0271
 class _Pixels:
     "Images and masks of a tile table, read once and kept as bytes."
-    def __init__(self, tiles: pd.DataFrame, spec: DatasetSpec): self.rows, self.spec, self.kept = list(tiles.itertuples()), spec, {}
+    def __init__(self, tiles: pd.DataFrame, spec: DatasetSpec):
+        self.rows = list(tiles.itertuples())
+        self.spec = spec
+        self.kept = {}
 
     def __len__(self): return len(self.rows)
 
@@ -51,13 +69,19 @@ class _Pixels:
             self.kept[i] = (read_image(row) * 255).round().astype(np.uint8), read_mask(row, self.spec)
         return self.kept[i]
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #2760ff20
+# %% ../../../nbs/25_segment.methods.training.ipynb #a9996556
 @cache
 def _augment(crop: int, zoom: float, side: float): # side: root of the image's area, pixels
     from torchvision.transforms import v2
     scale = tuple(min(1.0, (crop * z / side)**2) for z in (1 / zoom, zoom)) if zoom else (0.35, 1.0)
-    return v2.Compose([v2.RandomResizedCrop(crop, scale=scale, ratio=(0.8, 1.25), antialias=True), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
-                       v2.RandomApply([v2.ColorJitter(0.25, 0.25, 0.25, 0.03)], 0.7)])
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(crop, scale=scale, ratio=(0.8, 1.25), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandomVerticalFlip(),
+            v2.RandomApply([v2.ColorJitter(0.25, 0.25, 0.25, 0.03)], 0.7),
+        ]
+    )
 
 
 def _crop(pair, recipe: Recipe): # (3,H,W) uint8, (H,W) uint8 -> (3,c,c), (c,c)
@@ -71,8 +95,13 @@ def _crop(pair, recipe: Recipe): # (3,H,W) uint8, (H,W) uint8 -> (3,c,c), (c,c)
 def _batch(pixels: list, step: int, recipe: Recipe): # [_Pixels] of each dataset -> x (B,3,c,c) float 0..1, y (B,c,c) int64, (B,) dataset
     import torch
     seed_all(int(digest(recipe.seed, step), 16) % 2**31)
-    weight = np.sqrt([len(p) for p in pixels])                          # a small dataset is seen more often than its share
-    which = np.random.choice(len(pixels), recipe.batch, p=weight / weight.sum()) if len(pixels) > 1 else np.zeros(recipe.batch, int)
+    # a small dataset is seen more often than its share
+    weight = np.sqrt([len(p) for p in pixels])
+    which = (
+        np.random.choice(len(pixels), recipe.batch, p=weight / weight.sum())
+        if len(pixels) > 1
+        else np.zeros(recipe.batch, int)
+    )
     picks = [np.random.randint(len(pixels[d])) for d in which]
     pairs = [_crop(pixels[d][i], recipe) for d, i in zip(which, picks)]
     turns = np.random.randint(4, size=recipe.batch)
@@ -80,12 +109,14 @@ def _batch(pixels: list, step: int, recipe: Recipe): # [_Pixels] of each dataset
     y = torch.stack([torch.rot90(p[1], int(t), (0, 1)) for p, t in zip(pairs, turns)])
     return x.float() / 255, y.long(), torch.as_tensor(which)
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #8657b05b
+# %% ../../../nbs/25_segment.methods.training.ipynb #ff892738
 def _loss(logits, y): # (B,K,h,w), (B,h,w) with 255 = ignore
     import torch.nn.functional as F
     from segmentation_models_pytorch.losses import DiceLoss
     if not (y != 255).any(): return logits.sum() * 0
-    return F.cross_entropy(logits, y, ignore_index=255, label_smoothing=0.05) + DiceLoss('multiclass', ignore_index=255)(logits, y)
+    return F.cross_entropy(logits, y, ignore_index=255, label_smoothing=0.05) + DiceLoss(
+        'multiclass', ignore_index=255
+    )(logits, y)
 
 
 def _slices(specs) -> list[slice]:
@@ -94,7 +125,11 @@ def _slices(specs) -> list[slice]:
 
 
 def _joint_loss(logits, y, which, slices): # (B,sum K,h,w), (B,h,w), (B,) dataset of each crop, the logits of each dataset
-    return sum(_loss(logits[at][:, slices[d]], y[at]) * at.sum() / len(y) for d in which.unique().tolist() for at in [which == d])
+    return sum(
+        _loss(logits[at][:, slices[d]], y[at]) * at.sum() / len(y)
+        for d in which.unique().tolist()
+        for at in [which == d]
+    )
 
 
 def _optimiser(net, recipe: Recipe):
@@ -108,10 +143,12 @@ def _optimiser(net, recipe: Recipe):
     shape = lambda n: min((n + 1) / warm, 0.5 * (1 + math.cos(math.pi * min(n / recipe.steps, 1))) + 1e-3)
     return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, shape)
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #7468ff9e
+# %% ../../../nbs/25_segment.methods.training.ipynb #09ddb174
 def _hold_out(tiles: pd.DataFrame, share: float, seed: int) -> tuple[pd.Series, str]: # boolean mask, 'scenes' or 'tiles'
-    rng, counts = np.random.default_rng(seed), tiles.scene.value_counts()
-    kept, want = [], share * len(tiles)
+    rng = np.random.default_rng(seed)
+    counts = tiles.scene.value_counts()
+    kept = []
+    want = share * len(tiles)
     for scene in rng.permutation(np.sort(counts.index.to_numpy().astype(str))):
         if counts[scene] + counts[kept].sum() <= 2 * want: kept.append(scene)
         if counts[kept].sum() >= want: break
@@ -122,26 +159,36 @@ def _hold_out(tiles: pd.DataFrame, share: float, seed: int) -> tuple[pd.Series, 
 
 def _calibrate(segmenter, pixels, per_image: int = 400, seed: int = 0) -> tuple[float, float]: # temperature, OA
     import torch
-    logits, labels, rng = [], [], np.random.default_rng(seed)
+    logits = []
+    labels = []
+    rng = np.random.default_rng(seed)
     for x, y in (pixels[i] for i in range(len(pixels))):
-        out, at = segmenter(torch.as_tensor(x)[None].float() / 255).logits[0].flatten(1), np.flatnonzero(y != 255)
+        out = segmenter(torch.as_tensor(x)[None].float() / 255).logits[0].flatten(1)
+        at = np.flatnonzero(y != 255)
         at = rng.choice(at, min(per_image, len(at)), replace=False)
-        logits.append(out[:, at].T.cpu()); labels.append(torch.as_tensor(y.ravel()[at]).long())
+        logits.append(out[:, at].T.cpu())
+        labels.append(torch.as_tensor(y.ravel()[at]).long())
     if not logits: return 1.0, float('nan')
-    logits, labels = torch.cat(logits), torch.cat(labels)
+    logits = torch.cat(logits)
+    labels = torch.cat(labels)
     return fit_temperature(logits, labels), float((logits.max(1).indices == labels).float().mean())
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #3fa2fc34
+# %% ../../../nbs/25_segment.methods.training.ipynb #79e6d967
 REFERENCE_TILES = 96
 
 
 def _reference(segmenter, pixels): # (2, 2 * sum C_i)
     import torch
     chosen = np.random.default_rng(0).permutation(len(pixels))[:REFERENCE_TILES]
-    pooled = torch.cat([pool_features(segmenter(torch.as_tensor(pixels[i][0])[None].float() / 255).features).cpu() for i in chosen])
+    pooled = torch.cat(
+        [
+            pool_features(segmenter(torch.as_tensor(pixels[i][0])[None].float() / 255).features).cpu()
+            for i in chosen
+        ]
+    )
     return torch.stack([pooled.mean(0), pooled.std(0, correction=0)])
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #cc11ce58
+# %% ../../../nbs/25_segment.methods.training.ipynb #14587bde
 def encoder_file(method: str, recipe: Recipe) -> str | None: # path, 'timm' or None
     "Find the encoder weights of a method's preset."
     presets = methods[method].presets
@@ -149,8 +196,14 @@ def encoder_file(method: str, recipe: Recipe) -> str | None: # path, 'timm' or N
     name = presets[recipe.preset].get('encoder', '')
     if recipe.encoder_weights in (None, 'timm'): return recipe.encoder_weights
     if not Path(recipe.encoder_weights).is_dir():
-        raise DataNotFound(f'no folder of encoder weights {recipe.encoder_weights}', "expected None, 'timm' or a folder", 'pass a folder with files such as mobilenetv2_100.safetensors')
-    return next((str(p) for p in sorted(Path(recipe.encoder_weights).glob(f'{name}*.safetensors')) if name), None)
+        raise DataNotFound(
+            f'no folder of encoder weights {recipe.encoder_weights}',
+            "expected None, 'timm' or a folder",
+            'pass a folder with files such as mobilenetv2_100.safetensors',
+        )
+    return next(
+        (str(p) for p in sorted(Path(recipe.encoder_weights).glob(f'{name}*.safetensors')) if name), None
+    )
 
 
 def _build(method: str, classes: int, recipe: Recipe):
@@ -160,42 +213,72 @@ def _build(method: str, classes: int, recipe: Recipe):
     net.pretrained = weights is not None
     return net
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #aed9f4c9
+# %% ../../../nbs/25_segment.methods.training.ipynb #6bf76206
 CHECKPOINT_SECONDS = 30
 
 
 def _save_checkpoint(folder, step, net, optimiser, schedule):
     import torch
     with atomic(folder/'checkpoint.pt') as tmp:
-        torch.save(dict(step=step, net=net.state_dict(), optimiser=optimiser.state_dict(), schedule=schedule.state_dict()), tmp)
+        torch.save(
+            dict(
+                step=step,
+                net=net.state_dict(),
+                optimiser=optimiser.state_dict(),
+                schedule=schedule.state_dict(),
+            ),
+            tmp,
+        )
 
 
 def _load_checkpoint(folder, net, optimiser, schedule) -> int: # step to go on from
     import torch
     if not (folder/'checkpoint.pt').exists(): return 0
     state = torch.load(folder/'checkpoint.pt', weights_only=True, map_location='cpu')
-    net.load_state_dict(state['net']); optimiser.load_state_dict(state['optimiser']); schedule.load_state_dict(state['schedule'])
+    net.load_state_dict(state['net'])
+    optimiser.load_state_dict(state['optimiser'])
+    schedule.load_state_dict(state['schedule'])
     return state['step']
 
 
 def _fit(net, pixels: list, slices: list, recipe: Recipe, folder: Path, device: str, tick):
     "Run the optimiser to the last step; `tick` is called with the number of finished steps."
     optimiser, schedule = _optimiser(net.to(device), recipe)
-    start, saved = _load_checkpoint(folder, net, optimiser, schedule), time.monotonic()
-    net.train(); tick(start)
+    start = _load_checkpoint(folder, net, optimiser, schedule)
+    saved = time.monotonic()
+    net.train()
+    tick(start)
     for step in range(start, recipe.steps):
         x, y, which = _batch(pixels, step, recipe)
-        loss = _joint_loss(net(normalise(x.to(device), IMAGENET_MEAN, IMAGENET_STD)).float(), y.to(device), which.to(device), slices)
-        optimiser.zero_grad(); loss.backward()
-        if not math.isfinite(loss.item()): raise Incompatible(f'training in {folder} diverged', f'found loss {loss.item()} at step {step}', 'lower lr in the recipe')
-        optimiser.step(); schedule.step(); tick(1)
-        if time.monotonic() - saved > CHECKPOINT_SECONDS: _save_checkpoint(folder, step + 1, net, optimiser, schedule); saved = time.monotonic()
+        loss = _joint_loss(
+            net(normalise(x.to(device), IMAGENET_MEAN, IMAGENET_STD)).float(),
+            y.to(device),
+            which.to(device),
+            slices,
+        )
+        optimiser.zero_grad()
+        loss.backward()
+        if not math.isfinite(loss.item()):
+            raise Incompatible(
+                f'training in {folder} diverged',
+                f'found loss {loss.item()} at step {step}',
+                'lower lr in the recipe',
+            )
+        optimiser.step()
+        schedule.step()
+        tick(1)
+        if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            _save_checkpoint(folder, step + 1, net, optimiser, schedule)
+            saved = time.monotonic()
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #cda53228
+# %% ../../../nbs/25_segment.methods.training.ipynb #75af5517
 def model_folder(out, method: str, dataset: str, fold: int, recipe: Recipe, tiles: pd.DataFrame) -> Path: # out: folder of models
     "Name the folder of one trained network: it changes with the recipe, the weights and the training tiles."
     weights = encoder_file(method, recipe)
-    key = digest(asdict(recipe) | dict(encoder_weights=file_id(weights) if weights not in (None, 'timm') else weights), sorted(tiles.image_id))
+    key = digest(
+        asdict(recipe) | dict(encoder_weights=file_id(weights) if weights not in (None, 'timm') else weights),
+        sorted(tiles.image_id),
+    )
     return Path(out)/dataset/f'{method}-{recipe.preset}-fold{fold}-{key[:8]}'
 
 
@@ -224,21 +307,42 @@ def train_joint(
     tick=lambda n: None, # called with the number of finished steps
 ) -> list[Path]: # one folder a dataset
     "Train one network on several datasets at once, with one set of logits for each; every folder stands alone."
-    parts, device = [tiles[tiles.dataset == d] for d in specs], pick_device(device)
+    parts = [tiles[tiles.dataset == d] for d in specs]
+    device = pick_device(device)
     if len(specs) == 1: parts = [tiles]
     folders = [model_folder(out, method, d, fold, recipe, tiles) for d in specs]
-    if all((f/'config.json').exists() for f in folders): tick(recipe.steps); return folders
+    if all((f/'config.json').exists() for f in folders):
+        tick(recipe.steps)
+        return folders
     for f in folders: f.mkdir(parents=True, exist_ok=True)
     held = [_hold_out(part, recipe.holdout, recipe.seed) for part in parts]
-    net, slices = _build(method, sum(len(s.classes) for s in specs.values()), recipe), _slices(specs.values())
+    net = _build(method, sum(len(s.classes) for s in specs.values()), recipe)
+    slices = _slices(specs.values())
     pixels = [_Pixels(part[~at], spec) for part, (at, _), spec in zip(parts, held, specs.values())]
     _fit(net, pixels, slices, recipe, folders[0], device, tick)
     for folder, part, (at, kind), spec, of, seen in zip(folders, parts, held, specs.values(), slices, pixels):
-        segmenter = _segmenter(net, f'{method}.{spec.name}', spec.classes, [of.start, of.stop], slices[-1].stop, device=device)
+        segmenter = _segmenter(
+            net, f'{method}.{spec.name}', spec.classes, [of.start, of.stop], slices[-1].stop, device=device
+        )
         segmenter.temperature, oa = _calibrate(segmenter, _Pixels(part[at], spec))
         segmenter.reference = _reference(segmenter, seen)
-        _finish(folder, segmenter, net, method, spec, recipe, fold, part,
-                dict(holdout=kind, holdout_oa=oa, logits=[of.start, of.stop], logits_in_all=slices[-1].stop, learned_from=list(specs)))
+        _finish(
+            folder,
+            segmenter,
+            net,
+            method,
+            spec,
+            recipe,
+            fold,
+            part,
+            dict(
+                holdout=kind,
+                holdout_oa=oa,
+                logits=[of.start, of.stop],
+                logits_in_all=slices[-1].stop,
+                learned_from=list(specs),
+            ),
+        )
     (folders[0]/'checkpoint.pt').unlink(missing_ok=True)
     return folders
 
@@ -254,17 +358,33 @@ def _finish(folder, segmenter, net, method, spec, recipe, fold, tiles, facts):
     with atomic(folder/'model.safetensors') as tmp: save_file(state, tmp)
     with atomic(folder/'reference.safetensors') as tmp: save_file(dict(features=segmenter.reference), tmp)
     weights = encoder_file(method, recipe)
-    write_json(folder/'config.json', dict(method=method, dataset=spec.name, classes=spec.classes, palette=spec.palette, fold=fold, recipe=asdict(recipe) | dict(encoder_weights=None),
-               encoder_start=Path(weights).name if weights else 'random', temperature=segmenter.temperature, scenes=sorted(set(tiles.scene.astype(str))),
-               fingerprint=segmenter.fingerprint, parameters=sum(v.numel() for v in segmenter.net.parameters()), **facts))
+    write_json(
+        folder / 'config.json',
+        dict(
+            method=method,
+            dataset=spec.name,
+            classes=spec.classes,
+            palette=spec.palette,
+            fold=fold,
+            recipe=asdict(recipe) | dict(encoder_weights=None),
+            encoder_start=Path(weights).name if weights else 'random',
+            temperature=segmenter.temperature,
+            scenes=sorted(set(tiles.scene.astype(str))),
+            fingerprint=segmenter.fingerprint,
+            parameters=sum(v.numel() for v in segmenter.net.parameters()),
+            **facts,
+        ),
+    )
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #2daf4f1c
+# %% ../../../nbs/25_segment.methods.training.ipynb #bf762441
 def small_weights(state: dict) -> dict: # name -> tensor; names ending in ' scale' belong to the bytes before them
     "Round large tensors to bytes, channel by channel."
     import torch
     out = {}
     for name, w in state.items():
-        if w.ndim < 2 or w.numel() < 1024 or not w.is_floating_point(): out[name] = w.contiguous(); continue
+        if w.ndim < 2 or w.numel() < 1024 or not w.is_floating_point():
+            out[name] = w.contiguous()
+            continue
         scale = w.abs().flatten(1).amax(1).clamp_min(1e-12) / 127
         out[name] = (w / scale.view(-1, *[1] * (w.ndim - 1))).round().to(torch.int8).contiguous()
         out[f'{name} scale'] = scale
@@ -273,7 +393,9 @@ def small_weights(state: dict) -> dict: # name -> tensor; names ending in ' scal
 
 def full_weights(stored: dict) -> dict:
     "Undo small_weights, up to rounding."
-    scaled = lambda n, w: w.float() * stored[f'{n} scale'].view(-1, *[1] * (w.ndim - 1)) if f'{n} scale' in stored else w
+    scaled = lambda n, w: (
+        w.float() * stored[f'{n} scale'].view(-1, *[1] * (w.ndim - 1)) if f'{n} scale' in stored else w
+    )
     return {n: scaled(n, w) for n, w in stored.items() if not n.endswith(' scale')}
 
 
@@ -283,7 +405,8 @@ def small_copies(
 ) -> list[Path]: # one folder a dataset, below out/networks
     "Copy a trained network with small weights, kept once."
     from safetensors.torch import load_file, save_file
-    first, out = read_json(Path(folders[0])/'config.json'), Path(out)
+    first = read_json(Path(folders[0])/'config.json')
+    out = Path(out)
     stored = small_weights(load_file(Path(folders[0])/'model.safetensors'))
     with atomic(out/'weights'/f'{first["method"]}.safetensors') as tmp: save_file(stored, tmp)
     return [_small_copy(Path(f), out, stored) for f in folders]
@@ -292,16 +415,35 @@ def small_copies(
 def _small_copy(folder, out, stored):
     import shutil
     config = read_json(folder/'config.json')
-    method, dataset, total = config['method'], config['dataset'], config.get('logits_in_all', len(config['classes']))
-    net, copy = methods[method].build(total, config['recipe']['preset']), out/'networks'/dataset/method
+    method = config['method']
+    dataset = config['dataset']
+    total = config.get('logits_in_all', len(config['classes']))
+    net = methods[method].build(total, config['recipe']['preset'])
+    copy = out/'networks'/dataset/method
     net.load_state_dict(full_weights(stored))
-    segmenter = _segmenter(net, f'{method}.{dataset}', config['classes'], config.get('logits'), total, temperature=config['temperature'], device='cpu')
+    segmenter = _segmenter(
+        net,
+        f'{method}.{dataset}',
+        config['classes'],
+        config.get('logits'),
+        total,
+        temperature=config['temperature'],
+        device='cpu',
+    )
     copy.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder/'reference.safetensors', copy/'reference.safetensors')
-    write_json(copy/'config.json', config | dict(weights=f'../../../weights/{method}.safetensors', trained_as=config['fingerprint'], fingerprint=segmenter.fingerprint))
+    write_json(
+        copy / 'config.json',
+        config
+        | dict(
+            weights=f'../../../weights/{method}.safetensors',
+            trained_as=config['fingerprint'],
+            fingerprint=segmenter.fingerprint,
+        ),
+    )
     return copy
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #3038220b
+# %% ../../../nbs/25_segment.methods.training.ipynb #70c09158
 def load_segmenter(
     folder, # made by train
     device: str = 'auto',
@@ -313,28 +455,62 @@ def load_segmenter(
     total = config.get('logits_in_all', len(config['classes']))
     net = methods[config['method']].build(total, config['recipe']['preset'])
     try: net.load_state_dict(full_weights(load_file(Path(folder)/config.get('weights', 'model.safetensors'))))
-    except SafetensorError as e: raise Incompatible(f'cannot read the weights in {folder}', str(e), 'copy them again, or train it again') from e
-    except RuntimeError as e: raise Incompatible(f'{folder} does not hold a {config["method"]}', str(e).splitlines()[1].strip(), 'train it again') from e
-    segmenter = _segmenter(net, f'{config["method"]}.{config["dataset"]}', config['classes'], config.get('logits'), total,
-                           temperature=config['temperature'], device=pick_device(device))
+    except SafetensorError as e:
+        raise Incompatible(
+            f'cannot read the weights in {folder}', str(e), 'copy them again, or train it again'
+        ) from e
+    except RuntimeError as e:
+        raise Incompatible(
+            f'{folder} does not hold a {config["method"]}', str(e).splitlines()[1].strip(), 'train it again'
+        ) from e
+    segmenter = _segmenter(
+        net,
+        f'{config["method"]}.{config["dataset"]}',
+        config['classes'],
+        config.get('logits'),
+        total,
+        temperature=config['temperature'],
+        device=pick_device(device),
+    )
     if segmenter.fingerprint != config['fingerprint']:
-        raise Incompatible(f'the weights in {folder} are not the ones that were trained', f'found fingerprint {segmenter.fingerprint}, expected {config["fingerprint"]}', 'train it again')
-    segmenter.config, segmenter.reference = config, load_file(Path(folder)/'reference.safetensors')['features']
+        raise Incompatible(
+            f'the weights in {folder} are not the ones that were trained',
+            f'found fingerprint {segmenter.fingerprint}, expected {config["fingerprint"]}',
+            'train it again',
+        )
+    segmenter.config = config
+    segmenter.reference = load_file(Path(folder)/'reference.safetensors')['features']
     return segmenter
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #3c8eff09
+# %% ../../../nbs/25_segment.methods.training.ipynb #d78e7f1a
 def _check_folds(tiles, specs):
-    if 'fold' not in tiles: raise LeakError('cannot cross-fit', 'found no column fold', 'add tiles["fold"] = folds(tiles, 2)')
+    if 'fold' not in tiles:
+        raise LeakError('cannot cross-fit', 'found no column fold', 'add tiles["fold"] = folds(tiles, 2)')
     for name in specs:
         found = tiles.fold[tiles.dataset == name].nunique()
-        if not found: raise DataNotFound(f'no tiles of {name}', f'found {", ".join(sorted(tiles.dataset.unique())) or "an empty table"}', 'scan it, or leave its class table out')
-        if found < 2: raise LeakError(f'cannot cross-fit {name}', 'found one fold, which leaves no other to learn from', 'deal its scenes into two or more, see rssqa.data.datasets.folds')
+        if not found:
+            raise DataNotFound(
+                f'no tiles of {name}',
+                f'found {", ".join(sorted(tiles.dataset.unique())) or "an empty table"}',
+                'scan it, or leave its class table out',
+            )
+        if found < 2:
+            raise LeakError(
+                f'cannot cross-fit {name}',
+                'found one fold, which leaves no other to learn from',
+                'deal its scenes into two or more, see rssqa.data.datasets.folds',
+            )
 
 
 def _jobs(tiles, specs, chosen, recipe, joint): # (method, tiles, class tables, recipe, fold)
     groups = [specs] if joint else [{d: specs[d]} for d in specs]
     parts = [(tiles[tiles.dataset.isin(list(group))], group) for group in groups]
-    return [(m, part[part.fold != k], group, recipe, int(k)) for part, group in parts for m in chosen for k in sorted(part.fold.unique())]
+    return [
+        (m, part[part.fold != k], group, recipe, int(k))
+        for part, group in parts
+        for m in chosen
+        for k in sorted(part.fold.unique())
+    ]
 
 
 _counter = None
@@ -362,7 +538,7 @@ def _work(job, out, device):
     method, tiles, specs, recipe, fold = job
     return train_joint(method, tiles, specs, out, recipe, fold, device, _tick)
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #a8ab3f76
+# %% ../../../nbs/25_segment.methods.training.ipynb #46c107d4
 def cross_fit(
     tiles: pd.DataFrame, # with masks and a column fold, see rssqa.data.datasets.folds
     specs: dict[str, DatasetSpec], # class table of each dataset
@@ -389,14 +565,17 @@ def _run_alone(jobs, out, device):
 def _run_pool(jobs, out, device, workers):
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, wait
-    context, others = multiprocessing.get_context('spawn'), set(multiprocessing.active_children())
-    counter, total = context.Value('q', 0), sum(j[3].steps for j in jobs)
+    context = multiprocessing.get_context('spawn')
+    others = set(multiprocessing.active_children())
+    counter = context.Value('q', 0)
+    total = sum(j[3].steps for j in jobs)
     with ProcessPoolExecutor(workers, context, _start_worker, (counter,)) as pool, progress(None, 'training', total, 'step') as bar:
         futures = [pool.submit(_work, job, out, device) for job in jobs]
         try:
             while wait(futures, 0.5).not_done:
                 bar.update(counter.value - bar.n)
-                for f in futures: f.done() and f.result()                   # a failed job ends the run now, not after the others
+                for f in futures:  # a failed job ends the run now, not after the others
+                    f.done() and f.result()
             bar.update(counter.value - bar.n)
             return [f.result() for f in futures]
         except BaseException:
@@ -407,6 +586,20 @@ def _run_pool(jobs, out, device, workers):
 
 def manifest(folders: list) -> pd.DataFrame:
     "List trained networks: one row each."
-    keep = ('dataset', 'method', 'fold', 'fingerprint', 'holdout', 'holdout_oa', 'temperature', 'parameters', 'encoder_start')
-    rows = [{k: (c := read_json(Path(f)/'config.json'))[k] for k in keep} | dict(folder=str(f), scenes=c['scenes']) for f in folders]
+    keep = (
+        'dataset',
+        'method',
+        'fold',
+        'fingerprint',
+        'holdout',
+        'holdout_oa',
+        'temperature',
+        'parameters',
+        'encoder_start',
+    )
+    rows = [
+        {k: (c := read_json(Path(f) / 'config.json'))[k] for k in keep}
+        | dict(folder=str(f), scenes=c['scenes'])
+        for f in folders
+    ]
     return pd.DataFrame(rows)

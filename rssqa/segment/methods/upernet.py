@@ -9,7 +9,7 @@ __all__ = ['spec', 'upernet']
 from .blocks import smp_net, swin
 from ..protocol import MethodSpec
 
-# %% ../../../nbs/24_segment.methods.upernet.ipynb #88235d88
+# %% ../../../nbs/24_segment.methods.upernet.ipynb #b6b7e11d
 def upernet(
     classes: int, # channels of the logits
     encoder_weights: str | None = None, # None, 'timm' or a safetensors file
@@ -22,7 +22,14 @@ def upernet(
     return smp_net('upernet', classes, encoder, encoder_weights, decoder_channels=width, **options)
 
 
-spec = MethodSpec('upernet-swin', 'transformer', 'Liu et al., Swin, ICCV 2021; Xiao et al., UPerNet, ECCV 2018', upernet, dict(
-    nano=dict(width=24, **swin(16, (2, 2, 1, 1), 3)),
-    tiny=dict(width=64, **swin(48, (2, 2, 2, 2), 5)),
-    standard=dict()))
+spec = MethodSpec(
+    'upernet-swin',
+    'transformer',
+    'Liu et al., Swin, ICCV 2021; Xiao et al., UPerNet, ECCV 2018',
+    upernet,
+    dict(
+        nano=dict(width=24, **swin(16, (2, 2, 1, 1), 3)),
+        tiny=dict(width=64, **swin(48, (2, 2, 2, 2), 5)),
+        standard=dict(),
+    ),
+)
