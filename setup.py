@@ -17,6 +17,7 @@ setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description
       project_urls={'Source': cfg['git_url'], 'Documentation': cfg['doc_host'] + cfg['doc_baseurl']},
       packages=[*find_packages(include=['rssqa*']), 'rssqa.models', 'rssqa.apps'],
       package_dir={'rssqa.models': 'data/models', 'rssqa.apps': 'nbs/apps'},
-      package_data={'rssqa': ['py.typed'], 'rssqa.models': ['**/*.json', '**/*.safetensors'], 'rssqa.apps': ['*.ipynb']},
+      package_data={'rssqa': ['py.typed'], 'rssqa.apps': ['*.ipynb'],
+                    'rssqa.models': ['**/*.json', '**/*.safetensors']},
       install_requires=shlex.split(cfg['requirements']), extras_require=extras,
       entry_points={'console_scripts': cfg['console_scripts'].split('\n'), 'nbdev': ['rssqa=rssqa._modidx:d']})

@@ -5,7 +5,8 @@ from .clip.evaluate import evaluate_clip, retrieval, zero_shot
 from .clip.train import ClipRecipe, PairViews, new_clip, save_clip, train_clip
 from .quality.intervals import Intervals, coverage, cross_intervals
 from .core import as_image, datasets, encoders, fusions, segmenters
-from .data.datasets import DatasetSpec, folder_spec, folds, make_spec, read_image, read_mask, scan, split_by_scene, tile
+from .data.datasets import DatasetSpec, folder_spec, make_spec, read_image, read_mask, scan, tile
+from .data.splits import folds, split_by_scene
 from .clip.encoders import EncoderSpec, check_encoder, load_encoder
 from .quality.fusion import CrossGating, check_fusion
 from .quality.consensus import ConsensusModel, LevelPooledEnsemble

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['segmenters', 'encoders', 'fusions', 'datasets', 'Problem', 'UnknownName', 'SchemaError', 'DataNotFound', 'BadImage',
            'Incompatible', 'LeakError', 'MissingFeatures', 'DownloadError', 'Registry', 'unknown', 'digest', 'file_id',
-           'state_digest', 'as_image', 'stretch', 'pick_device', 'seed_all', 'cache_dir', 'real_dir', 'bundled',
-           'atomic', 'write_json', 'read_json', 'progress', 'say']
+           'state_digest', 'as_image', 'decode_image', 'open_tiff', 'stretch', 'pick_device', 'seed_all', 'cache_dir',
+           'real_dir', 'bundled', 'atomic', 'write_json', 'read_json', 'progress', 'say']
 
 # %% ../nbs/00_core.ipynb #d3fafc04
 import difflib, hashlib, importlib.metadata, json, os, random, sys, uuid
@@ -17,7 +17,7 @@ from typing import Any, Iterable
 
 import numpy as np
 
-# %% ../nbs/00_core.ipynb #287b2f0a
+# %% ../nbs/00_core.ipynb #5827eeba
 class Problem(Exception):
     "An error that says what failed, what was found, and what to do next."
     def __init__(self,
@@ -25,25 +25,27 @@ class Problem(Exception):
         found: str = '', # what was found against what was expected
         todo: str = '', # the next step that mends it
     ):
-        self.what, self.found, self.todo = what, found, todo
+        self.what = what
+        self.found = found
+        self.todo = todo
         super().__init__(what)
 
     def __str__(self):
-        parts = [self.what] + [part[:1].upper() + part[1:] for part in (self.found, self.todo)]
+        parts = [self.what, self.found[:1].upper() + self.found[1:], self.todo[:1].upper() + self.todo[1:]]
         return ' '.join(part if part.endswith(('?', '.', '…')) else f'{part}.' for part in parts if part)
 
 
 class UnknownName(Problem, KeyError): "A name that no registry entry, column or preset has."
 class SchemaError(Problem, ValueError): "A table that breaks the rules of its kind."
 class DataNotFound(Problem, FileNotFoundError): "A file or folder that should be there and is not."
-class BadImage(Problem, ValueError): "A picture or mask that cannot be used as it is."
+class BadImage(Problem, ValueError): "An image or mask that cannot be used as it is."
 class Incompatible(Problem, ValueError):
     "Parts that do not belong together: weights, features, shapes, class tables."
-class LeakError(Problem, ValueError): "A split or label that would let a model see its own test."
-class MissingFeatures(Problem, KeyError): "Features that were asked for before they were extracted."
-class DownloadError(Problem, OSError): "A download that failed, or came out different from what was promised."
+class LeakError(Problem, ValueError): "A split or label that would give a model access to its own test data."
+class MissingFeatures(Problem, KeyError): "Features that are needed and were not extracted yet."
+class DownloadError(Problem, OSError): "A download that failed, or whose content is not the expected one."
 
-# %% ../nbs/00_core.ipynb #d4d473ac
+# %% ../nbs/00_core.ipynb #e3d973ec
 class Registry:
     "A dictionary from names to factories, with lazy entries, wildcards and suggestions."
     def __init__(self,
@@ -53,7 +55,7 @@ class Registry:
         self.kind = kind
         self.group = group
         self.entries = {}
-        self._plugins_done = not group
+        self._plugins_added = not group
 
     def register(self,
         name: str, # unique name
@@ -63,19 +65,18 @@ class Registry:
         "Add an entry; without `entry`, return a decorator."
         if entry is None: return lambda f: self.register(name, f, replace) or f
         if name in self.entries and not replace:
-            raise Incompatible(
-                f'{self.kind} {name!r} is registered already', '', 'choose another name or pass replace=True'
-            )
+            raise Incompatible(f'{self.kind} {name!r} is registered already', '',
+                               'choose another name or pass replace=True')
         self.entries[name] = entry
 
     def list(self, pattern: str = '*') -> list[str]:
         "Return the names that match a wildcard, sorted."
-        self._plugins()
+        self._add_plugins()
         return sorted(n for n in self.entries if fnmatch(n, pattern))
 
     def __getitem__(self, name: str):
         "Return the entry, importing it if it is lazy."
-        self._plugins()
+        self._add_plugins()
         if name not in self.entries: raise unknown(self.kind, name, self.entries)
         entry = self.entries[name]
         if isinstance(entry, str): entry = self.entries[name] = self._load(name, entry)
@@ -84,24 +85,22 @@ class Registry:
     def _load(self, name, entry):
         try: return importlib.metadata.EntryPoint(name, entry, self.group).load()
         except (ImportError, AttributeError) as e:
-            raise Incompatible(
-                f'cannot load {self.kind} {name!r} from {entry}',
-                str(e),
-                'install what it needs, or correct its module:attribute',
-            ) from e
+            raise Incompatible(f'cannot load {self.kind} {name!r} from {entry}', str(e),
+                               'install what it needs, or correct its module:attribute') from e
 
     def __contains__(self, name):
-        self._plugins()
+        self._add_plugins()
         return name in self.entries
+
     def __iter__(self): return iter(self.list())
     def __len__(self): return len(self.list())
     def __repr__(self): return f'{len(self)} {self.kind}s: ' + ', '.join(self.list())
 
-    def _plugins(self):
-        if self._plugins_done: return
-        self._plugins_done = True
-        for ep in importlib.metadata.entry_points(group=self.group):
-            self.entries.setdefault(ep.name, ep.value)
+    def _add_plugins(self):
+        if self._plugins_added: return
+        self._plugins_added = True
+        for plugin in importlib.metadata.entry_points(group=self.group):
+            self.entries.setdefault(plugin.name, plugin.value)
 
 
 def unknown(
@@ -112,7 +111,8 @@ def unknown(
     "Build the error for an unknown name, with up to three near ones."
     known = sorted(known)
     near = difflib.get_close_matches(name, known, 3, 0.5)
-    todo = f'did you mean {" or ".join(near)}?' if near else f'choose one of {", ".join(known[:12])}'
+    todo = f'choose one of {", ".join(known[:12])}'
+    if near: todo = f'did you mean {" or ".join(near)}?'
     return UnknownName(f'no {kind} named {name!r}', f'{len(known)} known', todo)
 
 
@@ -121,9 +121,10 @@ encoders = Registry('encoder', 'rssqa.encoders')
 fusions = Registry('fusion block', 'rssqa.fusions')
 datasets = Registry('dataset', 'rssqa.datasets')
 
-# %% ../nbs/00_core.ipynb #e6e6f5bf
+# %% ../nbs/00_core.ipynb #45dc4253
 def _plain(x): # what JSON lacks: numpy and torch values as numbers and lists, the rest as text
-    return x.tolist() if hasattr(x, 'tolist') else sorted(x) if isinstance(x, (set, frozenset)) else str(x)
+    if hasattr(x, 'tolist'): return x.tolist()
+    return sorted(x) if isinstance(x, (set, frozenset)) else str(x)
 
 
 def digest(*parts) -> str: # 16 hexadecimal digits
@@ -133,7 +134,8 @@ def digest(*parts) -> str: # 16 hexadecimal digits
         if isinstance(part, np.ndarray) and not part.dtype.hasobject:
             h.update(str((part.dtype, part.shape)).encode())
             part = np.ascontiguousarray(part).tobytes()
-        elif not isinstance(part, bytes): part = json.dumps(part, sort_keys=True, default=_plain).encode()
+        elif not isinstance(part, bytes):
+            part = json.dumps(part, sort_keys=True, default=_plain).encode()
         h.update(len(part).to_bytes(8, 'little'))
         h.update(part)
     return h.hexdigest()
@@ -149,128 +151,123 @@ def file_id(path) -> str: # 32 hexadecimal digits
 
 def state_digest(state: dict) -> str: # a torch state dict
     "Digest the weights of a model, independent of key order and device."
-    return digest(
-        *(
-            x
-            for k in sorted(state)
-            for x in (k, state[k].detach().cpu().contiguous().view(-1).float().numpy())
-        )
-    )
+    parts = []
+    for name in sorted(state):
+        weights = state[name].detach().cpu().contiguous().view(-1).float().numpy()
+        parts += [name, weights]
+    return digest(*parts)
 
-# %% ../nbs/00_core.ipynb #4aaba80d
+# %% ../nbs/00_core.ipynb #07b7ea87
 def as_image(
     source, # path, PIL image, array (H,W), (H,W,3|4) or (3,H,W); uint8 0..255 or float 0..1
     name: str = '', # what to call it in messages
 ) -> np.ndarray: # (3,H,W) float32 RGB 0..1
-    "Turn a picture in any usual form into rssqa's convention."
-    if isinstance(source, (str, os.PathLike)): return as_image(_open(source), str(source))
-    if hasattr(source, 'convert'): source = _from_pil(source, name)
+    "Turn an image in any usual form into rssqa's convention."
+    if isinstance(source, (str, os.PathLike)): return as_image(decode_image(source), str(source))
+    if hasattr(source, 'convert'): source = _pil_to_array(source)
     if hasattr(source, 'detach'): source = source.detach().cpu().numpy()
     x = np.asarray(source)
     name = name or 'array'
     if x.ndim == 2: x = np.repeat(x[..., None], 3, -1)
     if x.ndim != 3 or not x.size:
-        raise BadImage(
-            f'cannot use {name} as an image',
-            f'found shape {x.shape}, expected (H,W), (H,W,3) or (3,H,W)',
-            'pass one image',
-        )
-    # channels first
-    if x.shape[0] in (1, 3) and (x.shape[-1] not in (3, 4) or x.shape[0] == 3 != x.shape[-1]):
-        x = np.moveaxis(x, 0, -1)
-    return _rgb01(x, name).transpose(2, 0, 1).copy()
+        raise _bad_image(name, f'found shape {x.shape}, expected (H,W), (H,W,3) or (3,H,W)', 'pass one image')
+    if _is_channels_first(x.shape): x = np.moveaxis(x, 0, -1)
+    return _to_rgb01(x, name).transpose(2, 0, 1).copy()
 
 
-def _rgb01(x, name): # (H,W,C) -> (H,W,3) float32
+def _bad_image(name, found, todo): return BadImage(f'cannot use {name} as an image', found, todo)
+
+
+def _is_channels_first(shape): # of three axes; channels last where both are possible
+    first, last = shape[0], shape[-1]
+    return first in (1, 3) and last not in (3, 4) or first == 3 and last == 4
+
+
+def _to_rgb01(x, name): # (H,W,C) -> (H,W,3) float32
     if x.shape[-1] == 1: x = np.repeat(x, 3, -1)
     if x.shape[-1] not in (3, 4):
-        raise BadImage(
-            f'cannot use {name} as an image',
-            f'found {x.shape[-1]} bands, expected 3',
-            'select three bands, for example image[..., :3]',
-        )
+        raise _bad_image(name, f'found {x.shape[-1]} bands, expected 3',
+                         'select three bands, for example image[..., :3]')
     if x.dtype == np.uint8: return x[..., :3].astype(np.float32) / 255
     if not np.issubdtype(x.dtype, np.floating):
-        raise BadImage(
-            f'cannot use {name} as an image',
-            f'found {x.dtype} values up to {x.max()}, expected 8-bit',
-            'rescale with stretch(image)',
-        )
+        raise _bad_image(name, f'found {x.dtype} values up to {x.max()}, expected 8-bit',
+                         'rescale with stretch(image)')
     if not np.isfinite(x).all() or x.min() < 0 or x.max() > 1:
-        raise BadImage(
-            f'cannot use {name} as an image',
-            f'found values {np.nanmin(x):.3g}..{np.nanmax(x):.3g}, expected 0..1',
-            'divide by the maximum or use stretch(image)',
-        )
+        raise _bad_image(name, f'found values {np.nanmin(x):.3g}..{np.nanmax(x):.3g}, expected 0..1',
+                         'divide by the maximum or use stretch(image)')
     return x[..., :3].astype(np.float32)
 
 
-def _open(path):
+def _pil_to_array(im): # numbers stay what they are, colours become RGB
+    if im.mode in ('I', 'F') or im.mode.startswith('I;16'): return np.asarray(im)
+    if im.mode == 'P': im = im.convert('RGBA')
+    return np.asarray(im if im.mode == 'RGB' else im.convert('RGB'))
+
+# %% ../nbs/00_core.ipynb #cb462aef
+def decode_image(
+    path, # image file
+): # PIL image; for TIFF an array (H,W) or (H,W,3)
+    "Decode an image file completely, or say why it cannot be used."
     from PIL import Image, UnidentifiedImageError
+    what = f'cannot read {path}'
     try:
-        if Path(path).suffix.lower() in ('.tif', '.tiff'): return _tiff(path)
+        if Path(path).suffix.lower() in ('.tif', '.tiff'): return _decode_tiff(path)
         with Image.open(path) as im:
-            _refuse_deep(im, path)
+            _refuse_16_bits(im, path)
             im.load()
             return im
+    except Problem: raise
     except FileNotFoundError as e: raise DataNotFound(f'no image {path}', '', 'check the path') from e
     except IsADirectoryError as e:
-        raise BadImage(
-            f'cannot read {path}', 'found a folder, expected an image', 'pass one file, or scan the folder'
-        ) from e
+        raise BadImage(what, 'found a folder, expected an image', 'pass one file, or scan the folder') from e
     except UnidentifiedImageError as e:
-        raise BadImage(
-            f'cannot read {path}',
-            'its bytes are no image format that PIL knows',
-            'check that the file is not a web page or empty',
-        ) from e
+        raise BadImage(what, 'its bytes are no image format that PIL knows',
+                       'check that the file is not a web page or empty') from e
     except Image.DecompressionBombError as e:
-        raise BadImage(f'cannot read {path}', 'larger than 178 megapixels', 'cut it into tiles first') from e
+        raise BadImage(what, 'larger than 178 megapixels', 'cut it into tiles first') from e
     except (OSError, SyntaxError, ValueError) as e:
-        raise BadImage(
-            f'cannot read {path}', f'the file is damaged ({e})', 'copy or download it again'
-        ) from e
+        raise BadImage(what, f'the file is damaged ({e})', 'copy or download it again') from e
 
 
-def _refuse_deep(im, path): # PIL would keep the upper 8 bits of 16-bit colour without a word
+def _refuse_16_bits(im, path): # of 16-bit colour PIL would keep the upper 8 bits without a warning
     if im.mode[:3] in ('RGB', 'LA') and ';16' in str(im.tile):
-        raise BadImage(
-            f'cannot use {path} as an image',
-            'found 16 bits a channel, expected 8',
-            'read it with rasterio and rescale with stretch(image)',
-        )
+        raise _bad_image(path, 'found 16 bits a channel, expected 8',
+                         'read it with rasterio and rescale with stretch(image)')
 
 
-def _tiff(path):
+@contextmanager
+def open_tiff(
+    path, # TIFF file
+):
+    "Yield an open rasterio file; a missing or damaged one is a Problem."
     import rasterio, warnings
-    if not Path(path).exists(): raise FileNotFoundError(path)
+    if not Path(path).exists(): raise DataNotFound(f'no file {path}', '', 'check the path')
+    # for the whole process, because catch_warnings is not safe with threads
     warnings.filterwarnings('ignore', category=rasterio.errors.NotGeoreferencedWarning)
     try:
-        with rasterio.open(path) as f:
-            bands = f.read()
-            kinds = f.colorinterp
-            if kinds[0] == rasterio.enums.ColorInterp.palette: return _colours(f.colormap(1))[bands[0]]
-    except rasterio.errors.RasterioError as e: raise OSError(str(e).splitlines()[0]) from e
-    alpha = len(kinds) == 4 and kinds[3] == rasterio.enums.ColorInterp.alpha
+        with rasterio.open(path) as f: yield f
+    except rasterio.errors.RasterioError as e:
+        raise BadImage(f'cannot read {path}', f'the file is damaged ({str(e).splitlines()[0]})',
+                       'copy or download it again') from e
+
+
+def _decode_tiff(path): # (H,W) or (H,W,3)
+    if Path(path).is_dir(): raise IsADirectoryError(path)
+    with open_tiff(path) as f:
+        bands = f.read()
+        kinds = [kind.name for kind in f.colorinterp]
+        if kinds[0] == 'palette': return _palette(f.colormap(1))[bands[0]]
+    alpha = len(kinds) == 4 and kinds[3] == 'alpha'
     if bands.shape[0] not in (1, 3) and not alpha:
-        raise BadImage(
-            f'cannot use {path} as an image',
-            f'found {bands.shape[0]} bands, expected 3',
-            'select three bands, for example gdal_translate -b 1 -b 2 -b 3',
-        )
+        raise _bad_image(path, f'found {bands.shape[0]} bands, expected 3',
+                         'select three bands, for example gdal_translate -b 1 -b 2 -b 3')
     return bands[0] if len(bands) == 1 else np.moveaxis(bands[:3], 0, -1)
 
 
-def _colours(table): return np.array([table[i][:3] for i in sorted(table)], np.uint8) # a palette as (n,3)
+def _palette(colours): # {number: (r,g,b,a)} -> (n,3)
+    return np.array([colours[i][:3] for i in sorted(colours)], np.uint8)
 
-
-def _from_pil(im, name):
-    if im.mode in ('I', 'F') or im.mode.startswith('I;16'): return np.asarray(im)
-    return np.asarray(
-        im if im.mode == 'RGB' else im.convert('RGBA').convert('RGB') if im.mode == 'P' else im.convert('RGB')
-    )
-
-
+# %% ../nbs/00_core.ipynb #d09de4a5
 def stretch(
     image: np.ndarray, # any numeric image, (H,W,C) or (C,H,W)
     low: float = 2, # percentile that becomes 0
@@ -280,13 +277,16 @@ def stretch(
     lo, hi = np.nanpercentile(image, [low, high])
     return np.clip((np.nan_to_num(image, nan=lo) - lo) / max(hi - lo, 1e-12), 0, 1).astype(np.float32)
 
-# %% ../nbs/00_core.ipynb #7755274d
-def pick_device(name: str = 'auto') -> str: # 'cuda', 'mps' or 'cpu'
+# %% ../nbs/00_core.ipynb #af489390
+def pick_device(
+    name: str = 'auto', # 'auto', or a device to return as it is
+) -> str: # 'cuda', 'mps' or 'cpu'
     "Resolve 'auto' to the best device of this machine; RSSQA_DEVICE overrides."
     import torch
     if name != 'auto': return name
-    if env := os.environ.get('RSSQA_DEVICE'): return env
-    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if device := os.environ.get('RSSQA_DEVICE'): return device
+    if torch.cuda.is_available(): return 'cuda'
+    return 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 
 def seed_all(seed: int) -> None:
@@ -297,44 +297,45 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def cache_dir(*parts: str) -> Path:
+def cache_dir(
+    *parts: str, # names of folders below the cache
+) -> Path:
     "Return (and make) a folder under the cache: RSSQA_CACHE, or the user's cache folder."
-    home = (
-        os.environ.get('RSSQA_CACHE')
-        or Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'rssqa'
-    )
+    home = os.environ.get('RSSQA_CACHE')
+    if not home: home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'rssqa'
     path = Path(home).joinpath(*parts)
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def real_dir(*parts: str) -> Path | None:
+def real_dir(
+    *parts: str, # names of folders below RSSQA_REAL
+) -> Path | None:
     "Return a folder of real imagery below RSSQA_REAL, or None where there is none."
     root = os.environ.get('RSSQA_REAL')
     path = Path(root).joinpath(*parts) if root else None
     return path if path and path.exists() else None
 
 
-def bundled(*parts: str) -> Path:
-    "Return a folder of what comes along with rssqa, in an installation or in a checkout."
+def bundled(
+    *parts: str, # names of folders below the bundled models
+) -> Path:
+    "Return a folder of the models that come with rssqa, in an installation or in a checkout."
     import rssqa
-    here = Path(rssqa.__file__).parent
-    return next(
-        (
-            p
-            for home in (here / 'models', here.parent / 'data' / 'models')
-            if (p := home.joinpath(*parts)).exists()
-        ),
-        here.joinpath('models', *parts),
-    )
+    package = Path(rssqa.__file__).parent
+    installed = package.joinpath('models', *parts)
+    checkout = package.parent.joinpath('data', 'models', *parts)
+    return checkout if checkout.exists() and not installed.exists() else installed
 
-# %% ../nbs/00_core.ipynb #46ea141c
+# %% ../nbs/00_core.ipynb #aa3d333f
 @contextmanager
-def atomic(path):
+def atomic(
+    path, # where the complete file goes
+):
     "Yield a temporary path beside `path`; move it there if the block succeeds, remove it if not."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # same folder: a move across disks would not be atomic
+    # in the same folder, because a move across disks is not atomic
     tmp = path.with_name(f'.{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}')
     try:
         yield tmp
@@ -344,19 +345,19 @@ def atomic(path):
 
 def write_json(path, obj) -> Path:
     "Write JSON, all or nothing."
-    with atomic(path) as tmp:
-        tmp.write_text(json.dumps(obj, indent=1, sort_keys=True, default=_plain) + '\n', encoding='utf-8')
+    text = json.dumps(obj, indent=1, sort_keys=True, default=_plain) + '\n'
+    with atomic(path) as tmp: tmp.write_text(text, encoding='utf-8')
     return Path(path)
 
 
 def read_json(path) -> Any:
-    "Read JSON; say which file is missing or broken."
+    "Read JSON; a missing or broken file is named."
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError as e: raise DataNotFound(f'no file {path}', '', 'check the path') from e
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise SchemaError(f'cannot read {path}', f'not valid JSON ({e})', 'restore the file') from e
 
-# %% ../nbs/00_core.ipynb #b01ceb32
+# %% ../nbs/00_core.ipynb #922fdb18
 def progress(
     items: Iterable, # what to loop over
     what: str, # two or three words
@@ -367,19 +368,10 @@ def progress(
     "Loop with a bar that shows rate and time left."
     from tqdm import tqdm
     quiet = os.environ.get('RSSQA_QUIET') == '1'
-    return tqdm(
-        items,
-        what,
-        total,
-        unit=f' {unit}',
-        disable=quiet,
-        file=sys.stderr,
-        dynamic_ncols=True,
-        mininterval=0.5,
-        **kwargs,
-    )
+    return tqdm(items, what, total, unit=f' {unit}', disable=quiet, file=sys.stderr,
+                dynamic_ncols=True, mininterval=0.5, **kwargs)
 
 
 def say(message: str) -> None:
-    "Print one line of progress, unless RSSQA_QUIET=1."
+    "Print one line of progress on stderr, unless RSSQA_QUIET=1."
     if os.environ.get('RSSQA_QUIET') != '1': print(message, file=sys.stderr, flush=True)

@@ -1,21 +1,22 @@
-"""A real browser for the tests: fixtures `chromium`, `lab` (a JupyterLab) and `page`, and `opened` for pages from a file or a server.
+"""A real browser for the tests: fixtures `chromium`, `lab` (a JupyterLab) and `page`; `opened` for a page from a file.
 
-Playwright drives the Chromium that is installed; no browser is downloaded. Where there is none, the tests skip and say so.
+Playwright drives the Chromium that is installed; no browser is downloaded. Where there is none, the tests skip and
+say so.
 """
 from contextlib import contextmanager
 
 import pytest
 
-# noqa: F401 (tests take them from here)
-from rssqa.bench.explorer_speed import CHROMIUM, FLAGS, JupyterLab, drag, run_all
+from rssqa.testing.browser import CHROMIUM, FLAGS, JupyterLab, drag, run_all  # noqa: F401 (tests import these)
 
-NOISE = ('favicon', 'ERR_INTERNET_DISCONNECTED', 'ERR_NAME_NOT_RESOLVED')
-WHY = 'no chromium on the path: the views are not tried in a browser'
+NO_NETWORK = ('favicon', 'ERR_INTERNET_DISCONNECTED', 'ERR_NAME_NOT_RESOLVED') # messages that are no fault
+NO_BROWSER = 'no chromium on the path: the views are not tried in a browser'
+LOCAL = ('file:', 'data:', 'blob:')
 
 
 @pytest.fixture(scope='session')
 def lab(tmp_path_factory):
-    if not CHROMIUM: pytest.skip(WHY)
+    if not CHROMIUM: pytest.skip(NO_BROWSER)
     lab = JupyterLab(tmp_path_factory.mktemp('lab')/'home')
     yield lab
     lab.stop()
@@ -23,7 +24,7 @@ def lab(tmp_path_factory):
 
 @pytest.fixture(scope='module')      # Playwright's loop must have ended before another module starts its own
 def chromium():
-    if not CHROMIUM: pytest.skip(WHY)
+    if not CHROMIUM: pytest.skip(NO_BROWSER)
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
@@ -31,23 +32,23 @@ def chromium():
         browser.close()
 
 
-def overhear(page, kinds=('error',), noise=NOISE):
-    "Remember what the console of a page complains of, in `page.faults`."
+def record_faults(page, kinds=('error',), ignored=NO_NETWORK):
+    "Keep what the console of a page complains of in `page.faults`."
     page.faults = []
-    page.on(
-        'console',
-        lambda m: (
-            page.faults.append(m.text) if m.type in kinds and not any(n in m.text for n in noise) else None
-        ),
-    )
-    page.on('pageerror', lambda e: page.faults.append(str(e)))
+
+    def record(message):
+        if message.type not in kinds: return
+        if not any(words in message.text for words in ignored): page.faults.append(message.text)
+
+    page.on('console', record)
+    page.on('pageerror', lambda error: page.faults.append(str(error)))
     return page
 
 
 @pytest.fixture
 def page(chromium):
     "A page for JupyterLab."
-    page = overhear(chromium.new_page(viewport=dict(width=1500, height=1000)))
+    page = record_faults(chromium.new_page(viewport=dict(width=1500, height=1000)))
     page.set_default_timeout(180_000)
     yield page
     page.close()
@@ -55,13 +56,14 @@ def page(chromium):
 
 @contextmanager
 def opened(chromium, address, width=1200, height=860, **options):
-    "Open a page from a file, with the network off; afterwards nothing may have gone wrong on its console, and nobody was asked for anything."
+    "Open a page from a file, with the network off; afterwards its console is clean and it asked for nothing."
     context = chromium.new_context(offline=True, viewport=dict(width=width, height=height), **options)
-    asked = []
-    page = overhear(context.new_page(), ('error', 'warning'), ())
-    page.on('request', lambda r: asked.append(r.url))
+    requests = []
+    page = record_faults(context.new_page(), ('error', 'warning'), ())
+    page.on('request', lambda request: requests.append(request.url))
     try:
         page.goto(address)
         yield page
-        assert page.faults == [] and [a for a in asked if not a.startswith(('file:', 'data:', 'blob:'))] == []
+        assert page.faults == []
+        assert [url for url in requests if not url.startswith(LOCAL)] == []
     finally: context.close()

@@ -14,7 +14,7 @@ FIRST = 'RSSQA_TEST_RUN' not in os.environ       # not a worker or a fork of a r
 
 
 def prepare_environment():
-    "Set what numpy, torch, numba and matplotlib read when they are first imported; subprocesses and workers inherit it."
+    "Set what numpy, torch, numba and matplotlib read at their first import; subprocesses and workers inherit it."
     os.environ |= dict(
         OMP_NUM_THREADS='1',
         OPENBLAS_NUM_THREADS='1',

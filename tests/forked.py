@@ -1,6 +1,7 @@
 """Run a function in a fresh process that has the heavy libraries loaded already.
 
-A server process imports them once and does nothing else, so that its forks start clean: no threads, no CUDA, no state of other tests.
+A server process imports them once and does nothing else, so that its forks start clean:
+no threads, no CUDA, no state of other tests.
 """
 import contextlib, multiprocessing, os, sys, tempfile, traceback
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""An app is a packaged notebook that Voila shows: it renders without a fault, hears a button and a key, and saves."""
+"""An app is a packaged notebook that Voila shows: it renders, reacts to buttons and keys, and saves."""
 import base64
 import io
 import os
@@ -15,16 +15,15 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from browser import chromium, overhear  # noqa: F401 (a fixture)
+from browser import chromium, record_faults  # noqa: F401 (a fixture)
 from rssqa.cli import apps, main
 from rssqa.clip.encoders import load_encoder
-from rssqa.viz.explorer import save_run
 from rssqa.tables.store import Store, extract
+from rssqa.viz.explorer import save_run
 from trained import trained_setup
 
-
 # Voila says so while it loads extensions of JupyterLab that it does not use
-OF_VOILA = 'The getter for the shared module is not a function'
+VOILA_NOISE = 'The getter for the shared module is not a function'
 
 
 def free_port():
@@ -48,81 +47,70 @@ def answers(address):
     except OSError: return False
 
 
-def verdicts(path): return pd.read_csv(path, keep_default_na=False).rating.tolist() if path.exists() else []
+def saved_ratings(path):
+    if not path.exists(): return []
+    return pd.read_csv(path, keep_default_na=False).rating.tolist()
+
+
+def start_app(folder, port, options):
+    program = [sys.executable, '-c', 'from rssqa.cli import main; main()']
+    command = [*program, 'app', *options, '--port', str(port), '--no-browser']
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, cwd=folder, start_new_session=True, **quiet)
+
+
+def stop_app(process): # the command, Voila and its kernel
+    os.killpg(process.pid, signal.SIGTERM)
+    try: process.wait(10)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @contextmanager
 def served(chromium, folder, *options):
-    "-> the page of an app, as `rssqa app` shows it."
+    "The page of an app, as `rssqa app` shows it."
     port = free_port()
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            '-c',
-            'from rssqa.cli import main; main()',
-            'app',
-            *options,
-            '--port',
-            str(port),
-            '--no-browser',
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=folder,
-        start_new_session=True,
-    )
+    process = start_app(folder, port, options)
     try:
         wait_for(lambda: answers(f'http://127.0.0.1:{port}'), process=process)
-        page = overhear(chromium.new_page(viewport=dict(width=1500, height=1000)), noise=(OF_VOILA,))
+        page = record_faults(chromium.new_page(viewport=dict(width=1500, height=1000)), ignored=(VOILA_NOISE,))
         page.set_default_timeout(90_000)
         # Voila asks for an icon font
-        page.route(
-            lambda url: f'127.0.0.1:{port}' not in url and url.startswith('http'),
-            lambda route: route.fulfill(status=200, body='', content_type='text/css'),
-        )
+        def is_outside(url): return f'127.0.0.1:{port}' not in url and url.startswith('http')
+        page.route(is_outside, lambda route: route.fulfill(status=200, body='', content_type='text/css'))
         page.goto(f'http://127.0.0.1:{port}', wait_until='commit')
         yield page
         assert page.faults == []
         page.close()
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)                             # the verb, Voila and its kernel
-        try: process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    finally: stop_app(process)
 
 
 def test_the_pair_reviewer_runs_as_an_app(chromium, tmp_path):
-    out = tmp_path/'verdicts.csv'
+    out = tmp_path/'ratings.csv'
     with served(chromium, tmp_path, 'pairs', '--out', str(out)) as page:
-        page.get_by_text('0 judged, 0 skipped, 8 left').wait_for()
+        page.get_by_text('0 rated, 0 skipped, 8 left').wait_for()
         page.get_by_role('button', name='Right').click()
-        page.get_by_text('1 judged, 0 skipped, 7 left').wait_for()
+        page.get_by_text('1 rated, 0 skipped, 7 left').wait_for()
         page.get_by_text('Keys, after a click').wait_for()
         # the button that was clicked has the focus
         page.keyboard.press('w')
-        page.get_by_text('2 judged, 0 skipped, 6 left').wait_for()
+        page.get_by_text('2 rated, 0 skipped, 6 left').wait_for()
         page.keyboard.press('s')
-        page.get_by_text('2 judged, 1 skipped, 5 left').wait_for()
-        assert verdicts(out)[:3] == ['right', 'wrong', '']
+        page.get_by_text('2 rated, 1 skipped, 5 left').wait_for()
+        assert saved_ratings(out)[:3] == ['right', 'wrong', '']
         assert page.locator('img').first.evaluate('i => i.naturalWidth') == 280
 
 
 def test_the_explorer_opens_a_run_as_an_app(chromium, tmp_path):
-    w = trained_setup()
-    store = Store(w.home/'store')
-    save_run(
-        tmp_path / 'run',
-        w.sqed,
-        w.tiles,
-        store,
-        extract(w.tiles, load_encoder('tiny-clip', dtype='float32'), store),
-        'tiny-clip',
-        'float32',
-    )
+    setup = trained_setup()
+    store = Store(setup.home/'store')
+    semantic = extract(setup.tiles, load_encoder('tiny-clip', dtype='float32'), store)
+    save_run(tmp_path/'run', setup.sqed, setup.tiles, store, semantic, 'tiny-clip', 'float32')
+    n = len(setup.sqed)
     with served(chromium, tmp_path, 'explorer', '--data', str(tmp_path/'run')) as page:
-        page.get_by_text(f'{len(w.sqed)} of {len(w.sqed)} shown').wait_for()
-        page.get_by_text('umap, seed 0').wait_for()                        # the places of PCA have given way
+        page.get_by_text(f'{n} of {n} shown').wait_for()
+        page.get_by_text('umap, seed 0').wait_for()                        # the layout of PCA was replaced
         page.get_by_placeholder('flooded road').fill('a town with houses')
         page.keyboard.press('Enter')
         page.get_by_text('most like "').wait_for()
@@ -131,29 +119,34 @@ def test_the_explorer_opens_a_run_as_an_app(chromium, tmp_path):
         page.keyboard.press('ArrowDown')
         tile = page.locator('.rssqa-explorer img')
         tile.wait_for()
-        seen = Image.open(io.BytesIO(base64.b64decode(tile.get_attribute('src').partition(',')[2])))
-        part = np.asarray(seen.convert('RGB'), float)[20:108].reshape(88, -1, 3)
+        png = base64.b64decode(tile.get_attribute('src').partition(',')[2])
+        image = Image.open(io.BytesIO(png))
+        assert image.size == (392, 128)
         # image, map and error are there
-        assert seen.size == (392, 128) and all(
-            part[:, k * 132 + 10 : k * 132 + 118].std() > 10 for k in range(3)
-        )
+        rows = np.asarray(image.convert('RGB'), float)[20:108].reshape(88, -1, 3)
+        for k in range(3): assert rows[:, k * 132 + 10:k * 132 + 118].std() > 10
         page.get_by_role('button', name='Select shown').click()
-        page.get_by_text(f'{len(w.sqed)} selected').first.wait_for()
+        page.get_by_text(f'{n} selected').first.wait_for()
         page.get_by_role('button', name='Save').click()
-        page.get_by_text(f'{len(w.sqed)} maps written to selection.csv').wait_for()
-    # where the person called it, not where the notebook lies
-    assert len(pd.read_csv(tmp_path / 'selection.csv')) == len(w.sqed)
+        page.get_by_text(f'{n} maps written to selection.csv').wait_for()
+    # where the person called it, not where the notebook is
+    assert len(pd.read_csv(tmp_path/'selection.csv')) == n
 
 
-def test_apps_are_found_and_mistakes_explained(capsys, monkeypatch, tmp_path):
+def test_apps_are_found():
+    assert {'degradation', 'explorer', 'pairs', 'recommender'} <= set(apps())
+    assert all(path.is_file() for path in apps().values())
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['recomender'], 'did you mean recommender'),
+    (['degradation'], 'rssqa[apps]'),
+    (['recommender', '--data', 'no such folder'], 'check the path'),
+])
+def test_mistakes_are_explained(capsys, monkeypatch, arguments, message):
     import importlib.util
-    assert {'degradation', 'pairs', 'recommender'} <= set(apps()) and all(
-        p.is_file() for p in apps().values()
-    )
     real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, 'find_spec', lambda name, *a: None if name == 'voila' else real(name, *a)
-    )
-    for args, words in ((['app', 'recomender'], 'Did you mean recommender'), (['app', 'degradation'], 'rssqa[apps]'), (['app', 'recommender', '--data', str(tmp_path/'x')], 'check the path')):
-        with pytest.raises(SystemExit) as stop: main(args)
-        assert stop.value.code == 2 and words.lower() in capsys.readouterr().err.lower()
+    def without_voila(name, *args): return None if name == 'voila' else real(name, *args)
+    monkeypatch.setattr(importlib.util, 'find_spec', without_voila)
+    with pytest.raises(SystemExit) as stop: main(['app', *arguments])
+    assert stop.value.code == 2 and message in capsys.readouterr().err.lower()

@@ -1,4 +1,4 @@
-"""The protocol: scenes apart, every predictor on the same rows, and a comparison_summary that can be read off."""
+"""The protocol: scenes apart, every predictor on the same rows, and a summary that can be read off."""
 import os, signal
 
 import numpy as np
@@ -8,38 +8,26 @@ from hypothesis import given, settings, strategies as st
 from joblib import parallel_config
 from sklearn.base import BaseEstimator
 
-from rssqa.bench import protocol as bench
-from rssqa.quality.baselines import ColumnBaseline, MeanBaseline
 from rssqa.bench.protocol import (
-    DIRECTION,
-    RS_SQA,
-    VIEWS,
-    bootstrap,
-    by_group,
-    commit,
-    compare,
-    predictors,
-    cross_predict,
-    holdout_folds,
-    leaderboard,
-    load_predictions,
-    measure,
-    read_results,
-    run,
-    save_predictions,
-    save_results,
-    scene_folds,
-    transfer,
-    comparison_summary,
+    DIRECTION, RS_SQA, VIEWS, BootstrapTable, bootstrap, by_group, compare, comparison_summary, cross_predict,
+    leaderboard, load_predictions, measure, predictors, run, save_predictions, transfer,
+    _choices, _estimator_identity, _single_bests,
 )
 from rssqa.core import DataNotFound, Incompatible, LeakError, SchemaError, UnknownName
-from rssqa.segment.metrics import evaluate, gains, single_best, views
+from rssqa.data.splits import holdout_folds, scene_folds
+from rssqa.provenance import read_results, save_results
+from rssqa.quality.baselines import ColumnBaseline, MeanBaseline
+from rssqa.segment.metrics import evaluate, gains, views
 from trained import numbers
+
+UNIT_ORDER = ['dataset', 'unit', 'image_id', 'method']
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 3), st.integers(2, 9), st.integers(1, 3), st.integers(1, 3), st.integers(2, 6), st.integers(0, 99))
-def test_a_scene_is_never_on_both_sides(datasets, scenes, images, methods, k, seed):
+@given(
+    st.integers(1, 3), st.integers(2, 9), st.integers(1, 3), st.integers(1, 3), st.integers(2, 6),
+    st.integers(0, 99))
+def test_a_scene_is_never_in_two_folds(datasets, scenes, images, methods, k, seed):
     t = numbers(datasets, scenes, images, methods).sample(frac=1, random_state=seed)
     t['fold'] = scene_folds(t, k, seed)
     assert t.groupby(['dataset', 'scene']).fold.nunique().eq(1).all()
@@ -54,7 +42,8 @@ def test_one_scene_cannot_be_split():
 def test_equal_names_in_two_datasets_are_two_scenes():
     t = numbers(3, 5)
     fold = scene_folds(t, 5)
-    assert t.assign(fold=fold).groupby('scene').fold.nunique().max() >= 1 and np.bincount(fold).min() == 27
+    assert t.groupby('scene')[['dataset']].nunique().eq(3).all(axis=None)
+    assert t.assign(fold=fold).groupby('scene').fold.nunique().max() > 1 and np.bincount(fold).min() == 27
 
 
 def uneven(scenes=9, seed=0): # one dataset, scenes of 1, 2, 3 ... images
@@ -62,23 +51,24 @@ def uneven(scenes=9, seed=0): # one dataset, scenes of 1, 2, 3 ... images
     return t[t.image_id.str.split('-').str[2].astype(int) <= t.scene.str[1:].astype(int)]
 
 
-def test_another_seed_is_another_deal():
+def test_another_seed_gives_other_folds():
     t = uneven()
-    deals = [scene_folds(t, 3, s) for s in range(8)]
-    # other partitions, not only other names
-    assert len({tuple(pd.factorize(d)[0]) for d in deals}) >= 6
-    sizes = np.array([np.unique(t.image_id[d == k]).size for d in deals for k in range(3)])
-    assert sizes.max() <= 2 * 45 / 3 and sizes.min() >= 45 / 3 / 2                     # of 45 images
-    assert np.array_equal(deals[3], scene_folds(t, 3, 3))
+    folds = [scene_folds(t, 3, seed) for seed in range(8)]
+    # other partitions, not only other numbers
+    assert len({tuple(pd.factorize(fold)[0]) for fold in folds}) >= 6
+    for fold in folds:
+        sizes = t.groupby(fold).image_id.nunique()                  # of 45 images
+        assert sizes.max() <= 2 * 45 / 3 and sizes.min() >= 45 / 3 / 2
+    assert np.array_equal(folds[3], scene_folds(t, 3, 3))
 
 
-def test_the_deal_depends_neither_on_row_order_nor_on_other_datasets():
+def test_folds_depend_neither_on_row_order_nor_on_other_datasets():
     t = numbers(3, 7)
     fold = pd.Series(scene_folds(t, 3, 5), t.index)
-    mixed = t.sample(frac=1, random_state=0)
-    assert np.array_equal(scene_folds(mixed, 3, 5), fold[mixed.index]) and np.array_equal(
-        scene_folds(t[t.dataset == 'd1'], 3, 5), fold[t.dataset == 'd1']
-    )
+    shuffled = t.sample(frac=1, random_state=0)
+    assert np.array_equal(scene_folds(shuffled, 3, 5), fold[shuffled.index])
+    d1 = t.dataset == 'd1'
+    assert np.array_equal(scene_folds(t[d1], 3, 5), fold[d1])
 
 
 def test_few_scenes_make_few_folds():
@@ -89,44 +79,47 @@ def test_few_scenes_make_few_folds():
     with pytest.raises(Incompatible, match='1 folds'): scene_folds(t, 1)
 
 
-class Spy(BaseEstimator):
-    "Remembers what it learned from, and refuses to judge it or to see labels."
+class NoLabels(BaseEstimator):
+    "Predicts the training mean; fails on scenes that it was fitted on, and on labels."
     def fit(self, X, y=None):
-        self.seen_ = set(X.dataset + X.scene)
+        self.scenes_ = set(X.dataset + X.scene)
         self.mean_ = X.oa.mean()
         return self
     def predict(self, X):
         assert not {'oa', 'miou', 'mf1', 'n_valid', 'confusion'} & set(X)
-        assert not self.seen_ & set(X.dataset + X.scene) and (X.index == np.arange(len(X))).all()
+        assert not self.scenes_ & set(X.dataset + X.scene) and (X.index == np.arange(len(X))).all()
         return np.full(len(X), self.mean_)
 
 
 def test_cross_prediction_is_out_of_fold_and_repeatable():
     t = numbers().sample(frac=1, random_state=1)
     fold = scene_folds(t, 3)
-    tried = dict(spy=Spy(), column=ColumnBaseline('conf_t', fitted=False), mean=MeanBaseline())
-    told = cross_predict(tried, t, fold)
-    assert list(told) == list(tried) and told.index.equals(t.index) and told.notna().all().all()
-    assert np.array_equal(told.column, t.conf_t) and told.equals(cross_predict(tried, t, fold))
-    for k in range(3): assert np.allclose(told.spy[fold == k], t.oa[fold != k].mean())
+    tried = dict(no_labels=NoLabels(), column=ColumnBaseline('conf_t', fitted=False), mean=MeanBaseline())
+    predicted = cross_predict(tried, t, fold)
+    assert list(predicted) == list(tried) and predicted.index.equals(t.index)
+    assert predicted.notna().all(axis=None) and predicted.equals(cross_predict(tried, t, fold))
+    assert np.array_equal(predicted.column, t.conf_t)
+    for k in range(3): assert np.allclose(predicted.no_labels[fold == k], t.oa[fold != k].mean())
 
 
 def test_estimators_are_left_unfitted():
-    spy = Spy()
-    cross_predict(dict(spy=spy), t := numbers(), scene_folds(t, 2))
-    assert not hasattr(spy, 'seen_')
+    t = numbers()
+    estimator = NoLabels()
+    cross_predict(dict(a=estimator), t, scene_folds(t, 2))
+    assert not hasattr(estimator, 'scenes_')
 
 
-def test_perfect_and_useless_predictions_are_told_apart():
+def cross_predicted_mean(t, fold): # the mean of the method
+    return cross_predict(dict(mean=MeanBaseline(('method',))), t, fold)['mean'].to_numpy()
+
+
+def test_perfect_and_useless_predictions_differ():
     t = numbers()
     fold = scene_folds(t, 3)
     perfect = measure(t, t.oa.to_numpy(), fold)
-    mean = measure(t, cross_predict(dict(m=MeanBaseline(('method',))), t, fold).m.to_numpy(), fold)
-    assert (
-        perfect['mae'] == perfect['regret'] == 0
-        and perfect['top1'] == perfect['srocc_image'] == 1
-        and perfect['gap_closed'] == pytest.approx(1)
-    )
+    mean = measure(t, cross_predicted_mean(t, fold), fold)
+    assert perfect['mae'] == perfect['regret'] == 0 and perfect['top1'] == perfect['srocc_image'] == 1
+    assert perfect['gap_closed'] == pytest.approx(1)
     assert mean['regret'] >= 0 and mean['mae'] > 0 and set(VIEWS) <= set(perfect)
     # the method's mean chooses nearly what the single best is
     assert abs(mean['gap_closed']) < 0.5
@@ -140,532 +133,474 @@ def test_datasets_with_different_methods_can_be_measured():
 
 def test_rows_without_a_number_are_not_measured():
     t = numbers()
-    told = t.oa.where(t.image_id != 'i0-0-0').to_numpy()
-    assert measure(t, told, scene_folds(t, 3))['n_images'] == 35
-    with pytest.raises(SchemaError, match='Predict first'):
-        measure(t, np.full(len(t), np.nan), scene_folds(t, 3))
+    fold = scene_folds(t, 3)
+    assert measure(t, t.oa.where(t.image_id != 'i0-0-0').to_numpy(), fold)['n_images'] == 35
+    with pytest.raises(SchemaError, match='Predict first'): measure(t, np.full(len(t), np.nan), fold)
 
 
 # ---------------------------------------------------------------- leaving out more
 
-class Witness(BaseEstimator):
-    "Predicts what it was told: rows on show, and how many of their methods and datasets it learned from."
+class KnownParts(BaseEstimator):
+    "Predicts 1 if the method and 2 if the scene was in training, and 10 for each visible method of the image."
     def fit(self, X, y=None):
         self.methods_ = set(X.method)
-        self.places_ = set(X.dataset + X.scene)
+        self.scenes_ = set(X.dataset + X.scene)
         return self
     def predict(self, X):
-        return (
-            X.method.isin(self.methods_) * 1.0
-            + (X.dataset + X.scene).isin(self.places_) * 2
-            + X.groupby('image_id').method.transform('size') * 10
-        )
+        method = X.method.isin(self.methods_) * 1.0
+        scene = (X.dataset + X.scene).isin(self.scenes_) * 2
+        return method + scene + X.groupby('image_id').method.transform('size') * 10
 
 
-def test_a_method_left_out_is_unknown_on_unknown_scenes_but_its_peers_are_on_show():
+def test_a_method_left_out_is_unknown_on_unknown_scenes_but_the_other_methods_are_visible():
     t = numbers(2, 4)
-    fold = holdout_folds(t, 'method', k=2)
-    assert (
-        fold.shape == (len(t), 2)
-        and np.array_equal(fold[:, 0], scene_folds(t, 2))
-        and len(np.unique(fold, axis=0)) == 6
-    )
-    # three methods on show, none of them known from a known scene
-    assert (cross_predict(dict(w=Witness()), t, fold).w == 30).all()
-    assert (cross_predict(dict(w=Witness()), t, scene_folds(t, 2)).w == 31).all()
+    by_scene = scene_folds(t, 2)
+    by_method = holdout_folds(t, 'method', k=2)
+    assert by_method.shape == (len(t), 2) and np.array_equal(by_method[:, 0], by_scene)
+    assert len(np.unique(by_method, axis=0)) == 6
+    # three methods are visible; left out, the method is not known from training
+    tried = dict(a=KnownParts())
+    assert (cross_predict(tried, t, by_method).a == 30).all()
+    assert (cross_predict(tried, t, by_scene).a == 31).all()
 
 
 def test_a_dataset_left_out():
     t = numbers(3, 4)
     fold = holdout_folds(t)
-    told = cross_predict(dict(m=MeanBaseline(()), spy=Spy()), t, fold)
-    for d in ('d0', 'd1', 'd2'): assert np.allclose(told.m[t.dataset == d], t.oa[t.dataset != d].mean())
+    predicted = cross_predict(dict(mean=MeanBaseline(()), no_labels=NoLabels()), t, fold)
+    for d in ('d0', 'd1', 'd2'):
+        assert np.allclose(predicted['mean'][t.dataset == d], t.oa[t.dataset != d].mean())
     row = measure(t, t.oa.to_numpy(), fold)
-    # the rival is the best of the other datasets
+    # the single best method is that of the other datasets
     assert row['gap_closed'] == 1 and row['regret_single'] > 0
     with pytest.raises(Incompatible, match='leave out'): holdout_folds(t[t.dataset == 'd0'])
     with pytest.raises(UnknownName, match='method'): holdout_folds(t, 'metod')
 
 
-def test_transfer_equals_fitting_by_hand():
+@pytest.fixture(scope='module')
+def two_tables(): # training rows where m0 is best, test rows of another dataset where m2 is best
     train = numbers(1, 5)
     test = numbers(1, 4, seed=3).assign(dataset='new', image_id=lambda t: 'n' + t.image_id)
+    gain = test.method.map(dict(m0=0, m1=0.06, m2=0.2))
+    return train, test.assign(oa=(test.oa + gain).clip(upper=1))
+
+
+def chosen_by_hand(test, predicted): # highest prediction of each image; there are no equal ones
+    highest = test.assign(predicted=predicted).groupby('image_id').predicted.idxmax()
+    return test.loc[highest].set_index('image_id')
+
+
+def test_transfer_equals_fitting_and_measuring_by_hand(two_tables):
+    train, test = two_tables
     tried = dict(conf=ColumnBaseline('conf_t'), mean=MeanBaseline(('method',)))
-    table, told = transfer(tried, train, test)
-    for name, e in tried.items():
-        assert np.allclose(told[name], by_hand := e.fit(train).predict(test))
-        assert table.loc[name].to_dict() == pytest.approx(
-            evaluate(test.assign(predicted=by_hand), train), nan_ok=True
-        )
-    sure = bootstrap(test, told, 'conf', n=20, train=train).value.unstack()
-    for m in DIRECTION: assert np.allclose(sure[m][table.index], table[m], equal_nan=True), m
-    with pytest.raises(LeakError, match='4 scenes'): transfer(tried, train, test.assign(dataset='d0'))
+    board, predictions = transfer(tried, train, test)
+    best = test.groupby('image_id').oa.max()
+    single = test[test.method == train.groupby('method').oa.mean().idxmax()].set_index('image_id').oa
+    for name, estimator in tried.items():
+        predicted = estimator.fit(train).predict(test)
+        row = board.loc[name]
+        assert np.allclose(predictions[name], predicted)
+        assert row.mae == pytest.approx(np.abs(predicted - test.oa).mean())
+        assert row.rmse == pytest.approx(np.sqrt(((predicted - test.oa)**2).mean()))
+        assert row.srocc == pytest.approx(pd.Series(predicted, test.index).corr(test.oa, 'spearman'))
+        chosen = chosen_by_hand(test, predicted).oa
+        assert row.top1 == pytest.approx((chosen == best).mean())
+        assert row.regret == pytest.approx((best - chosen).mean())
+        assert row.regret_single == pytest.approx((best - single).mean())
+        assert row.gap_closed == pytest.approx(1 - (best - chosen).mean() / (best - single).mean())
+        assert row.to_dict() == pytest.approx(evaluate(test.assign(predicted=predicted), train), nan_ok=True)
+    # the best method of the test rows would have given another regret
+    assert test.groupby('method').oa.mean().idxmax() != train.groupby('method').oa.mean().idxmax()
+    measured = bootstrap(test, predictions, 'conf', n=20, train=train).value.unstack()
+    for m in DIRECTION: assert np.allclose(measured[m][board.index], board[m], equal_nan=True), m
 
 
-# ---------------------------------------------------------------- cells
+def test_tables_that_share_scenes_are_refused(two_tables):
+    train, test = two_tables
+    with pytest.raises(LeakError, match='4 scenes'):
+        transfer(dict(mean=MeanBaseline()), train, test.assign(dataset='d0'))
+
+
+# ---------------------------------------------------------------- files of single fits
 
 class Logged(ColumnBaseline):
-    "Writes a line for each fit, and may be shot at one of them."
-    def __init__(self, column='conf_t', fitted=True, log='', shot=0):
+    "Writes a line for each fit, and kills the process at one of them if KILL is set."
+    def __init__(self, column='conf_t', fitted=True, log='', killed_at=0):
         super().__init__(column, fitted)
-        self.log, self.shot = log, shot
+        self.log = log
+        self.killed_at = killed_at
     def fit(self, X, y=None):
         with open(self.log, 'a') as f: f.write('fit\n')
-        if os.environ.get('SHOOT') and sum(1 for _ in open(self.log)) == self.shot:
+        if os.environ.get('KILL') and sum(1 for _ in open(self.log)) == self.killed_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().fit(X)
 
 
-def makes(tmp_path):
-    return lambda seed: {
-        RS_SQA: Logged(log=str(tmp_path / 'log'), shot=7),
-        'mean': MeanBaseline(('method',)),
-        'by: a/b': ColumnBaseline('conf'),
-    }
+@pytest.fixture
+def make(tmp_path): # seed -> predictors; the first is logged in tmp_path/log
+    logged = Logged(log=str(tmp_path/'log'), killed_at=7)
+    return lambda seed: {RS_SQA: logged, 'mean': MeanBaseline(('method',)), 'by: a/b': ColumnBaseline('conf')}
 
 
-def test_a_run_that_was_killed_goes_on_and_ends_the_same(tmp_path, monkeypatch):
-    t = numbers()
-    whole = run(t, makes(tmp_path), 4, (0, 3), tmp_path/'whole')
-    (tmp_path/'log').unlink()
-    monkeypatch.setenv('SHOOT', '1')
-    if not (pid := os.fork()):
-        run(t, makes(tmp_path), 4, (0, 3), tmp_path/'cells')
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
-    monkeypatch.delenv('SHOOT')
-    done = len(list((tmp_path/'cells').glob('[!.]*.parquet')))
-    # every fit before the shot is on disk
-    assert 6 <= done < 24
-    resumed = run(t, makes(tmp_path), 4, (0, 3), tmp_path/'cells')
-    pd.testing.assert_frame_equal(resumed, whole)
-    # of eight fits one was begun twice
-    assert len((tmp_path / 'log').read_text().split()) == 8 + 1
-    pd.testing.assert_frame_equal(run(t, makes(tmp_path), 4, (0, 3)), whole)           # and without a folder
-
-
-def test_predictions_of_a_run_are_those_of_its_folds(tmp_path):
-    t = numbers().sample(frac=1, random_state=2)
-    told = run(t, makes(tmp_path), 3, (1, 2), tmp_path/'c')
-    assert (
-        list(told) == ['image_id', 'method', 'seed', 'fold', RS_SQA, 'mean', 'by: a/b']
-        and len(told) == 2 * len(t)
-        and told.notna().all(axis=None)
-    )
-    for s, part in told.groupby('seed'):
-        assert np.array_equal(part.fold, scene_folds(t, 3, s)) and np.array_equal(part.image_id, t.image_id)
-        assert np.allclose(
-            part['mean'], cross_predict(dict(m=MeanBaseline(('method',))), t, scene_folds(t, 3, s)).m
-        )
-
-
-def test_a_cell_is_known_by_all_that_makes_it(tmp_path):
+def test_a_run_that_was_killed_goes_on_and_ends_the_same(make, tmp_path, monkeypatch):
     t = numbers()
     log = tmp_path/'log'
-    def fits(table=t, folder='c', k=2, **params):
-        log.write_text('')
-        run(table, lambda s: dict(a=Logged(log=str(log), **params)), k, (0,), tmp_path/folder)
-        return len(log.read_text().split())
-    assert (
-        fits() == 2 and fits() == 0 and fits(k=3) == 3 and fits(column='conf') == 2 and fits(folder='d') == 2
-    )
-    assert (
-        fits(t.assign(conf_t=t.conf_t + 1e-9)) == 2
-        and fits(t.rename(columns=dict(energy='e'))) == 2
-        and fits() == 0
-    )
-    confusions = t.assign(confusion=[[1, 2]] * len(t))
-    # no predictor is given those
-    assert fits(confusions) == 0
-    cell = next((tmp_path/'d').glob('*.parquet'))
-    cell.write_bytes(cell.read_bytes()[:100])
-    # a damaged cell is computed again
-    assert fits(folder='d') == 1 and fits(folder='d') == 0
+    whole = run(t, make, 4, (0, 3), tmp_path/'whole')
+    log.unlink()
+    monkeypatch.setenv('KILL', '1')
+    if not (pid := os.fork()):
+        run(t, make, 4, (0, 3), tmp_path/'fits')
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    monkeypatch.delenv('KILL')
+    # every fit before the kill is on disk
+    assert 6 <= len(list((tmp_path/'fits').glob('[!.]*.parquet'))) < 24
+    pd.testing.assert_frame_equal(run(t, make, 4, (0, 3), tmp_path/'fits'), whole)
+    # of eight fits one was begun twice
+    assert len(log.read_text().split()) == 8 + 1
+    pd.testing.assert_frame_equal(run(t, make, 4, (0, 3)), whole)           # and without a folder
 
 
-def test_where_the_store_lies_is_no_part_of_a_cell(tmp_path):
+def test_predictions_of_a_run_are_those_of_its_folds(make, tmp_path):
+    t = numbers().sample(frac=1, random_state=2)
+    predictions = run(t, make, 3, (1, 2), tmp_path/'fits')
+    assert list(predictions) == ['image_id', 'method', 'seed', 'fold', RS_SQA, 'mean', 'by: a/b']
+    assert len(predictions) == 2 * len(t) and predictions.notna().all(axis=None)
+    for seed, part in predictions.groupby('seed'):
+        fold = scene_folds(t, 3, seed)
+        assert np.array_equal(part.fold, fold) and np.array_equal(part.image_id, t.image_id)
+        assert np.allclose(part['mean'], cross_predicted_mean(t, fold))
+
+
+def test_a_fit_is_identified_by_all_that_determines_it(tmp_path):
     t = numbers()
-    same, other, none = (bench._identity(predictors(t, store=s)[RS_SQA]) for s in ('here', 'there', ''))
-    assert same == other != none and bench._identity(ColumnBaseline('conf')) != bench._identity(
-        ColumnBaseline('conf', fitted=False)
-    )
+    log = tmp_path/'log'
+    def n_fits(table=t, folder='a', k=2, **params):
+        log.write_text('')
+        run(table, lambda seed: dict(a=Logged(log=str(log), **params)), k, (0,), tmp_path/folder)
+        return len(log.read_text().split())
+    assert n_fits() == 2 and n_fits() == 0
+    assert n_fits(k=3) == 3 and n_fits(column='conf') == 2 and n_fits(folder='b') == 2
+    assert n_fits(t.assign(conf_t=t.conf_t + 1e-9)) == 2 and n_fits(t.rename(columns=dict(energy='e'))) == 2
+    assert n_fits() == 0
+    # no predictor gets the confusion matrices
+    assert n_fits(t.assign(confusion=[[1, 2]] * len(t))) == 0
+    file = next((tmp_path/'b').glob('*.parquet'))
+    file.write_bytes(file.read_bytes()[:100])
+    # a damaged file is computed again
+    assert n_fits(folder='b') == 1 and n_fits(folder='b') == 0
 
 
-def test_workers_and_left_out_methods(tmp_path):
+def test_where_the_store_lies_does_not_identify_a_fit():
+    t = numbers()
+    def identity(store): return _estimator_identity(predictors(t, store=store)[RS_SQA])
+    assert identity('here') == identity('there') != identity('')
+    raw = ColumnBaseline('conf', fitted=False)
+    assert _estimator_identity(ColumnBaseline('conf')) != _estimator_identity(raw)
+
+
+def test_workers_and_methods_left_out(tmp_path):
     t = numbers(1, 4)
-    with parallel_config('threading'):                                                 # processes would spend their time importing
-        told = run(
-            t,
-            lambda s: dict(w=Witness(), m=MeanBaseline(('method',))),
-            2,
-            (0, 1),
-            tmp_path,
-            by='method',
-            workers=2,
-        )
-    assert (told.w == 30).all() and set(told.fold) == {0, 1} and len(list(tmp_path.glob('w.seed1*'))) == 6
-    assert len(leaderboard(t, told)) == 2 and leaderboard(t, told).top1.notna().all()
+    def make(seed): return dict(a=KnownParts(), m=MeanBaseline(('method',)))
+    with parallel_config('threading'):                 # processes would spend their time importing
+        predictions = run(t, make, 2, (0, 1), tmp_path, by='method', workers=2)
+    assert (predictions.a == 30).all() and set(predictions.fold) == {0, 1}
+    assert len(list(tmp_path.glob('a.seed1*'))) == 6
+    board = leaderboard(t, predictions)
+    assert len(board) == 2 and board.top1.notna().all()
 
 
 def test_predictions_are_kept_and_checked(tmp_path):
     t = numbers()
-    told = run(t, lambda s: dict(m=MeanBaseline()), 2, (0,))
-    assert load_predictions(save_predictions(told, tmp_path / 'p.parquet')).equals(told) and [
-        p.name for p in tmp_path.iterdir()
-    ] == ['p.parquet']
+    predictions = run(t, lambda seed: dict(m=MeanBaseline()), 2, (0,))
+    path = save_predictions(predictions, tmp_path/'p.parquet')
+    assert load_predictions(path).equals(predictions) and list(tmp_path.iterdir()) == [path]
     with pytest.raises(DataNotFound, match='no predictions'): load_predictions(tmp_path/'q.parquet')
-    with pytest.raises(SchemaError, match='second row'):
-        save_predictions(pd.concat([told, told[:1]]), tmp_path/'r.parquet')
-    with pytest.raises(SchemaError, match='columns'):
-        save_predictions(told.drop(columns='fold'), tmp_path/'r.parquet')
-    with pytest.raises(SchemaError, match='columns'):
-        save_predictions(told.drop(columns='m'), tmp_path/'r.parquet')
-    with pytest.raises(SchemaError, match='seed 0 for 9 of 108'):
-        leaderboard(
-            t, told[told.image_id.ne('i0-0-0') & told.image_id.ne('i1-1-1') & told.image_id.ne('i1-1-2')]
-        )
-    with pytest.raises(SchemaError, match='for 1 of 108'):
-        bootstrap(t, told.assign(m=told.m.where(told.index != 5)), 'm')
+    other = tmp_path/'r.parquet'
+    twice = pd.concat([predictions, predictions[:1]])
+    with pytest.raises(SchemaError, match='second row'): save_predictions(twice, other)
+    for column in ('fold', 'm'):
+        with pytest.raises(SchemaError, match='columns'):
+            save_predictions(predictions.drop(columns=column), other)
+    fewer = predictions[~predictions.image_id.isin(['i0-0-0', 'i1-1-1', 'i1-1-2'])]
+    with pytest.raises(SchemaError, match='seed 0 for 9 of 108'): leaderboard(t, fewer)
+    gap = predictions.assign(m=predictions.m.where(predictions.index != 5))
+    with pytest.raises(SchemaError, match='for 1 of 108'): bootstrap(t, gap, 'm')
 
 
 # ---------------------------------------------------------------- views and intervals
 
-def guesses(t, seeds=(0,), seed=0, k=3, **noise): # predictions with known errors; name -> standard deviation
+def noisy_predictions(t, seeds=(0,), seed=0, k=3, **noise): # name -> standard deviation of the error
     rng = np.random.default_rng(seed)
-    return pd.concat(
-        [
-            t[['image_id', 'method']].assign(
-                seed=s,
-                fold=scene_folds(t, k, s),
-                **{n: t.oa + rng.normal(0, e, len(t)) for n, e in noise.items()},
-            )
-            for s in seeds
-        ],
-        ignore_index=True,
-    )
+    parts = []
+    for s in seeds:
+        rows = t[['image_id', 'method']].assign(seed=s, fold=scene_folds(t, k, s))
+        parts.append(rows.assign(**{name: t.oa + rng.normal(0, sd, len(t)) for name, sd in noise.items()}))
+    return pd.concat(parts, ignore_index=True)
 
 
 @pytest.fixture(scope='module')
-def judged(): # table with ties, predictions with ties, three seeds
+def measured(): # table with ties, predictions with ties, three seeds
     t = numbers(3, 5, 2, 4)
     t = t[(t.dataset != 'd2') | t.scene.isin(['s0', 's1'])].assign(oa=lambda t: t.oa.round(2))
-    told = guesses(t, (0, 1, 2), good=.02, bad=.1)
-    return t, told.assign(
-        coarse=told.good.round(1),
-        mute=0.8,
-        blind=t.groupby('image_id').oa.transform('mean').to_numpy()[np.arange(len(told)) % len(t)],
-    )
+    predictions = noisy_predictions(t, (0, 1, 2), good=.02, bad=.1)
+    image_mean = t.groupby('image_id').oa.transform('mean').to_numpy()
+    same_row = np.arange(len(predictions)) % len(t)
+    rounded = predictions.good.round(1)
+    return t, predictions.assign(rounded=rounded, constant=0.8, image_only=image_mean[same_row])
 
 
-def test_leaderboard_averages_seeds(judged):
-    t, told = judged
-    table = leaderboard(t.sample(frac=1, random_state=0), told.sample(frac=1, random_state=1))
-    assert list(table.index) == ['good', 'bad', 'coarse', 'mute', 'blind'] and np.allclose(
-        table.failure_below, 0.7
-    )
-    for name in ('good', 'coarse'):
-        by_hand = pd.DataFrame(
-            [measure(t, part[name].to_numpy(), part.fold.to_numpy()) for _, part in told.groupby('seed')]
-        ).mean()
-        assert table.loc[name].to_dict() == pytest.approx(by_hand[list(table)].to_dict(), abs=1e-6)
+def shuffled(frame, seed): return frame.sample(frac=1, random_state=seed)
 
 
-def test_groups_are_measured_by_themselves(judged):
-    t, told = judged
-    told = told[told.seed < 2]
-    by_dataset = by_group(t, told)
-    by_method = by_group(t, told, 'method')
-    assert (
-        list(by_dataset.index.names) == ['dataset', 'predictor']
-        and len(by_dataset) == 15
-        and len(by_method) == 20
-    )
-    mine = told[told.seed == 1].reset_index(drop=True)
-    at = (t.dataset == 'd1').to_numpy()
-    want = measure(t[at], mine.bad[at].to_numpy(), mine.fold[at].to_numpy())
-    assert by_group(t, mine).loc['d1', 'bad'].to_dict() == pytest.approx(want, abs=1e-6, nan_ok=True)
-    assert (
-        by_method.loc['m2', 'good'].mae
-        == pytest.approx(np.abs(told.good - np.tile(t.oa, 2))[np.tile(t.method == 'm2', 2)].mean())
-        and 'top1' not in by_method
-    )
-    assert len(by_group(t, mine[['image_id', 'method', 'seed', 'fold', 'bad']], ['dataset', 'method'])) == 12
+def test_leaderboard_averages_seeds(measured):
+    t, predictions = measured
+    board = leaderboard(shuffled(t, 0), shuffled(predictions, 1))
+    assert list(board.index) == ['good', 'bad', 'rounded', 'constant', 'image_only']
+    assert np.allclose(board.failure_below, 0.7)
+    for name in ('good', 'rounded'):
+        seeds = [measure(t, p[name].to_numpy(), p.fold.to_numpy()) for _, p in predictions.groupby('seed')]
+        by_hand = pd.DataFrame(seeds).mean()
+        assert board.loc[name].to_dict() == pytest.approx(by_hand[list(board)].to_dict(), abs=1e-6)
+
+
+def test_each_group_is_measured_without_the_others(measured):
+    t, predictions = measured
+    predictions = predictions[predictions.seed < 2]
+    by_dataset = by_group(t, predictions)
+    assert list(by_dataset.index.names) == ['dataset', 'predictor'] and len(by_dataset) == 15
     assert by_dataset.images.groupby('dataset').first().sum() == t.image_id.nunique()
+    by_method = by_group(t, predictions, 'method')
+    assert len(by_method) == 20 and 'top1' not in by_method
+    error = np.abs(predictions.good - np.tile(t.oa, 2))
+    m2 = np.tile(t.method == 'm2', 2)
+    assert by_method.loc['m2', 'good'].mae == pytest.approx(error[m2].mean())
+    one_seed = predictions[predictions.seed == 1].reset_index(drop=True)
+    d1 = (t.dataset == 'd1').to_numpy()
+    expected = measure(t[d1], one_seed.bad[d1].to_numpy(), one_seed.fold[d1].to_numpy())
+    assert by_group(t, one_seed).loc['d1', 'bad'].to_dict() == pytest.approx(expected, abs=1e-6, nan_ok=True)
+    only_bad = one_seed[['image_id', 'method', 'seed', 'fold', 'bad']]
+    assert len(by_group(t, only_bad, ['dataset', 'method'])) == 12
 
 
-def test_all_scenes_once_is_the_measure_itself(judged):
-    t, told = judged
-    sure = bootstrap(t, told, 'good', n=10).value.unstack()
-    table = leaderboard(t, told)
-    assert set(sure) == set(DIRECTION) <= set(table)
-    lower = bootstrap(t, told[told.seed == 0], 'good', ['bad'], n=2, threshold=.5)
-    assert lower.failure_below.eq(0.5).all() and lower.value['bad', 'failure_auroc'] == pytest.approx(
-        leaderboard(t, told[told.seed == 0], threshold=0.5).failure_auroc['bad']
-    )
+def test_all_scenes_once_is_the_measure_itself(measured):
+    t, predictions = measured
+    value = bootstrap(t, predictions, 'good', n=10).value.unstack()
+    board = leaderboard(t, predictions)
+    assert set(value) == set(DIRECTION) <= set(board)
     for m in DIRECTION:
-        assert np.allclose(
-            sure[m][table.index], table[m], atol=1e-5 if 'fitted' in m else 1e-9, equal_nan=True
-        ), m
+        tolerance = 1e-5 if 'fitted' in m else 1e-9
+        assert np.allclose(value[m][board.index], board[m], atol=tolerance, equal_nan=True), m
+
+
+def test_the_threshold_of_failures_can_be_set(measured):
+    t, predictions = measured
+    predictions = predictions[predictions.seed == 0]
+    result = bootstrap(t, predictions, 'good', ['bad'], n=2, threshold=.5)
+    board = leaderboard(t, predictions, threshold=0.5)
+    assert result.failure_below.eq(0.5).all()
+    assert result.value['bad', 'failure_auroc'] == pytest.approx(board.failure_auroc['bad'])
+
+
+def repeated_rows(table, resampled, draw): # the rows of one draw, each copy of an image renamed
+    copies = []
+    for u, n in enumerate(resampled.weights[draw]):
+        rows = table.iloc[np.flatnonzero(resampled.unit == u)]
+        copies += [rows.assign(image_id=rows.image_id + f'#{c}') for c in range(int(n))]
+    return pd.concat(copies, ignore_index=True)
 
 
 @pytest.mark.filterwarnings('ignore::RuntimeWarning')
-def test_a_draw_equals_measuring_its_scenes_again(judged):
-    t, told = judged
-    told = told[told.seed == 0]
+def test_a_draw_equals_measuring_its_scenes_again(measured):
+    t, predictions = measured
     t = t.sort_values(['dataset', 'scene', 'image_id', 'method']).reset_index(drop=True)
-    told = t[['image_id', 'method']].merge(told)
-    sheet = bench.BootstrapTable(t.assign(unit=t.scene), 6, 3, .7)
-    for name in ('good', 'coarse', 'bad'):
-        mine = t.assign(predicted=told[name])
-        chosen = bench._chosen(mine, told.fold.to_numpy(), bench._rivals(mine, told.fold.to_numpy()))
-        draws = np.array(sheet.measure([(told[name].to_numpy(), chosen)], chunk=4))[0]
-        for b in range(7):
-            copies = [
-                mine.iloc[np.flatnonzero(sheet.unit == u)].assign(image_id=lambda v: v.image_id + f'#{c}')
-                for u, n in enumerate(sheet.times[b])
-                for c in range(int(n))
-            ]
-            again = pd.concat(copies, ignore_index=True)
-            want = views(again) | gains(
-                chosen.loc[again.drop_duplicates('image_id').image_id.str.split('#').str[0]]
-            )
-            for m, value in zip(DIRECTION, draws[:, b]):
-                if 'fitted' not in m:
-                    assert value == pytest.approx(want[m], abs=1e-9, nan_ok=True), (name, b, m)
+    predictions = t[['image_id', 'method']].merge(predictions[predictions.seed == 0])
+    fold = predictions.fold.to_numpy()
+    resampled = BootstrapTable(t.assign(unit=t.scene), 6, 3, .7)
+    compared = 0
+    for name in ('good', 'rounded', 'bad'):
+        rows = t.assign(predicted=predictions[name])
+        chosen = _choices(rows, fold, _single_bests(rows, fold))
+        draws = np.array(resampled.measure([(predictions[name].to_numpy(), chosen)], chunk=4))[0]
+        for draw in range(7):
+            again = repeated_rows(rows, resampled, draw)
+            images = again.drop_duplicates('image_id').image_id.str.split('#').str[0]
+            expected = views(again) | gains(chosen.loc[images])
+            for m, value in zip(DIRECTION, draws[:, draw]):
+                if 'fitted' in m: continue
+                compared += 1
+                assert value == pytest.approx(expected[m], abs=1e-9, nan_ok=True), (name, draw, m)
+    assert compared == 3 * 7 * (len(DIRECTION) - 2)
 
 
-def test_draws_keep_datasets_whole():
+@pytest.mark.parametrize('unit, sizes', [('scene', [5, 3]), ('image', [15, 9])])
+def test_draws_keep_the_size_of_each_dataset(unit, sizes):
     t = numbers(2, 5).query("dataset == 'd0' or scene in ['s0', 's1', 's2']")
-    for unit, sizes in (('scene', [5, 3]), ('image', [15, 9])):
-        sheet = bench.BootstrapTable(
-            t.assign(unit=t.scene if unit == 'scene' else t.image_id).sort_values(
-                ['dataset', 'unit', 'image_id', 'method']
-            ),
-            200,
-            0,
-            0.7,
-        )
-        assert (sheet.times[0] == 1).all() and np.bincount(sheet.strata).tolist() == sizes
-        for d, n in enumerate(sizes):
-            assert (sheet.times[:, sheet.strata == d].sum(1) == n).all() and abs(
-                sheet.times[1:, sheet.strata == d].mean(0) - 1
-            ).max() < 0.35
-        sure = bootstrap(t, guesses(t, a=.1, b=.2), 'a', n=9, unit=unit)
-        assert (
-            (sure.units == sum(sizes)).all()
-            and (sure.fewest == sizes[1]).all()
-            and (sure.unit == unit).all()
-            and (sure.draws == 9).all()
-        )
+    t = t.assign(unit=t.scene if unit == 'scene' else t.image_id)
+    resampled = BootstrapTable(t.sort_values(UNIT_ORDER), 200, 0, 0.7)
+    assert (resampled.weights[0] == 1).all() and np.bincount(resampled.dataset_of_unit).tolist() == sizes
+    for d, n in enumerate(sizes):
+        weights = resampled.weights[:, resampled.dataset_of_unit == d]
+        assert (weights.sum(1) == n).all() and abs(weights[1:].mean(0) - 1).max() < 0.35
+    result = bootstrap(t, noisy_predictions(t, a=.1, b=.2), 'a', n=9, unit=unit)
+    assert (result.units == sum(sizes)).all() and (result.fewest == sizes[1]).all()
+    assert (result.unit == unit).all() and (result.draws == 9).all()
 
 
-def test_intervals_are_paired_repeatable_and_signed(judged):
-    t, told = judged
-    sure = bootstrap(t, told, 'good', ['bad', 'mute'], n=60)
-    assert list(sure.index.levels[0]) == ['bad', 'good', 'mute'] and len(sure) == 3 * len(DIRECTION)
-    pd.testing.assert_frame_equal(
-        sure,
-        bootstrap(
-            t.sample(frac=1, random_state=0),
-            told.sample(frac=1, random_state=5),
-            'good',
-            ['bad', 'mute'],
-            n=60,
-        ),
-    )
-    assert not sure.equals(bootstrap(t, told, 'good', ['bad', 'mute'], n=60, seed=1))
-    assert sure.loc['good', ['delta', 'delta_low', 'better']].isna().all(axis=None)
-    bad = sure.loc['bad']
-    assert (
-        bad.better[['mae', 'srocc_dataset', 'rmse', 'plcc', 'krocc']].eq(1).all()
-        and bad.delta_high['mae'] < 0 < bad.delta_low['srocc_dataset']
-    )
-    assert (
-        bad.delta['mae'] == pytest.approx(sure.value['good', 'mae'] - sure.value['bad', 'mae'])
-        and (sure.low <= sure.high).where(sure.low.notna(), True).all()
-    )
-    turned = bootstrap(t, told, 'bad', ['good'], n=60).loc['good']
-    assert (
-        np.allclose(turned.delta, -bad.delta)
-        and np.allclose(turned.delta_low, -bad.delta_high)
-        and np.allclose(turned.better, 1 - bad.better)
-    )
-    twin = bootstrap(t, told.assign(twin=told.good), 'good', ['twin'], n=20).loc['twin']
+def test_intervals_are_repeatable(measured):
+    t, predictions = measured
+    result = bootstrap(t, predictions, 'good', ['bad', 'constant'], n=60)
+    assert list(result.index.levels[0]) == ['bad', 'constant', 'good'] and len(result) == 3 * len(DIRECTION)
+    again = bootstrap(shuffled(t, 0), shuffled(predictions, 5), 'good', ['bad', 'constant'], n=60)
+    pd.testing.assert_frame_equal(result, again)
+    assert not result.equals(bootstrap(t, predictions, 'good', ['bad', 'constant'], n=60, seed=1))
+    with_low = result[result.low.notna()]
+    assert (with_low.low <= with_low.high).all()
+
+
+def test_differences_are_paired_and_signed(measured):
+    t, predictions = measured
+    result = bootstrap(t, predictions, 'good', ['bad', 'constant'], n=60)
+    assert result.loc['good', ['delta', 'delta_low', 'better']].isna().all(axis=None)
+    bad = result.loc['bad']
+    assert bad.better[['mae', 'srocc_dataset', 'rmse', 'plcc', 'krocc']].eq(1).all()
+    assert bad.delta_high['mae'] < 0 < bad.delta_low['srocc_dataset']
+    assert bad.delta['mae'] == pytest.approx(result.value['good', 'mae'] - result.value['bad', 'mae'])
+    turned = bootstrap(t, predictions, 'bad', ['good'], n=60).loc['good']
+    assert np.allclose(turned.delta, -bad.delta) and np.allclose(turned.delta_low, -bad.delta_high)
+    assert np.allclose(turned.better, 1 - bad.better)
+    twin = bootstrap(t, predictions.assign(twin=predictions.good), 'good', ['twin'], n=20).loc['twin']
     assert (twin.delta == 0).all() and (twin.better == .5).all()
-    with pytest.raises(UnknownName, match='bda'): bootstrap(t, told, 'good', ['bda'])
-    with pytest.raises(UnknownName, match=RS_SQA): bootstrap(t, told)
-    with pytest.raises(UnknownName, match='tile'): bootstrap(t, told, 'good', unit='tile')
 
 
-def test_the_blind_are_exposed_by_the_view_within_images(judged):
-    t, told = judged
-    sure = bootstrap(t, told, 'good', n=60)
-    blind, mute, good = (sure.loc[n] for n in ('blind', 'mute', 'good'))
+def test_several_models_are_compared_one_by_one(measured):
+    t, predictions = measured
+    both = bootstrap(t, predictions, ['good', 'bad'], ['constant'], n=9)
+    for name in ('good', 'bad'):
+        one = bootstrap(t, predictions, name, [n for n in ('good', 'bad') if n != name] + ['constant'], n=9)
+        part = both[both.model == name].drop(columns='model').sort_index()
+        pd.testing.assert_frame_equal(part, one.sort_index())
+
+
+def test_unknown_names_are_refused(measured):
+    t, predictions = measured
+    with pytest.raises(UnknownName, match='bda'): bootstrap(t, predictions, 'good', ['bda'])
+    with pytest.raises(UnknownName, match=RS_SQA): bootstrap(t, predictions)
+    with pytest.raises(UnknownName, match='tile'): bootstrap(t, predictions, 'good', unit='tile')
+    with pytest.raises(UnknownName, match='mea'): bootstrap(t, predictions, 'good', measures=('mea',))
+
+
+def test_a_predictor_that_knows_only_the_image_is_exposed_by_the_view_within_images(measured):
+    t, predictions = measured
+    result = bootstrap(t, predictions, 'good', n=60)
+    image_only, constant, good = (result.loc[name] for name in ('image_only', 'constant', 'good'))
     # pooled views believe it
-    assert blind.value['srocc'] > 0.8 and blind.value['plcc_dataset'] > 0.75
-    assert (
-        np.isnan(blind.value['srocc_image'])
-        and blind.value['top1'] == pytest.approx(mute.value['top1'])
-        and good.value['srocc_image'] > 0.8
-    )
-    assert blind.high['gap_closed'] < good.low['gap_closed'] and blind.better['top1'] == 1
-    assert mute.value[['srocc', 'srocc_dataset', 'plcc', 'krocc']].isna().all() and mute.value[
-        'failure_auroc'
-    ] == pytest.approx(0.5)
+    assert image_only.value['srocc'] > 0.8 and image_only.value['plcc_dataset'] > 0.75
+    assert np.isnan(image_only.value['srocc_image']) and good.value['srocc_image'] > 0.8
+    assert image_only.value['top1'] == pytest.approx(constant.value['top1'])
+    assert image_only.high['gap_closed'] < good.low['gap_closed'] and image_only.better['top1'] == 1
+    assert constant.value[['srocc', 'srocc_dataset', 'plcc', 'krocc']].isna().all()
+    assert constant.value['failure_auroc'] == pytest.approx(0.5)
 
 
 def test_intervals_cover_a_known_difference():
-    "Errors of two predictors with scene effects, whose expected difference in MAE is known; 95 % intervals should cover it in about 95 % of trained."
+    "The expected difference in MAE of errors with scene effects is known: 95 % intervals cover it in 95 % of cases."
     t = numbers(1, 30, 2, 2)
-    hit = 0
-    sheet = bench.BootstrapTable(
-        t.assign(unit=t.scene).sort_values(['dataset', 'unit', 'image_id', 'method']), 300, 0, 0.7
-    )
-    for w in range(200):
+    resampled = BootstrapTable(t.assign(unit=t.scene).sort_values(UNIT_ORDER), 300, 0, 0.7)
+    covered = 0
+    for case in range(200):
         # some scenes are hard for both
-        hard = np.random.default_rng(w).exponential(1, 30)[sheet.unit]
-        low, high = np.percentile(
-            (sheet.mean(0.02 * hard, sheet.unit) - sheet.mean(0.03 * hard + 0.01, sheet.unit))[1:],
-            (2.5, 97.5),
-        )
-        hit += low <= -.02 <= high
-    assert 175 <= hit <= 199, hit
+        hard = np.random.default_rng(case).exponential(1, 30)[resampled.unit]
+        a = resampled.mean(0.02 * hard, resampled.unit)
+        b = resampled.mean(0.03 * hard + 0.01, resampled.unit)
+        low, high = np.percentile((a - b)[1:], (2.5, 97.5))
+        covered += low <= -.02 <= high
+    assert 175 <= covered <= 199, covered
+
+
+def test_pairing_removes_what_is_hard_for_both():
+    t = numbers(1, 30, 2, 2)
     hard = np.random.default_rng(0).exponential(1, 30)[t.scene.str[1:].astype(int)]
-    told = t[['image_id', 'method']].assign(
-        seed=0, fold=scene_folds(t, 3), a=t.oa + 0.02 * hard, b=t.oa + 0.03 * hard + 0.01
-    )
-    row = bootstrap(t, told, 'a', n=300).loc['b'].loc['mae']
-    # pairing: scenes that are hard for both do not blur it
-    assert (
-        row.delta_low <= -0.02 <= row.delta_high and row.delta_high - row.delta_low < (row.high - row.low) / 2
-    )
+    rows = t[['image_id', 'method']].assign(seed=0, fold=scene_folds(t, 3))
+    predictions = rows.assign(a=t.oa + 0.02 * hard, b=t.oa + 0.03 * hard + 0.01)
+    row = bootstrap(t, predictions, 'a', n=300).loc['b'].loc['mae']
+    assert row.delta_low <= -0.02 <= row.delta_high
+    assert row.delta_high - row.delta_low < (row.high - row.low) / 2
 
 
 def test_tiles_of_a_scene_are_not_independent():
     t = numbers(1, 12, 6, 3)
-    rng = np.random.default_rng(0)
-    told = t[['image_id', 'method']].assign(
-        seed=0, fold=scene_folds(t, 3), a=t.oa + rng.uniform(0, 0.2, 12)[t.scene.str[1:].astype(int)], b=t.oa
-    )
-    width = {u: bootstrap(t, told, 'b', n=200, unit=u).loc['a'].loc['mae'] for u in ('scene', 'image')}
-    width = {u: row.high - row.low for u, row in width.items()}
-    assert width['scene'] > 1.5 * width['image']
+    bias = np.random.default_rng(0).uniform(0, 0.2, 12)[t.scene.str[1:].astype(int)]
+    predictions = t[['image_id', 'method']].assign(seed=0, fold=scene_folds(t, 3), a=t.oa + bias, b=t.oa)
+    def width(unit):
+        row = bootstrap(t, predictions, 'b', n=200, unit=unit).loc['a'].loc['mae']
+        return row.high - row.low
+    assert width('scene') > 1.5 * width('image')
 
 
 # ---------------------------------------------------------------- boards
 
-def board(**rows):
-    return pd.DataFrame(
-        {
-            RS_SQA if k == 'ours' else k: dict(zip(('srocc_dataset', 'srocc_image', 'mae', 'gap_closed'), v))
-            for k, v in rows.items()
-        }
-    ).T
+def board(**rows): # name -> within-dataset SROCC, within-image SROCC, MAE, gap closed
+    columns = ['srocc_dataset', 'srocc_image', 'mae', 'gap_closed']
+    return pd.DataFrame(rows.values(), [RS_SQA if name == 'model' else name for name in rows], columns)
 
 
-def test_verdict_states_the_order():
-    said = comparison_summary(
-        board(ours=(0.9, 0.5, 0.02, 0.3), a=(0.8, 0.6, 0.03, 0.3001), b=(0.85, 0.1, 0.01, 0.1))
-    )
-    assert (
-        'within-dataset SROCC 0.900, ahead of b (0.850)' in said
-        and 'within-image SROCC 0.500, behind a (0.600)' in said
-    )
-    assert 'MAE 0.020, behind b (0.010)' in said and 'gap closed 0.300, level with a (0.300)' in said
-    said = comparison_summary(board(ours=(0.1, -0.5, 0.01, -0.3), a=(0.2, -0.6, 0.02, -0.2)))
-    assert (
-        'behind a (0.200)' in said
-        and '-0.500, ahead of a (-0.600)' in said
-        and 'MAE 0.010, ahead of a' in said
-        and '-0.300, behind a (-0.200)' in said
-    )
+def test_the_summary_states_the_order():
+    summary = comparison_summary(
+        board(model=(0.9, 0.5, 0.02, 0.3), a=(0.8, 0.6, 0.03, 0.3001), b=(0.85, 0.1, 0.01, 0.1)))
+    assert 'within-dataset SROCC 0.900, ahead of b (0.850)' in summary
+    assert 'within-image SROCC 0.500, behind a (0.600)' in summary
+    assert 'MAE 0.020, behind b (0.010)' in summary and 'gap closed 0.300, level with a (0.300)' in summary
+    summary = comparison_summary(board(model=(0.1, -0.5, 0.01, -0.3), a=(0.2, -0.6, 0.02, -0.2)))
+    assert 'behind a (0.200)' in summary and '-0.500, ahead of a (-0.600)' in summary
+    assert 'MAE 0.010, ahead of a' in summary and '-0.300, behind a (-0.200)' in summary
 
 
-def test_verdict_skips_a_rival_without_a_value():
-    assert 'ahead of a (0.100)' in comparison_summary(
-        board(ours=(0.9, 0.5, 0.02, 0.3), a=(0.1, 0.1, 0.1, 0.1), b=(np.nan, np.nan, np.nan, np.nan))
-    )
+def test_the_summary_skips_a_baseline_without_a_value():
+    nothing = (np.nan, np.nan, np.nan, np.nan)
+    table = board(model=(0.9, 0.5, 0.02, 0.3), a=(0.1, 0.1, 0.1, 0.1), b=nothing)
+    assert 'ahead of a (0.100)' in comparison_summary(table)
 
 
-def test_verdict_leaves_out_what_could_not_be_measured():
-    said = comparison_summary(board(ours=(0.9, np.nan, 0.02, np.nan), a=(0.8, np.nan, 0.03, np.nan)))
-    assert 'ahead of a (0.800)' in said and 'nan' not in said
+def test_the_summary_leaves_out_what_could_not_be_measured():
+    summary = comparison_summary(board(model=(0.9, np.nan, 0.02, np.nan), a=(0.8, np.nan, 0.03, np.nan)))
+    assert 'ahead of a (0.800)' in summary and 'nan' not in summary
 
 
-def test_verdict_of_another():
-    table = board(ours=(0.9, 0.5, 0.02, 0.3), a=(0.8, 0.6, 0.03, 0.1))
-    assert comparison_summary(table, 'a').startswith(
-        'a: within-dataset SROCC 0.800, behind RS-SQA (0.900); within-image SROCC 0.600, ahead of RS-SQA'
-    )
+def test_any_row_can_be_summarised():
+    summary = comparison_summary(board(model=(0.9, 0.5, 0.02, 0.3), a=(0.8, 0.6, 0.03, 0.1)), 'a')
+    assert summary.startswith('a: within-dataset SROCC 0.800, behind RS-SQA (0.900); ')
+    assert 'within-image SROCC 0.600, ahead of RS-SQA' in summary
 
 
 def test_compare_measures_all_predictors_alike():
     t = numbers(2, 4, 2, 3)
-    table, predicted = compare(t, k=2, epochs=3, members=1, extra=dict(spy=Spy()))
-    assert (
-        table.index[0] == RS_SQA
-        and 'spy' in table.index
-        and set(table.index) == set(predicted)
-        and predicted.index.equals(t.index)
-    )
+    table, predicted = compare(t, k=2, epochs=3, members=1, extra=dict(extra=NoLabels()))
+    assert table.index[0] == RS_SQA and 'extra' in table.index
+    assert set(table.index) == set(predicted) and predicted.index.equals(t.index)
     assert set(VIEWS) <= set(table) and (table.n_rows == len(t)).all()
     again = cross_predict({RS_SQA: predictors(t, epochs=3, members=1)[RS_SQA]}, t, scene_folds(t, 2))
     assert np.array_equal(again[RS_SQA], predicted[RS_SQA])
 
 
-def test_results_carry_their_provenance(tmp_path):
-    path = save_results(
-        board(ours=(0.123456789, 0.5, 0.02, 0.3), a=(0.8, 0.6, 0.03, 0.1)).rename_axis('predictor'),
-        tmp_path / 'r.csv',
-        '5 folds',
-        'numbers',
-        7,
-        'rssqa bench',
-    )
-    back = read_results(path).reset_index()
-    assert list(back) == [
-        'predictor',
-        'srocc_dataset',
-        'srocc_image',
-        'mae',
-        'gap_closed',
-        'protocol',
-        'data',
-        'seed',
-        'rssqa',
-        'commit',
-        'command',
-    ]
-    assert (
-        back.srocc_dataset[0] == 0.12346
-        and back.seed.eq(7).all()
-        and back.protocol[1] == '5 folds'
-        and [p.name for p in tmp_path.iterdir()] == ['r.csv']
-    )
-    assert back.commit.fillna('').iloc[0] == commit() and (not commit() or len(commit().rstrip('+')) == 12)
+def test_results_are_saved_with_their_provenance(tmp_path):
+    table = board(model=(0.123456789, 0.5, 0.02, 0.3), a=(0.8, 0.6, 0.03, 0.1)).rename_axis('predictor')
+    path = save_results(table, tmp_path/'r.csv', '5 folds', 'numbers', 7, 'rssqa bench')
+    saved = read_results(path).reset_index()
+    provenance = ['protocol', 'data', 'seed', 'rssqa', 'commit', 'command']
+    assert list(saved) == ['predictor', 'srocc_dataset', 'srocc_image', 'mae', 'gap_closed', *provenance]
+    assert saved.srocc_dataset[0] == 0.12346 and saved.seed.eq(7).all() and saved.protocol[1] == '5 folds'
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_results_of_several_seeds_and_groups(judged, tmp_path):
-    t, told = judged
-    back = read_results(
-        save_results(
-            bootstrap(t, told, 'good', n=5),
-            tmp_path / 'b.csv',
-            '3 folds',
-            'numbers',
-            (0, 1, 2),
-            'x',
-            experiment='e1',
-        )
-    )
-    assert (
-        list(back)[:9]
-        == ['measure', 'value', 'low', 'high', 'delta', 'delta_low', 'delta_high', 'better', 'unit']
-        and back.seed.eq('0 1 2').all()
-        and back.experiment.eq('e1').all()
-    )
-    back = read_results(save_results(by_group(t, told), tmp_path/'g.csv', '3 folds', 'numbers', 0, 'x'))
-    assert list(back)[0] == 'dataset' and len(back.loc['good']) == 3 and back.protocol.eq('3 folds').all()
-    own = leaderboard(t, told).assign(seed=9)
+def test_results_of_several_seeds_and_groups(measured, tmp_path):
+    t, predictions = measured
+    def saved(table, protocol, seed, **columns):
+        return read_results(save_results(table, tmp_path/'r.csv', protocol, 'numbers', seed, 'x', **columns))
+    rows = saved(bootstrap(t, predictions, 'good', n=5), '3 folds', (0, 1, 2), experiment='e1')
+    first = ['measure', 'value', 'low', 'high', 'delta', 'delta_low', 'delta_high', 'better', 'unit']
+    assert list(rows)[:9] == first and rows.seed.eq('0 1 2').all() and rows.experiment.eq('e1').all()
+    rows = saved(by_group(t, predictions), '3 folds', 0)
+    assert list(rows)[0] == 'dataset' and len(rows.loc['good']) == 3 and rows.protocol.eq('3 folds').all()
     # a column of the table stays
-    assert read_results(save_results(own, tmp_path / 's.csv', 'p', 'd', 0, 'x')).seed.eq(9).all()
+    assert saved(leaderboard(t, predictions).assign(seed=9), 'p', 0).seed.eq(9).all()

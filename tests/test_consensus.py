@@ -1,4 +1,4 @@
-"""A consensus that hears witnesses: exact symmetries, no leak, and consensus_table that survive the store."""
+"""The consensus model: exact symmetries, no label leak, and files that give the same posterior."""
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,134 +6,133 @@ import torch
 from sklearn.base import clone
 
 from rssqa.core import DataNotFound, MissingFeatures
+from rssqa.quality import consensus as consensus_module
+from rssqa.quality.baselines import ColumnBaseline, MeanBaseline
 from rssqa.quality.consensus import (
     CONSENSUS_COLUMNS,
     ConsensusEnsemble,
     ConsensusModel,
     ConsensusNet,
     LevelPooledEnsemble,
-    point_features,
-    train_ensemble,
-    pool_image_level,
+    consensus_table,
     load_consensus,
+    point_features,
+    pool_image_level,
     posterior,
     sample_points,
     save_consensus,
+    train_ensemble,
     train_member,
-    consensus_table,
 )
 from rssqa.segment.metrics import srocc
-from rssqa.tables.sqed import PredictionGrid, limit_grid, pack_points
+from rssqa.tables.grid import PredictionGrid, limit_grid, pack_points
 from rssqa.tables.store import Store
 
-NAMES = ['a', 'b', 'c']
+METHODS = ['a', 'b', 'c']
+SMALL = dict(epochs=1, width=8)
 
 
-def prediction_grids(n, side=10, classes=3, seed=0, dataset='town'):
-    "Truth in blocks, witnesses of known reliability."
+def simulate_grids(n, side=10, classes=3, seed=0, dataset='town'):
+    "True classes in blocks of 5 x 5 points, methods of known error rates."
     rng = np.random.default_rng(seed)
-    out = []
+    shape = (side, side)
+    grids = []
     for i in range(n):
-        truth = rng.integers(classes, size=(side // 5, side // 5)).repeat(5, 0).repeat(5, 1).astype(np.uint8)
-        pred = np.stack(
-            [
-                np.where(rng.random((side, side)) < e, rng.integers(classes, size=(side, side)), truth)
-                for e in rng.uniform(0.05, 0.6, 3)
-            ]
-        ).astype(np.uint8)
-        p = np.stack([np.where(pred == c, 200, 55 // (classes - 1)) for c in range(classes)], 1).astype(
-            np.uint8
-        )
-        out.append(PredictionGrid(f'{dataset}{seed}-{i}', dataset, list(NAMES), p, p, pred, truth))
-    return out
+        blocks = rng.integers(classes, size=(side // 5, side // 5))
+        truth = blocks.repeat(5, 0).repeat(5, 1).astype(np.uint8)
+        pred = []
+        for rate in rng.uniform(0.05, 0.6, 3):
+            pred.append(np.where(rng.random(shape) < rate, rng.integers(classes, size=shape), truth))
+        pred = np.stack(pred).astype(np.uint8)
+        p = [np.where(pred == c, 200, 55 // (classes - 1)) for c in range(classes)]
+        p = np.stack(p, 1).astype(np.uint8)
+        grids.append(PredictionGrid(f'{dataset}{seed}-{i}', dataset, list(METHODS), p, p, pred, truth))
+    return grids
 
 
-def stored(folder, seen, scenes=6):
-    "Put prediction_grids into a store; return their table."
+def select_methods(grid, at, names): # the methods at these positions, under new names
+    return PredictionGrid(
+        grid.image_id, grid.dataset, names, grid.p[at], grid.flip[at], grid.pred[at], grid.truth
+    )
+
+
+def without_b(grid): return select_methods(grid, [0, 2], ['a', 'c'])
+
+
+def points_of(grid): # (n,K,2M+9)
+    return point_features(grid, METHODS).flatten(2).permute(2, 1, 0)
+
+
+def put_grids(folder, grids, scenes=6):
+    "Put prediction grids into a store; return their SQED table."
+    rows = []
+    points = []
+    for n, grid in enumerate(grids):
+        keys = dict(image_id=grid.image_id, dataset=grid.dataset, scene=f's{n % scenes}', split='train')
+        for i, method in enumerate(grid.methods):
+            network = f'{method}@{grid.dataset}'
+            packed = pack_points(np.stack([grid.p[i], grid.flip[i]]))
+            points.append(packed | dict(pred=grid.pred[i].tobytes(), key=f'{grid.image_id}|{network}'))
+            oa = float((grid.pred[i] == grid.truth).mean())
+            columns = dict(conf=0.7 + 0.01 * (n % 3), edge=float(n % 2))
+            rows.append(keys | dict(method=method, method_fp=network, fold=0, n_valid=100, oa=oa) | columns)
     store = Store(folder)
-    store.put(
-        'grid',
-        pd.DataFrame(
-            [
-                pack_points(np.stack([s.p[i], s.flip[i]]))
-                | dict(pred=s.pred[i].tobytes(), key=f'{s.image_id}|{m}@{s.dataset}')
-                for s in seen
-                for i, m in enumerate(s.methods)
-            ]
-        ),
-    )
-    store.put('truth', pd.DataFrame([pack_points(s.truth) | dict(key=s.image_id) for s in seen]))
-    return pd.DataFrame(
-        [
-            dict(
-                image_id=s.image_id,
-                dataset=s.dataset,
-                scene=f's{n % scenes}',
-                split='train',
-                method=m,
-                method_fp=f'{m}@{s.dataset}',
-                fold=0,
-                n_valid=100,
-                oa=float((s.pred[i] == s.truth).mean()),
-                conf=0.7 + 0.01 * (n % 3),
-                edge=float(n % 2),
-            )
-            for n, s in enumerate(seen)
-            for i, m in enumerate(s.methods)
-        ]
-    )
+    store.put('grid', pd.DataFrame(points))
+    store.put('truth', pd.DataFrame([pack_points(grid.truth) | dict(key=grid.image_id) for grid in grids]))
+    return pd.DataFrame(rows)
 
 
-def learn(seen, **kw): return train_member(sample_points(seen, NAMES, 60), 3, **dict(epochs=4, width=8) | kw)
+def train_net(grids, **options):
+    return train_member(sample_points(grids, METHODS, 60), 3, **dict(epochs=4, width=8) | options)
 
 
-def alone(net): return ConsensusEnsemble(NAMES, {'': [net]})
+def ensemble_of(net): return ConsensusEnsemble(METHODS, {'': [net]})
+
+
+def weights(net): return torch.cat([v.flatten() for v in net.state_dict().values()])
 
 
 @pytest.fixture(scope='module')
-def trained(): return alone(learn(prediction_grids(40), epochs=20))
+def trained(): return ensemble_of(train_net(simulate_grids(40), epochs=20))
+
+
+@pytest.fixture(scope='module')
+def two_datasets(): # samples of two class tables
+    return sample_points(
+        [*simulate_grids(6), *simulate_grids(6, classes=2, dataset='field')], METHODS, 30
+    )
 
 
 # ---------------------------------------------------------------- the network
 
 def test_an_absent_method_is_the_mean_of_the_others():
-    s = prediction_grids(1)[0]
-    less = PredictionGrid(
-        s.image_id, s.dataset, ['a', 'c'], s.p[[0, 2]], s.flip[[0, 2]], s.pred[[0, 2]], s.truth
-    )
-    x = point_features(less, NAMES)
-    assert (
-        x.shape == (15, 3, 10, 10)
-        and torch.allclose(x[1], (x[0] + x[2]) / 2)
-        and torch.allclose(x[4], (x[3] + x[5]) / 2)
-    )
-    assert torch.allclose(x[0], point_features(s, NAMES)[0]) and torch.allclose(
-        x[6], torch.as_tensor(s.p[[0, 2]]).float().mean(0) / 255
-    )
+    grid = simulate_grids(1)[0]
+    x = point_features(without_b(grid), METHODS)
+    assert x.shape == (15, 3, 10, 10)
+    assert torch.allclose(x[1], (x[0] + x[2]) / 2) and torch.allclose(x[4], (x[3] + x[5]) / 2)
+    assert torch.allclose(x[0], point_features(grid, METHODS)[0])
+    assert torch.allclose(x[6], torch.as_tensor(grid.p[[0, 2]]).float().mean(0) / 255)
 
 
-def test_no_known_witness():
+def test_an_image_without_a_known_method_is_refused():
     with pytest.raises(MissingFeatures, match='expected some of zebra'):
-        point_features(prediction_grids(1)[0], ['zebra'])
+        point_features(simulate_grids(1)[0], ['zebra'])
 
 
 def test_the_order_of_methods_does_not_matter():
-    s = prediction_grids(1)[0]
-    turned = PredictionGrid(
-        s.image_id, s.dataset, ['c', 'a', 'b'], s.p[[2, 0, 1]], s.flip[[2, 0, 1]], s.pred[[2, 0, 1]], s.truth
-    )
-    assert torch.allclose(point_features(s, NAMES), point_features(turned, NAMES), atol=1e-6)
+    grid = simulate_grids(1)[0]
+    reordered = select_methods(grid, [2, 0, 1], ['c', 'a', 'b'])
+    assert torch.allclose(point_features(grid, METHODS), point_features(reordered, METHODS), atol=1e-6)
 
 
-def test_classes_may_be_renamed(trained):
-    s = prediction_grids(1, seed=3)[0]
+def test_the_order_of_classes_does_not_matter(trained):
+    grid = simulate_grids(1, seed=3, dataset='new')[0]
     order = [2, 0, 1]
-    back = np.argsort(order)
-    new = PredictionGrid(s.image_id, 'new', s.methods, s.p, s.flip, s.pred, s.truth)
-    renamed = PredictionGrid(
-        s.image_id, 'new', s.methods, s.p[:, order], s.flip[:, order], back[s.pred].astype(np.uint8), s.truth
+    pred = np.argsort(order)[grid.pred].astype(np.uint8)
+    reordered = PredictionGrid(
+        grid.image_id, 'new', METHODS, grid.p[:, order], grid.flip[:, order], pred, grid.truth
     )
-    assert torch.allclose(posterior(trained, renamed), posterior(trained, new)[order], atol=1e-5)
+    assert torch.allclose(posterior(trained, reordered), posterior(trained, grid)[order], atol=1e-5)
 
 
 @pytest.mark.parametrize('classes', [1, 2, 3, 7])
@@ -142,255 +141,253 @@ def test_any_class_table_and_any_size(trained, classes, shape):
     rng = np.random.default_rng(0)
     pred = rng.integers(classes, size=(3, *shape)).astype(np.uint8)
     p = rng.integers(256, size=(3, classes, *shape)).astype(np.uint8)
-    s = PredictionGrid('x', 'elsewhere', NAMES, p, p, pred, np.full(shape, 255, np.uint8))
-    q = posterior(trained, s)
-    told = consensus_table(trained, [s])
+    grid = PredictionGrid('x', 'elsewhere', METHODS, p, p, pred, np.full(shape, 255, np.uint8))
+    q = posterior(trained, grid)
+    table = consensus_table(trained, [grid])
     assert q.shape == (classes, *shape) and torch.allclose(q.sum(0), torch.ones(shape), atol=1e-5)
-    assert (
-        list(told.method) == NAMES
-        and told[list(CONSENSUS_COLUMNS)].notna().all(axis=None)
-        and told.consensus_oa.between(0, 1 + 1e-6).all()
-    )
+    assert list(table.method) == METHODS
+    assert table[list(CONSENSUS_COLUMNS)].notna().all(axis=None)
+    assert table.consensus_oa.between(0, 1 + 1e-6).all()
 
 
-def test_untrained_jury_is_the_mean():
-    s = prediction_grids(1)[0]
-    x = point_features(s, NAMES).flatten(2).permute(2, 1, 0)
+def test_an_untrained_network_gives_the_mean():
+    x = points_of(simulate_grids(1)[0])
     assert torch.equal(ConsensusNet(3, {})(x, 'any').argmax(1), x[..., 6].argmax(1))
 
 
-# ---------------------------------------------------------------- learning
+# ---------------------------------------------------------------- training
 
-def test_same_seed_same_jury():
-    one, two, three = (learn(prediction_grids(6), seed=s) for s in (0, 0, 1))
-    pairs = [
-        [torch.equal(a, b) for a, b in zip(one.state_dict().values(), net.state_dict().values())]
-        for net in (two, three)
-    ]
-    assert all(pairs[0]) and not all(pairs[1])
+def test_same_seed_same_network():
+    first, second, third = (train_net(simulate_grids(6), seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(weights(first), weights(second))
+    pairs = zip(first.state_dict().values(), third.state_dict().values())
+    assert not all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_points_are_labelled_ones():
-    seen = prediction_grids(4)
-    for s in seen: s.truth[:5] = 255
-    x, y = sample_points(seen, NAMES, 1000)['town']
+    grids = simulate_grids(4)
+    for grid in grids: grid.truth[:5] = 255
+    x, y = sample_points(grids, METHODS, 1000)['town']
     assert len(y) == 4 * 50 and x.shape == (200, 3, 15) and y.max() < 3
-    seen[0].truth[:] = 255
-    assert len(sample_points(seen, NAMES, 7)['town'][1]) == 21
+    grids[0].truth[:] = 255
+    assert len(sample_points(grids, METHODS, 7)['town'][1]) == 21
 
 
 def test_two_class_tables_and_missing_methods_in_one_training():
-    some = [
-        PredictionGrid(
-            s.image_id, s.dataset, ['a', 'c'], s.p[[0, 2]], s.flip[[0, 2]], s.pred[[0, 2]], s.truth
-        )
-        for s in prediction_grids(5, seed=1)
-    ]
-    net = learn([*prediction_grids(5), *prediction_grids(5, classes=2, dataset='field'), *some])
+    incomplete = [without_b(grid) for grid in simulate_grids(5, seed=1)]
+    net = train_net([*simulate_grids(5), *simulate_grids(5, classes=2, dataset='field'), *incomplete])
     assert set(net.class_bias) == {'town', 'field'} and len(net.class_bias['field']) == 2
-    assert (
-        len(consensus_table(alone(net), [*some, *prediction_grids(2, classes=5, dataset='sea')]))
-        == 2 * 5 + 3 * 2
-    )
+    grids = [*incomplete, *simulate_grids(2, classes=5, dataset='sea')]
+    assert len(consensus_table(ensemble_of(net), grids)) == 2 * 5 + 3 * 2
 
 
-def test_a_method_without_a_place_is_judged_by_the_others(trained):
-    s = prediction_grids(1, seed=5)[0]
-    more = PredictionGrid(
-        s.image_id,
-        s.dataset,
-        [*NAMES, 'zzz'],
-        np.concatenate([s.p, s.p[:1]]),
-        np.concatenate([s.flip, s.flip[:1]]),
-        np.concatenate([s.pred, s.pred[:1]]),
-        s.truth,
-    )
-    told = consensus_table(trained, [more]).set_index('method')
-    assert told.consensus_oa['zzz'] == pytest.approx(told.consensus_oa['a']) and consensus_table(
-        trained, [s]
-    ).consensus_oa[0] == pytest.approx(told.consensus_oa['a'])
+def test_a_method_outside_training_is_measured_by_the_others(trained):
+    grid = simulate_grids(1, seed=5)[0]
+    more = select_methods(grid, [0, 1, 2, 0], [*METHODS, 'zzz'])
+    expected = consensus_table(trained, [more]).set_index('method').consensus_oa
+    assert expected['zzz'] == pytest.approx(expected['a'])
+    assert consensus_table(trained, [grid]).consensus_oa[0] == pytest.approx(expected['a'])
 
 
-def test_verdicts_follow_the_truth(trained):
-    fresh = prediction_grids(20, seed=9)
-    told = consensus_table(trained, fresh)
-    assert srocc([(y == s.truth).mean() for s in fresh for y in s.pred], told.consensus_oa) > 0.8
+def test_expected_accuracy_follows_true_accuracy(trained):
+    grids = simulate_grids(20, seed=9)
+    oa = np.concatenate([(grid.pred == grid.truth).mean((1, 2)) for grid in grids])
+    assert srocc(oa, consensus_table(trained, grids).consensus_oa) > 0.8
 
 
-def test_without_habits_no_class_table_is_known():
-    net = learn([*prediction_grids(5), *prediction_grids(5, classes=2, dataset='field')], class_bias=False)
-    x = point_features(prediction_grids(1)[0], NAMES).flatten(2).permute(2, 1, 0)
+def test_columns_of_the_consensus_by_hand(trained):
+    grid = simulate_grids(1, seed=11)[0]
+    q = posterior(trained, grid).numpy()
+    probability = np.take_along_axis(q, grid.pred, 0)
+    table = consensus_table(trained, [grid])
+    assert np.allclose(table.consensus_oa, probability.mean((1, 2)), atol=1e-6)
+    assert np.allclose(table.consensus_agreement, (grid.pred == q.argmax(0)).mean((1, 2)), atol=1e-6)
+    assert np.allclose(table.consensus_low, (probability < 0.3).mean((1, 2)), atol=1e-6)
+    assert np.allclose(table.consensus_confidence, q.max(0).mean(), atol=1e-6)
+    entropy = -(q * np.log(q + 1e-6)).sum(0).mean() / np.log(3)
+    assert np.allclose(table.consensus_entropy, entropy, atol=1e-5)
+
+
+def test_without_class_bias_no_class_table_is_known():
+    grids = [*simulate_grids(5), *simulate_grids(5, classes=2, dataset='field')]
+    net = train_net(grids, class_bias=False)
+    x = points_of(simulate_grids(1)[0])
     assert not net.class_bias and torch.equal(net(x, 'town'), net(x, 'anything'))
 
 
-def test_silence_replaces_a_witness_by_the_mean_of_all_and_only_while_learning():
+def test_method_dropout_replaces_a_method_by_the_mean_of_all_and_only_in_training():
     torch.manual_seed(0)
     net = ConsensusNet(3, {}, method_dropout=0.5)
-    x = point_features(prediction_grids(1)[0], NAMES).flatten(2).permute(2, 1, 0)
-    quiet = net._silenced(x)
-    own = x[..., :6].unflatten(-1, (2, 3))
-    told = quiet[..., :6].unflatten(-1, (2, 3))
-    mean = own.mean(-1, keepdim=True).expand_as(own)
-    # (n,3): at all classes, in both class_bias_of of clue
-    silent = (told != own).any(1).any(1)
-    at = silent[:, None, None].expand_as(own)
-    assert (
-        torch.equal(told[at], mean[at])
-        and torch.equal(quiet[..., 6:], x[..., 6:])
-        and 0.2 < silent.float().mean() < 0.6
-    )
+    x = points_of(simulate_grids(1)[0])
+    result = net._drop_methods(x)
+    before = x[..., :6].unflatten(-1, (2, 3))                              # (n,K,2,M)
+    after = result[..., :6].unflatten(-1, (2, 3))
+    mean = before.mean(-1, keepdim=True).expand_as(before)
+    dropped = (after != before).any(1).any(1)                              # (n,M)
+    # at all classes of the point, in both features of the method
+    at = dropped[:, None, None].expand_as(before)
+    assert torch.equal(after[at], mean[at]) and torch.equal(result[..., 6:], x[..., 6:])
+    assert 0.2 < dropped.float().mean() < 0.6
     assert torch.equal(net.eval()(x, 'town'), ConsensusNet(3, {}).eval()(x, 'town'))
 
 
-# ---------------------------------------------------------------- members
+# ---------------------------------------------------------------- the ensemble
 
-def test_jurors_of_a_dataset_and_of_none():
-    both = sample_points([*prediction_grids(6), *prediction_grids(6, classes=2, dataset='field')], NAMES, 30)
-    consensus = train_ensemble(both, NAMES, epochs=1, width=8)
-    assert {d: len(n) for d, n in consensus.members.items()} == {
-        '': 2,
-        'town': 4,
-        'field': 4,
-    } and consensus.of('sea') == consensus.of('')
-    assert consensus.of('town')[:2] == consensus.of('field')[:2] and not set(consensus.of('town')[2:]) & set(
-        consensus.of('field')[2:]
-    )
-    # two would be the same
-    assert set(train_ensemble({'town': both['town']}, NAMES, epochs=1, width=8).members) == {''}
-    s = prediction_grids(1)[0]
-    assert torch.allclose(
-        posterior(consensus, s), sum(posterior(alone(n), s) for n in consensus.of('town')) / 4, atol=1e-6
-    )
+def test_members_of_a_dataset_and_of_an_unknown_one(two_datasets):
+    ensemble = train_ensemble(two_datasets, METHODS, **SMALL)
+    town = ensemble.members_of('town')
+    field = ensemble.members_of('field')
+    counts = {dataset: len(nets) for dataset, nets in ensemble.members.items()}
+    assert counts == {'': 2, 'town': 4, 'field': 4}
+    assert ensemble.members_of('sea') == ensemble.members_of('')
+    assert town[:2] == field[:2] and not set(town[2:]) & set(field[2:])
+    grid = simulate_grids(1)[0]
+    mean = sum(posterior(ensemble_of(net), grid) for net in town) / 4
+    assert torch.allclose(posterior(ensemble, grid), mean, atol=1e-6)
 
 
-def test_a_jury_survives_its_folder(tmp_path):
-    seen = [*prediction_grids(4), *prediction_grids(4, classes=2, dataset='field')]
-    consensus = train_ensemble(sample_points(seen, NAMES, 30), NAMES, epochs=1, width=8)
-    again = load_consensus(save_consensus(consensus, tmp_path/'consensus'))
-    assert all(
-        torch.equal(posterior(consensus, s), posterior(again, s))
-        for s in [*seen, *prediction_grids(1, classes=4, dataset='sea')]
-    )
-    # shared members stay shared
-    assert again.of('town')[0] is again.of('field')[0]
+def test_one_dataset_needs_no_members_per_dataset(two_datasets):
+    ensemble = train_ensemble({'town': two_datasets['town']}, METHODS, **SMALL)
+    assert set(ensemble.members) == {''}
+
+
+@pytest.mark.parametrize('options, counts', [
+    (dict(per_dataset=False), {'': 2}),
+    (dict(with_class_bias=(True,)), {'': 1, 'town': 2, 'field': 2}),
+])
+def test_kinds_of_members_may_be_left_out(options, counts, two_datasets):
+    ensemble = train_ensemble(two_datasets, METHODS, epochs=1, width=4, **options)
+    assert {dataset: len(nets) for dataset, nets in ensemble.members.items()} == counts
+
+
+def test_an_ensemble_may_have_no_class_bias(two_datasets):
+    options = dict(with_class_bias=(False,), per_dataset=False)
+    ensemble = train_ensemble(two_datasets, METHODS, epochs=1, width=4, **options)
+    assert not ensemble.members_of('town')[0].class_bias
+
+
+# ---------------------------------------------------------------- files
+
+def test_a_saved_ensemble_gives_the_same_posterior(tmp_path):
+    grids = [*simulate_grids(4), *simulate_grids(4, classes=2, dataset='field')]
+    ensemble = train_ensemble(sample_points(grids, METHODS, 30), METHODS, **SMALL)
+    loaded = load_consensus(save_consensus(ensemble, tmp_path/'consensus'))
+    for grid in [*grids, *simulate_grids(1, classes=4, dataset='sea')]:
+        assert torch.equal(posterior(ensemble, grid), posterior(loaded, grid))
+    # members that datasets share are written once
+    assert loaded.members_of('town')[0] is loaded.members_of('field')[0]
     with pytest.raises(DataNotFound, match='no consensus.json'): load_consensus(tmp_path)
 
 
 @pytest.mark.parametrize('name', ['potsdam.v2', 'training', 'keys', 'forward', 'a b'])
 def test_any_name_of_a_dataset_will_do(name, tmp_path):
-    seen = [*prediction_grids(3, dataset=name), *prediction_grids(3, classes=2)]
-    consensus = train_ensemble(sample_points(seen, NAMES, 20), NAMES, epochs=1, width=8)
-    again = load_consensus(save_consensus(consensus, tmp_path/'consensus'))
-    assert len(consensus.of(name)) == 4 and all(
-        torch.equal(posterior(consensus, s), posterior(again, s)) for s in seen
-    )
+    grids = [*simulate_grids(3, dataset=name), *simulate_grids(3, classes=2)]
+    ensemble = train_ensemble(sample_points(grids, METHODS, 20), METHODS, **SMALL)
+    loaded = load_consensus(save_consensus(ensemble, tmp_path/'consensus'))
+    assert len(ensemble.members_of(name)) == 4
+    for grid in grids: assert torch.equal(posterior(ensemble, grid), posterior(loaded, grid))
 
 
-# ---------------------------------------------------------------- the model and the panel
+# ---------------------------------------------------------------- the estimator
 
-def test_without_truth_nothing_is_learned(tmp_path):
-    seen = prediction_grids(6)
-    for s in seen: s.truth[:] = 255
+def test_without_true_classes_nothing_is_learned(tmp_path):
+    grids = simulate_grids(6)
+    for grid in grids: grid.truth[:] = 255
+    table = put_grids(tmp_path, grids).assign(oa=0.5)
     with pytest.raises(MissingFeatures, match='(?i)found none for 6 images'):
-        ConsensusModel(str(tmp_path), epochs=1).fit(stored(tmp_path, seen).assign(oa=0.5))
+        ConsensusModel(str(tmp_path), epochs=1).fit(table)
 
 
-def test_model_is_an_estimator_and_never_reads_the_labels_of_new_rows(tmp_path):
-    table = stored(tmp_path, prediction_grids(18))
-    model = clone(ConsensusModel(str(tmp_path), epochs=2, width=8)).fit(table[:36])
-    guess = model.predict(table[36:].drop(columns=['oa', 'n_valid']))
-    assert (
-        np.array_equal(guess, model.predict(table[36:].assign(oa=0.0)))
-        and np.isfinite(guess).all()
-        and guess.min() >= 0
-        and guess.max() <= 1
-    )
-    assert np.array_equal(model.predict(table[36:][::-1]), guess[::-1])
-
-
-def test_truth_of_test_images_does_not_matter(tmp_path):
-    seen = prediction_grids(18)
-    a = stored(tmp_path/'a', seen)
-    for s in seen[12:]: s.truth[:] = 255
-    b = stored(tmp_path/'b', seen).assign(oa=a.oa)
-    one, two = (
-        ConsensusModel(str(tmp_path / x), epochs=1, width=8).fit(t[:36]).predict(t[36:])
-        for x, t in (('a', a), ('b', b))
-    )
-    assert np.array_equal(one, two)
-
-
-def test_fresh_lattices_need_no_store(tmp_path):
-    seen = prediction_grids(12)
-    table = stored(tmp_path, seen)
-    model = ConsensusModel(str(tmp_path), epochs=1, width=8).fit(table[:24])
-    assert np.array_equal(model.predict(table[24:], seen[8:]), model.predict(table[24:]))
-
-
-@pytest.mark.parametrize('others', [0, 1, 3])
-def test_levels_are_shared_and_differences_stay(others):
-    rng = np.random.default_rng(others)
-    consensus = rng.uniform(0.4, 0.6, 24)
-    rest = list(rng.uniform(0.4, 0.6, (others, 24)))
-    image = np.arange(24) % 5
-    told = pd.DataFrame(
-        dict(image=image, told=pool_image_level(consensus, rest, image), consensus=consensus)
-        | {f'other {i}': v for i, v in enumerate(rest)}
-    )
-    mean = told.groupby('image').transform('mean')
-    odds = np.log(mean / (1 - mean))
-    assert np.allclose(odds.told, odds.drop(columns='told').mean(axis=1)) and np.allclose(
-        told.told - mean.told, told.consensus - mean.consensus
-    )
-
-
-def test_a_panel_is_its_jury_levelled_by_its_members(tmp_path):
-    from rssqa.quality.baselines import ColumnBaseline, MeanBaseline
-    table = stored(tmp_path, prediction_grids(18))
-    consensus = ConsensusModel(str(tmp_path), epochs=1, width=8)
-    members = (MeanBaseline(), ColumnBaseline('conf'))
-    new = table[36:].drop(columns='oa')
-    panel = clone(LevelPooledEnsemble(consensus, members)).fit(table[:36])
-    assert np.allclose(
-        panel.predict(new),
-        pool_image_level(
-            clone(consensus).fit(table[:36]).predict(new),
-            [m.fit(table[:36]).predict(new) for m in members],
-            new.image_id,
-        ),
-    )
-
-
-def test_without_a_store_it_says_so():
-    with pytest.raises(MissingFeatures, match='prediction_grids'):
+def test_without_a_store_fit_is_refused():
+    with pytest.raises(MissingFeatures, match='prediction grids'):
         ConsensusModel().fit(pd.DataFrame(dict(image_id=['x'])))
 
 
-def test_coarse_keeps_small_lattices_and_bounds_large_ones():
-    for side, want in ((10, 10), (40, 40), (41, 20), (64, 32), (72, 36), (128, 32)):
-        s = prediction_grids(1, side=10)[0]
-        big = PredictionGrid(
-            'x',
-            'd',
-            NAMES,
-            *(np.zeros((3, *k, side, side), np.uint8) for k in ((2,), (2,), ())),
-            np.zeros((side, side), np.uint8),
-        )
-        assert (
-            limit_grid(big).truth.shape == (want, want)
-            and limit_grid(big).p.shape == (3, 2, want, want)
-            and limit_grid(s) is s
-        )
+def test_model_is_an_estimator_and_never_reads_the_labels_of_new_rows(tmp_path):
+    table = put_grids(tmp_path, simulate_grids(18))
+    new = table[36:]
+    model = clone(ConsensusModel(str(tmp_path), epochs=2, width=8)).fit(table[:36])
+    predicted = model.predict(new.drop(columns=['oa', 'n_valid']))
+    assert np.array_equal(predicted, model.predict(new.assign(oa=0.0)))
+    assert np.isfinite(predicted).all() and predicted.min() >= 0 and predicted.max() <= 1
+    assert np.array_equal(model.predict(new[::-1]), predicted[::-1])
 
 
-def test_seats_may_stay_empty():
-    both = sample_points([*prediction_grids(4), *prediction_grids(4, classes=2, dataset='field')], NAMES, 20)
-    count = lambda **kw: {
-        d: len(n) for d, n in train_ensemble(both, NAMES, epochs=1, width=4, **kw).members.items()
-    }
-    assert count(own=False) == {'': 2} and count(class_bias_of=(True,)) == {'': 1, 'town': 2, 'field': 2}
-    assert (
-        not train_ensemble(both, NAMES, epochs=1, width=4, class_bias_of=(False,), own=False)
-        .of('town')[0]
-        .class_bias
-    )
+def test_true_classes_of_test_images_do_not_matter(tmp_path):
+    grids = simulate_grids(18)
+    labelled = put_grids(tmp_path/'labelled', grids)
+    for grid in grids[12:]: grid.truth[:] = 255
+    unlabelled = put_grids(tmp_path/'unlabelled', grids).assign(oa=labelled.oa)
+    predicted = []
+    for name, table in dict(labelled=labelled, unlabelled=unlabelled).items():
+        model = ConsensusModel(str(tmp_path/name), **SMALL).fit(table[:36])
+        predicted.append(model.predict(table[36:]))
+    assert np.array_equal(*predicted)
+
+
+def test_seed_of_the_model_reaches_training(tmp_path, monkeypatch):
+    "The same sample of points and two seeds give different networks; equal seeds give equal ones."
+    def sample_with_seed_0(grids, methods, points, seed): return sample_points(grids, methods, points, 0)
+    monkeypatch.setattr(consensus_module, 'sample_points', sample_with_seed_0)
+    table = put_grids(tmp_path, simulate_grids(6))
+    predicted = []
+    for seed in (0, 0, 1):
+        model = ConsensusModel(str(tmp_path), seed=seed, epochs=2, width=8).fit(table)
+        predicted.append(model.predict(table))
+    assert np.array_equal(predicted[0], predicted[1])
+    assert not np.allclose(predicted[0], predicted[2], atol=1e-6)
+
+
+def test_seed_of_the_model_reaches_the_sample_of_points(tmp_path, monkeypatch):
+    seeds = []
+    def record_seed(grids, methods, points, seed):
+        seeds.append(seed)
+        return sample_points(grids, methods, points, seed)
+    monkeypatch.setattr(consensus_module, 'sample_points', record_seed)
+    table = put_grids(tmp_path, simulate_grids(2))
+    ConsensusModel(str(tmp_path), seed=7, **SMALL).fit(table)
+    assert seeds == [7]
+
+
+def test_new_grids_need_no_store(tmp_path):
+    grids = simulate_grids(12)
+    table = put_grids(tmp_path, grids)
+    model = ConsensusModel(str(tmp_path), **SMALL).fit(table[:24])
+    assert np.array_equal(model.predict(table[24:], grids[8:]), model.predict(table[24:]))
+
+
+@pytest.mark.parametrize('side, expected', [(10, 10), (40, 40), (41, 20), (64, 32), (72, 36), (128, 32)])
+def test_grids_are_limited_to_40_points_a_side(side, expected):
+    p = np.zeros((3, 2, side, side), np.uint8)
+    grid = PredictionGrid('x', 'd', METHODS, p, p, p[:, 0], p[0, 0])
+    limited = limit_grid(grid)
+    assert limited.truth.shape == (expected, expected) and limited.p.shape == (3, 2, expected, expected)
+    assert (limited is grid) == (side <= 40)
+
+
+# ---------------------------------------------------------------- the level-pooled ensemble
+
+@pytest.mark.parametrize('n_others', [0, 1, 3])
+def test_levels_are_pooled_and_differences_stay(n_others):
+    rng = np.random.default_rng(n_others)
+    consensus = rng.uniform(0.4, 0.6, 24)
+    others = list(rng.uniform(0.4, 0.6, (n_others, 24)))
+    image = np.arange(24) % 5
+    pooled = pool_image_level(consensus, others, image)
+    def image_means(values): return pd.Series(values).groupby(image).transform('mean')
+    def log_odds(p): return np.log(p / (1 - p))
+    levels = [log_odds(image_means(values)) for values in (consensus, *others)]
+    assert np.allclose(log_odds(image_means(pooled)), np.mean(levels, 0))
+    assert np.allclose(pooled - image_means(pooled), consensus - image_means(consensus))
+
+
+def test_a_level_pooled_ensemble_is_its_consensus_pooled_with_its_members(tmp_path):
+    table = put_grids(tmp_path, simulate_grids(18))
+    train = table[:36]
+    new = table[36:].drop(columns='oa')
+    consensus = ConsensusModel(str(tmp_path), **SMALL)
+    members = (MeanBaseline(), ColumnBaseline('conf'))
+    ensemble = clone(LevelPooledEnsemble(consensus, members)).fit(train)
+    others = [member.fit(train).predict(new) for member in members]
+    expected = pool_image_level(clone(consensus).fit(train).predict(new), others, new.image_id)
+    assert np.allclose(ensemble.predict(new), expected)

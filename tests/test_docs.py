@@ -58,10 +58,10 @@ def make_page(path: Path, target: Path):
     from nbdev.processors import FilterDefaults
     processed = target.with_name(path.name)
     os.chdir(ROOT)                                       # where settings.ini lies
-    with warnings.catch_warnings(record=True) as seen:
+    with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter('always')
         nbdev.serve_drv.main((path, processed, FilterDefaults))
-    if mixed := [str(w.message) for w in seen if 'imports and other code' in str(w.message)]:
+    if mixed := [str(w.message) for w in found if 'imports and other code' in str(w.message)]:
         raise ValueError(mixed[0])
     nb = read_nb(processed)
     front = next((c.source for c in nb.cells if c.cell_type == 'raw' and c.source.startswith('---')), '')

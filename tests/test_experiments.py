@@ -1,4 +1,4 @@
-"""Experiments read committed numbers and draw them: they learn nothing, write nothing, and say which file is missing."""
+"""Experiments read committed numbers and draw them: they fit nothing, write nothing, and name missing files."""
 import re, shutil
 
 import nbformat

@@ -1,5 +1,6 @@
 """The Explorer without a browser: the state's answers, and a window that follows it."""
-import base64, io, json, shutil, subprocess, sys, time, warnings
+import asyncio, base64, io, json, shutil, subprocess, sys, time, warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -7,79 +8,68 @@ import pytest
 import torch
 from PIL import Image
 
+from rssqa.bench.explorer_speed import random_maps
 from rssqa.core import DataNotFound, Incompatible, MissingFeatures, SchemaError, UnknownName
-from rssqa.viz.explorer import (
-    ExplorerState,
-    InMemory,
-    InStore,
-    EmbeddingSelection,
-    binned,
-    case_reader,
-    open_run,
-    paint_tile,
-    save_run,
-    sharpness,
-    snapshot,
-    tallied,
-    why,
-    why_text,
-)
-from rssqa.bench.explorer_speed import cloud
-from rssqa.viz.explorer_widget import Explorer, SHADES, bars_svg, encode, explore, legend_html
-from rssqa.tables.store import Store, put_vectors
 from rssqa.data.synthetic import PALETTE as COLOURS, scene
+from rssqa.tables.store import Store, put_vectors
+from rssqa.viz.explorer import (EmbeddingSelection, ExplorerState, case_reader, count_names, count_values, open_run,
+                                paint_tile, save_run, sharpness, snapshot, why, why_text)
+from rssqa.viz.explorer_widget import SHADES, Explorer, encode_colours, explore, legend_html
+from rssqa.viz.figures import UNKNOWN
 
 CLASSES = ('ground', 'building', 'road', 'vegetation', 'water', 'vehicle')
+VECTORS = 'sem/words@abcdef01' # table of the store
 
 
 def table(n=60, seed=0) -> pd.DataFrame:
-    "Images with two maps each, placed by hand; doubt follows error."
+    "Images with two maps each, placed by hand; uncertainty follows error."
     rng = np.random.default_rng(seed)
     i = np.arange(n)
     oa = rng.uniform(.3, 1, n)
-    return pd.DataFrame(
-        dict(
-            image_id=[f'i{k // 2:03d}' for k in i],
-            dataset=np.array(['coast', 'moor'])[i // 2 % 2],
-            scene=[f's{k // 2 % 6}' for k in i],
-            split=np.where(i // 2 % 3 == 0, 'test', 'train'),
-            method=np.array(['unet', 'pspnet'])[i % 2],
-            oa=oa,
-            predicted=np.clip(oa + rng.normal(0, 0.05, n), 0, 1),
-            entropy=1 - oa + rng.normal(0, 0.02, n),
-            agree_majority=oa + rng.normal(0, 0.02, n),
-            u=i % 10 * 1.0,
-            v=i // 10 * 1.0,
-        )
-    )
+    return pd.DataFrame(dict(
+        image_id=[f'i{k // 2:03d}' for k in i],
+        dataset=np.array(['coast', 'moor'])[i // 2 % 2],
+        scene=[f's{k // 2 % 6}' for k in i],
+        split=np.where(i // 2 % 3 == 0, 'test', 'train'),
+        method=np.array(['unet', 'pspnet'])[i % 2],
+        oa=oa,
+        predicted=np.clip(oa + rng.normal(0, 0.05, n), 0, 1),
+        entropy=1 - oa + rng.normal(0, 0.02, n),
+        agree_majority=oa + rng.normal(0, 0.02, n),
+        u=i % 10 * 1.0,
+        v=i // 10 * 1.0,
+    ))
 
 
-class Words:
+class AxisEncoder:
     "An encoder whose sentences are the axes: 'water' is the first."
-    name, dim, fingerprint = 'words', 4, 'abcdef0123456789'
-    def encode_text(self, texts):
-        return torch.eye(4)[[['water', 'road', 'field', 'roof'].index(t.split()[0]) for t in texts]]
+    name = 'words'
+    dim = 4
+    fingerprint = 'abcdef0123456789'
+    words = ['water', 'road', 'field', 'roof']
+
+    def encode_text(self, texts): return torch.eye(4)[[self.words.index(t.split()[0]) for t in texts]]
 
 
 def cases(row):
     s = scene('town', int(row.image_id[1:]), 48)
-    return dict(
-        image=s.image,
-        truth=s.mask,
-        mask=np.roll(s.mask, 3 if row.method == 'unet' else 9, 0),
-        palette=COLOURS,
-        classes=CLASSES,
-    )
+    mask = np.roll(s.mask, 3 if row.method == 'unet' else 9, 0)
+    return dict(image=s.image, truth=s.mask, mask=mask, palette=COLOURS, classes=CLASSES)
+
+
+def state_with_tiles(): return ExplorerState(table(), images=cases)
 
 
 @pytest.fixture
 def stored(tmp_path):
+    "A state with vectors in a store, and the vectors."
     t = table()
     store = Store(tmp_path/'store')
     ids = t.image_id.unique()
-    vectors = np.random.default_rng(1).normal(0, .1, (len(ids), 4)) + np.eye(4)[np.arange(len(ids)) % 4]
-    put_vectors(store, 'sem/words@abcdef01', ids, vectors)
-    return ExplorerState(t, store=store, encoder=Words(), images=cases), vectors
+    noise = np.random.default_rng(1).normal(0, .1, (len(ids), 4))
+    vectors = noise + np.eye(4)[np.arange(len(ids)) % 4]
+    put_vectors(store, VECTORS, ids, vectors)
+    return ExplorerState(t, store=store, encoder=AxisEncoder(), images=cases), vectors
 
 
 # ---------------------------------------------------------------- filter, selection, histogram
@@ -89,23 +79,21 @@ def test_filters_agree_with_pandas():
     s = EmbeddingSelection(t)
     s.filter(dataset='coast', oa=(.4, .8), method=['unet', 'pspnet'], scene='s[0-3]', gap=(-.05, .05))
     gap = t.predicted - t.oa
-    want = (
-        t.dataset.eq('coast')
-        & t.oa.between(0.4, 0.8)
-        & t.scene.isin(['s0', 's1', 's2', 's3'])
-        & gap.between(-0.05, 0.05)
-    )
-    assert 0 < want.sum() < 30 and np.array_equal(s.mask, want)
+    expected = t.dataset.eq('coast') & t.oa.between(0.4, 0.8)
+    expected &= t.scene.isin(['s0', 's1', 's2', 's3']) & gap.between(-0.05, 0.05)
+    assert 0 < expected.sum() < 30 and np.array_equal(s.mask, expected)
     s.filter(oa=None, gap=None, scene=None, method=None)
     assert np.array_equal(s.mask, t.dataset.eq('coast')) and s.filter(dataset=None).mask.all()
 
 
-def test_a_wrong_filter_says_so_and_changes_nothing():
+def test_a_wrong_filter_is_explained_and_changes_nothing():
     s = EmbeddingSelection(table()).filter(dataset='coast')
     before = s.mask.copy()
     with pytest.raises(UnknownName, match='Did you mean coast'): s.filter(dataset='coats')
     with pytest.raises(UnknownName, match='no column named .metod'): s.filter(metod='unet')
     with pytest.raises(Incompatible, match='range 0.9 .. 0.1'): s.filter(oa=(.9, .1))
+    # one wrong name beside a right one
+    with pytest.raises(UnknownName, match='segnet'): s.filter(method=['unet', 'segnet'])
     assert np.array_equal(s.mask, before) and list(s.rules) == ['dataset']
 
 
@@ -117,58 +105,65 @@ def test_the_selection_keeps_its_order_and_obeys_the_filter():
     assert list(s.filter(method=None).selection().index) == [9, 3, 30, 8]
     s.select(s.values('oa') > .5)
     assert len(s.selection()) == (table().oa > .5).sum() and 'score' not in s.selection()
-    for bad in ([60], [-1]):
-        with pytest.raises(Incompatible, match=f'row {bad[0]}, the table has 60'): s.select(bad)
+    for wrong in (60, -1):
+        with pytest.raises(Incompatible, match=f'row {wrong}, the table has 60'): s.select([wrong])
 
 
 def test_nothing_selected_is_no_error(tmp_path):
     s = EmbeddingSelection(table())
-    assert (
-        s.selection().empty
-        and s.summary()['n'] == 0
-        and s.histogram('oa').selected.sum() == 0
-        and list(s.selection().columns) == list(s.table.columns)
-    )
+    assert s.selection().empty and list(s.selection().columns) == list(s.table.columns)
+    assert s.summary()['n'] == 0 and s.histogram('oa').selected.sum() == 0
     with pytest.raises(SchemaError, match='nothing is selected|Nothing is selected'):
         s.export(tmp_path/'x.csv')
-    assert not list(tmp_path.iterdir()) and snapshot(s_with_tiles()).data_.selected.sum() == 0
-
-
-def s_with_tiles(): return ExplorerState(table(), images=cases)
+    assert not list(tmp_path.iterdir()) and snapshot(state_with_tiles()).data_.selected.sum() == 0
 
 
 def test_counts_add_up():
-    s = EmbeddingSelection(table().assign(oa=lambda t: t.oa.where(t.index % 5 > 0))).select(
-        np.arange(0, 60, 3)
-    )
+    every_third = np.arange(0, 60, 3)
+    t = table()
+    s = EmbeddingSelection(t.assign(oa=t.oa.where(t.index % 5 > 0))).select(every_third)
     h = s.histogram('oa')
-    assert h.shown.sum() == 48 and h.attrs['unknown'] == dict(shown=12, selected=4) and h.selected.sum() == 16
-    for g, rows in (('shown', np.arange(60)), ('selected', np.arange(0, 60, 3))):
-        assert (
-            s.histogram('method').set_index('value')[g].to_dict()
-            == s.table.iloc[rows].method.value_counts().to_dict()
-        )
-    many = tallied(np.arange(50) % 40, [f'n{k}' for k in range(40)], dict(all=slice(None)))
+    assert h.shown.sum() == 48 and h.selected.sum() == 16
+    assert h.attrs['unknown'] == dict(shown=12, selected=4)
+    for group, rows in (('shown', np.arange(60)), ('selected', every_third)):
+        counts = s.histogram('method').set_index('value')[group].to_dict()
+        assert counts == s.table.iloc[rows].method.value_counts().to_dict()
+    many = count_names(np.arange(50) % 40, [f'n{k}' for k in range(40)], dict(all=slice(None)))
     assert len(many) == 12 and many['all'].sum() == 50 and many.value.iloc[-1] == '29 others'
-    assert binned(np.full(4, np.nan), dict(all=slice(None)))['all'].sum() == 0
+    assert count_values(np.full(4, np.nan), dict(all=slice(None)))['all'].sum() == 0
 
 
-def test_observers_hear_every_change_once_and_may_leave():
+def test_a_summary_is_the_mean_of_what_is_known():
+    t = table().assign(oa=lambda t: t.oa.where(t.index != 4))
+    facts = EmbeddingSelection(t).select([2, 3, 4, 5]).summary()
+    part = t.loc[[2, 3, 4, 5]]
+    assert np.isclose(facts['oa'], part.oa.mean()) and np.isclose(facts['predicted'], part.predicted.mean())
+    assert np.isclose(facts['error'], (part.predicted - part.oa).abs().mean())
+    assert facts['dataset'] == {'moor': 2, 'coast': 2} and facts['method'] == {'unet': 2, 'pspnet': 2}
+
+
+def test_observers_are_called_once_a_change_and_may_leave():
     s = EmbeddingSelection(table())
-    heard = []
-    leave = s.observe(heard.append)
+    changes = []
+    leave = s.observe(changes.append)
     s.filter(dataset='coast')
     s.select([1])
     s.hover(2)
     s.hover(None)
     s.color('method')
     s.show_histogram('gap')
-    assert (
-        heard == ['filter', 'selection', 'focus', 'color', 'histogram'] and s.focus == 2 and s.hovered is None
-    )
+    assert changes == ['filter', 'selection', 'focus', 'color', 'histogram']
+    assert s.focus == 2 and s.hovered is None
     leave()
     s.select([2])
-    assert len(heard) == 5
+    assert len(changes) == 5
+
+
+def read_export(path):
+    if path.suffix == '.csv': return pd.read_csv(path)
+    if path.suffix == '.parquet': return pd.read_parquet(path)
+    import lance
+    return lance.dataset(str(path)).to_table().to_pandas()
 
 
 @pytest.mark.parametrize('kind', ['csv', 'parquet', 'lance'])
@@ -177,42 +172,27 @@ def test_exports_read_back(kind, tmp_path):
     s = EmbeddingSelection(t).select([5, 2, 40], [.9, .8, .7])
     path = tmp_path/f'out.{kind}'
     s.export(path)
-    import lance
-    back = dict(
-        csv=pd.read_csv, parquet=pd.read_parquet, lance=lambda p: lance.dataset(str(p)).to_table().to_pandas()
-    )[kind](path)
-    assert (
-        list(back.image_id) == list(t.image_id[[5, 2, 40]])
-        and np.allclose(back.score, [0.9, 0.8, 0.7])
-        and np.allclose(back.oa, t.oa[[5, 2, 40]])
-    )
+    back = read_export(path)
+    assert list(back.image_id) == list(t.image_id[[5, 2, 40]])
+    assert np.allclose(back.score, [0.9, 0.8, 0.7]) and np.allclose(back.oa, t.oa[[5, 2, 40]])
     assert list(json.loads(back.confusion[0]) if kind == 'csv' else back.confusion[0]) == [1, 2]
     with pytest.raises(Incompatible, match='exists already'): s.export(path)
     s.select([1]).export(path, overwrite=True)
-    assert (
-        len(
-            dict(
-                csv=pd.read_csv,
-                parquet=pd.read_parquet,
-                lance=lambda p: lance.dataset(str(p)).to_table().to_pandas(),
-            )[kind](path)
-        )
-        == 1
-    )
+    assert len(read_export(path)) == 1
     with pytest.raises(Incompatible, match="suffix '.xlsx'"): s.export(tmp_path/'a.xlsx')
 
 
-# ---------------------------------------------------------------- places
+# ---------------------------------------------------------------- layout
 
-def test_places_come_from_the_table_or_are_made_and_measured():
+def test_the_layout_comes_from_the_table_or_is_made_and_measured():
     t = table()
-    assert 'not measured' in EmbeddingSelection(t).header() and np.array_equal(
-        EmbeddingSelection(t).table.u, t.u
-    )
+    placed = EmbeddingSelection(t)
+    assert 'not measured' in placed.header() and np.array_equal(placed.table.u, t.u)
     made = EmbeddingSelection(t.drop(columns=['u', 'v']), method='pca')
-    assert made.numbers['skill'] > .5 and 'pca' in made.header()             # doubt and agreement tell OA
+    # uncertainty and agreement predict OA
+    assert made.numbers['skill'] > .5 and 'pca' in made.header()
     again = EmbeddingSelection(t, np.c_[t.oa, t.oa**2], method='pca')
-    # features asked for are projected anew
+    # features that are given are projected anew
     assert not np.allclose(again.table.u, t.u)
     with pytest.raises(Incompatible, match='3 feature rows and 60'): EmbeddingSelection(t, np.ones((3, 2)))
     with pytest.raises(SchemaError, match='empty'): EmbeddingSelection(t[:0])
@@ -225,45 +205,41 @@ def test_rows_without_a_place_are_counted_and_never_shown():
     t.loc[[3, 4], 'u'] = np.nan
     s = EmbeddingSelection(t)
     assert '2 without a place' in s.header() and not s.mask[[3, 4]].any()
-    assert (
-        len(s.select(np.arange(60)).selection()) == 58
-        and not s.filter(dataset='coast').filter(dataset=None).mask[3]
-    )
+    assert len(s.select(np.arange(60)).selection()) == 58
+    assert not s.filter(dataset='coast').filter(dataset=None).mask[3]
     with pytest.raises(SchemaError, match='missing in all'): EmbeddingSelection(t.assign(u=np.nan))
 
 
 # ---------------------------------------------------------------- questions
 
+def cosine_distance(x, row): return 1 - x @ x[row] / np.linalg.norm(x, axis=1) / np.linalg.norm(x[row])
+
+
 def test_neighbours_in_memory_are_the_nearest_of_other_images():
     t = table()
     x = np.random.default_rng(2).normal(size=(60, 5))
     s = ExplorerState(t, x, method='pca')
-    found = s.neighbours(7, 5)
-    c = x - x.mean(0)
-    d = 1 - c @ c[7] / np.linalg.norm(c, axis=1) / np.linalg.norm(c[7])
-    d[t.image_id == t.image_id[7]] = np.inf
-    assert list(found.index) == list(np.argsort(d)[:5]) and np.allclose(
-        found.score, np.sort(d)[:5], atol=1e-5
-    )
+    neighbours = s.neighbours(7, 5)
+    distance = cosine_distance(x - x.mean(0), 7)
+    distance[t.image_id == t.image_id[7]] = np.inf
+    assert list(neighbours.index) == list(np.argsort(distance)[:5])
+    assert np.allclose(neighbours.score, np.sort(distance)[:5], atol=1e-5)
     assert s.filter(method='pspnet').neighbours(7, 100).method.eq('pspnet').all() and len(s.rows()) == 29
 
 
 def test_neighbours_in_a_store_are_images_and_keep_the_method(stored):
     s, x = stored
-    found = s.neighbours(8, 6)
-    d = 1 - x @ x[4] / np.linalg.norm(x, axis=1) / np.linalg.norm(x[4])
-    assert list(found.image_id) == [f'i{k:03d}' for k in np.argsort(d)[1:7]] and found.method.eq('unet').all()
+    neighbours = s.neighbours(8, 6)
+    nearest = np.argsort(cosine_distance(x, 4))[1:7]
+    assert list(neighbours.image_id) == [f'i{k:03d}' for k in nearest] and neighbours.method.eq('unet').all()
 
 
 def test_words_find_their_images(stored):
-    s, x = stored
-    found = s.search('water', 7)
-    assert (
-        [int(i[1:]) % 4 for i in found.image_id] == [0] * 7
-        and found.score.is_monotonic_decreasing
-        and found.image_id.is_unique
-    )
-    assert list(found.index) == list(s.rows()) and 'water' in s.reason
+    s, _ = stored
+    images = s.search('water', 7)
+    axes = [int(i[1:]) % 4 for i in images.image_id]
+    assert axes == [0] * 7 and images.score.is_monotonic_decreasing and images.image_id.is_unique
+    assert list(images.index) == list(s.rows()) and 'water' in s.reason
     s.filter(dataset='moor')
     assert s.search('road', 100).dataset.eq('moor').all()
     # nothing shown, nothing found
@@ -271,59 +247,52 @@ def test_words_find_their_images(stored):
     with pytest.raises(Incompatible, match='found no word|Found no word'): s.search('  ')
 
 
-def test_search_needs_words_and_their_own_vectors(stored, tmp_path):
+def test_search_needs_words_and_vectors_of_the_same_encoder(stored):
     with pytest.raises(Incompatible, match='no vectors in a store'): ExplorerState(table()).search('road')
     s, _ = stored
     with pytest.raises(Incompatible, match='vectors are of sem/other'):
-        ExplorerState(table(), store=s.store, semantic='sem/other@1', encoder=Words()).search('road')
+        ExplorerState(table(), store=s.store, semantic='sem/other@1', encoder=AxisEncoder()).search('road')
     with pytest.raises(MissingFeatures, match='neither features nor label-free'):
         ExplorerState(table()[['image_id', 'oa', 'u', 'v']]).neighbours(0)
 
 
+WRITE_VECTORS = '''import sys, numpy as np
+from rssqa.tables.store import *
+store = Store(sys.argv[1])
+water = np.array([[1, 0, 0, 0]], "f4")
+put_vectors(store, "sem/words@abcdef01", [f"new{k}" for k in range(40)] + ["i001"], np.tile(water, (41, 1)))'''
+
+
 def test_a_store_that_another_process_writes_to(stored):
     s, _ = stored
-    first = set(s.search('water', 5).image_id)
-    code = (
-        "import sys, numpy as np; from rssqa.tables.store import *; s = Store(sys.argv[1]); "
-        "put_vectors(s, 'sem/words@abcdef01', [f'new{k}' for k in range(40)] + ['i001'], np.r_[np.tile([[1, 0, 0, 0]], (40, 1)), [[1, 0, 0, 0]]].astype('f4'))"
-    )
-    subprocess.run([sys.executable, '-c', code, s.store.root], check=True, timeout=120)
-    found = s.search('water', 5)
-    assert (
-        found.image_id.iloc[0] == 'i001'
-        and not found.image_id.str.startswith('new').any()
-        and len(found) == 5
-        and len(first & set(found.image_id)) >= 3
-    )
+    before = set(s.search('water', 5).image_id)
+    subprocess.run([sys.executable, '-c', WRITE_VECTORS, s.store.root], check=True, timeout=120)
+    after = s.search('water', 5)
+    assert after.image_id.iloc[0] == 'i001' and len(after) == 5
+    assert not after.image_id.str.startswith('new').any() and len(before & set(after.image_id)) >= 3
 
 
-def test_why_counts_and_says_only_what_is_known():
-    s = s_with_tiles()
-    row = int(s.table.entropy.argmax())
+def test_why_counts_and_reports_only_what_is_known():
+    s = state_with_tiles()
+    t = s.table
+    row = int(t.entropy.argmax())
     facts = why(s, row)
-    peers = s.table[s.table.dataset == s.table.dataset[row]].drop(index=row)
-    assert (
-        facts['dispersion']['worse_than'] == (peers.entropy < s.table.entropy[row]).mean()
-        and facts['dispersion']['of'] == 29
-    )
-    assert facts['disagreement']['worse_than'] == (peers.agree_majority > s.table.agree_majority[row]).mean()
-    near = s.table.loc[facts['training']['rows']]
-    assert (
-        set(near.split) == {'train'}
-        and s.table.scene[row] not in set(near.scene)
-        and near.method.eq(s.table.method[row]).all()
-        and np.isclose(near.oa.mean(), facts['training']['oa'])
-    )
-    mask = cases(s.table.iloc[row])['mask']
-    assert np.isclose(facts['classes']['road'], (mask == 2).mean()) and list(
-        facts['classes'].values()
-    ) == sorted(facts['classes'].values(), reverse=True)
+    peers = t[t.dataset == t.dataset[row]].drop(index=row)
+    assert facts['uncertainty']['worse_than'] == (peers.entropy < t.entropy[row]).mean()
+    assert facts['uncertainty']['of'] == 29
+    assert facts['disagreement']['worse_than'] == (peers.agree_majority > t.agree_majority[row]).mean()
+    near = t.loc[facts['training']['rows']]
+    assert set(near.split) == {'train'} and t.scene[row] not in set(near.scene)
+    assert near.method.eq(t.method[row]).all() and np.isclose(near.oa.mean(), facts['training']['oa'])
+    mask = cases(t.iloc[row])['mask']
+    shares = list(facts['classes'].values())
+    assert np.isclose(facts['classes']['road'], (mask == 2).mean()) and shares == sorted(shares, reverse=True)
     assert 'less certain' in why_text(facts) and 'fine detail' in why_text(facts).lower()
     bare = why_text(why(ExplorerState(table()[['image_id', 'u', 'v']]), 3))
     assert bare == 'row 3: no score.'
 
 
-def test_blur_is_seen_as_blur():
+def test_sharpness_falls_with_blur():
     from rssqa.data.synthetic import degrade
     x = scene('town', 1, 64).image
     values = [sharpness(degrade(x, 'blur', level)) for level in (0, .2, .5, 1)]
@@ -340,93 +309,103 @@ def test_a_tile_shows_image_map_and_error():
     wrong = s.mask.copy()
     wrong[:, 32:] = (wrong[:, 32:] + 1) % 6
     tile = pixels(paint_tile(dict(image=s.image, mask=wrong, truth=s.mask, palette=COLOURS), 64))
-    image, drawn, error = tile[:, :64], tile[:, 68:132], tile[:, 136:]
-    assert np.abs(image - (s.image.transpose(1, 2, 0) * 255)).max() < 2 and np.array_equal(
-        drawn, np.array(COLOURS)[wrong]
-    )
+    image = tile[:, :64]
+    painted = tile[:, 68:132]
+    error = tile[:, 136:]
+    assert np.abs(image - (s.image.transpose(1, 2, 0) * 255)).max() < 2
+    assert np.array_equal(painted, np.array(COLOURS)[wrong])
     orange = (error == (213, 94, 0)).all(-1)
     assert orange[:, 32:].all() and not orange[:, :32].any()
 
 
-@pytest.mark.parametrize('case', [{}, None, dict(image=np.zeros((3, 9, 40), np.float32)), dict(mask=np.zeros((9, 9), np.uint8), palette=COLOURS),
-                                  dict(image=np.zeros((3, 9, 9), np.float32), mask=np.zeros((9, 9), np.uint8), palette=COLOURS)])
+BLACK = np.zeros((3, 9, 9), np.float32)
+GROUND = np.zeros((9, 9), np.uint8)
+
+
+@pytest.mark.parametrize('case', [
+    {},
+    None,
+    dict(image=np.zeros((3, 9, 40), np.float32)),
+    dict(mask=GROUND, palette=COLOURS),
+    dict(image=BLACK, mask=GROUND, palette=COLOURS),
+])
 def test_whatever_is_missing_the_tile_keeps_its_shape(case):
     assert pixels(paint_tile(case, 50)).shape == (50, 158, 3)
 
 
-def test_a_missing_picture_is_told_in_its_tile():
-    def gone(row): raise DataNotFound(f'no image {row.image_id}')
-    s = ExplorerState(table(), images=gone)
-    whole = s_with_tiles()
-    assert pixels(s.tile(0)).shape == pixels(whole.tile(0)).shape and not np.array_equal(
-        pixels(s.tile(0)), pixels(whole.tile(0))
-    )
-    assert s.case(0) == ({}, 'no image i000.') or 'no image i000' in s.case(0)[1]
+def test_a_missing_picture_is_explained_in_its_tile():
+    def missing_image(row): raise DataNotFound(f'no image {row.image_id}')
+    s = ExplorerState(table(), images=missing_image)
+    whole = pixels(state_with_tiles().tile(0))
+    tile = pixels(s.tile(0))
+    assert tile.shape == whole.shape and not np.array_equal(tile, whole)
+    case, reason = s.case(0)
+    assert case == {} and 'no image i000' in reason
     assert why(s, 0)['blur'] is None and why(s, 0)['classes'] == {}
     broken = ExplorerState(table(), images=lambda row: dict(image='nonsense'))
-    assert pixels(broken.tile(1)).shape == pixels(whole.tile(0)).shape
+    assert pixels(broken.tile(1)).shape == whole.shape
 
 
 def test_tiles_are_painted_only_when_looked_at():
-    asked = []
-    window = Explorer(table(), images=lambda row: asked.append(row.image_id) or cases(row))
+    read = []
+    window = Explorer(table(), images=lambda row: read.append(row.image_id) or cases(row))
     window.state.select_shown()
-    assert asked == []
+    assert read == []
     window.scatter.widget.hovering = 4
     window.scatter.widget.hovering = None
     window.scatter.widget.hovering = 4
-    assert asked == ['i002']
+    assert read == ['i002']
 
 
 # ---------------------------------------------------------------- the window
 
 def press(window, name): window.controls[name].click()
-def words(window): return window.screens['status'].value
+def status(window): return window.screens['status'].value
+def lasso(window, rows): window.scatter.widget.selection = np.array(rows, 'uint32')
 
 
 @pytest.fixture
 def window(stored): return Explorer(stored[0])
 
 
-def test_a_lasso_reaches_panel_list_and_selection(window):
-    window.scatter.widget.selection = np.array([9, 4, 30], 'uint32')
-    assert list(window.selection().index) == [4, 9, 30] and '3 selected (lasso)' in words(window)
-    assert [v for _, v in window.controls['listed'].options] == [4, 9, 30] and '3 selected' in window.screens[
-        'bars'
-    ].value
-    assert '<b>3</b> of 60' in window.screens['summary'].value
-    window.scatter.widget.selection = np.array([], 'uint32')
+def test_a_lasso_reaches_histogram_list_and_selection(window):
+    lasso(window, [9, 4, 30])
+    assert list(window.selection().index) == [4, 9, 30] and '3 selected (lasso)' in status(window)
+    assert [row for _, row in window.controls['listed'].options] == [4, 9, 30]
+    assert '3 selected' in window.screens['bars'].value and '<b>3</b> of 60' in window.screens['summary'].value
+    lasso(window, [])
     assert window.selection().empty and 'Nothing selected' in window.screens['summary'].value
 
 
 def test_controls_and_state_stay_together(window):
     s = window.state
+    widget = window.scatter.widget
     window.controls['dataset'].value = ('coast',)
     window.controls['oa'].value = (.5, .9)
-    assert s.mask.sum() == (
-        s.table.dataset.eq('coast') & s.table.oa.between(0.5, 0.9)
-    ).sum() and np.array_equal(window.scatter.widget.filter, np.flatnonzero(s.mask))
+    assert s.mask.sum() == (s.table.dataset.eq('coast') & s.table.oa.between(0.5, 0.9)).sum()
+    assert np.array_equal(widget.filter, np.flatnonzero(s.mask))
     press(window, 'shown')
-    assert len(window.selection()) == s.mask.sum() and np.array_equal(
-        np.sort(window.scatter.widget.selection), np.flatnonzero(s.mask)
-    )
+    assert len(window.selection()) == s.mask.sum()
+    assert np.array_equal(np.sort(widget.selection), np.flatnonzero(s.mask))
     press(window, 'reset')
-    assert (
-        s.mask.all()
-        and window.controls['dataset'].value == ()
-        and window.controls['oa'].value == (0, 1)
-        and window.scatter.widget.filter is None
-    )
+    assert s.mask.all() and widget.filter is None
+    assert window.controls['dataset'].value == () and window.controls['oa'].value == (0, 1)
     s.color('method')
     s.show_histogram('gap')
-    assert (window.controls['color'].value, window.controls['histogram'].value) == (
-        'method',
-        'gap',
-    ) and 'pspnet' in window.screens['legend'].value
+    assert window.controls['color'].value == 'method' and window.controls['histogram'].value == 'gap'
+    assert 'pspnet' in window.screens['legend'].value
     window.controls['color'].value = 'dataset'
     assert s.color_by == 'dataset'
     press(window, 'clear')
     assert window.selection().empty
+
+
+def test_columns_are_named_in_words(window):
+    window.state.color('gap')
+    window.state.show_histogram('predicted')
+    assert 'predicted OA − OA' in window.screens['legend'].value
+    assert 'predicted OA: 60 shown' in window.screens['bars'].value
+    assert [label for label, column in window.controls['color'].options if column == 'oa'] == ['OA']
 
 
 def test_the_list_is_the_keyboards_way_to_the_tile(window):
@@ -434,83 +413,138 @@ def test_the_list_is_the_keyboards_way_to_the_tile(window):
     order = list(window.selection().index)
     assert window.controls['listed'].options[0][0].startswith(f'{window.selection().score.iloc[0]:.3f}')
     window.controls['listed'].value = order[1]
-    assert (
-        window.state.focus == order[1]
-        and base64.b64encode(window.state.tile(order[1])).decode() in window.screens['tile'].value
-    )
+    assert window.state.focus == order[1]
+    assert base64.b64encode(window.state.tile(order[1])).decode() in window.screens['tile'].value
     press(window, 'why')
-    assert 'nearest judged maps' in window.screens['why'].value
+    assert 'nearest labelled maps' in window.screens['why'].value
     press(window, 'near')
     assert window.selection().score.is_monotonic_increasing and order[1] not in window.selection().index
 
 
-def test_a_fault_is_told_and_the_window_lives_on(window, tmp_path, monkeypatch):
+def test_an_error_is_shown_and_the_window_lives_on(window, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     press(window, 'near')
-    assert 'no map is in focus' in words(window).lower()
+    assert 'no map is in focus' in status(window).lower()
     press(window, 'save')
-    assert 'othing is selected' in words(window)
-    window.controls['search'].value = 'unicorn'                              # an error that nobody foresaw
-    assert 'ValueError' in words(window)
-    window.scatter.widget.selection = np.array([1, 2], 'uint32')
+    assert 'othing is selected' in status(window)
+    window.controls['search'].value = 'unicorn'                              # an unforeseen error
+    assert 'ValueError' in status(window)
+    lasso(window, [1, 2])
     press(window, 'save')
-    assert '2 maps written to selection.csv' in words(window) and len(pd.read_csv('selection.csv')) == 2
+    assert '2 maps written to selection.csv' in status(window) and len(pd.read_csv('selection.csv')) == 2
     press(window, 'save')
-    assert 'exists already' in words(window)
+    assert 'exists already' in status(window)
 
+
+# ---------------------------------------------------------------- colours
 
 def test_unknown_scores_are_grey_and_never_zero():
     t = table()
     t.loc[:9, 'oa'] = np.nan
-    values, colours, span = encode(Explorer(t).state, 'oa')
-    assert (
-        (values[:10] == 0).all()
-        and (values[10:] > 0).all()
-        and (values < 1).all()
-        and colours[0] == '#BBBBBB'
-        and span == (0, 1)
-    )
-    codes, colours, legend = encode(
-        EmbeddingSelection(t.assign(method=t.method.where(t.index > 4))), 'method'
-    )
+    values, colours, span = encode_colours(Explorer(t).state, 'oa')
+    assert (values[:10] == 0).all() and (values[10:] > 0).all() and (values < 1).all()
+    assert colours[0] == '#BBBBBB' and span == (0, 1)
+    some_unknown = EmbeddingSelection(t.assign(method=t.method.where(t.index > 4)))
+    codes, colours, legend = encode_colours(some_unknown, 'method')
     assert set(codes[:5]) == {0} and 0 not in set(codes[5:]) and len(legend) == 2
     assert 'unknown (10)' in Explorer(t).screens['legend'].value
     assert Explorer(t.assign(oa=np.nan)).state.summary()['n'] == 0
 
 
-def test_more_names_than_colours():
+def point_colours(window) -> list:
+    "Colour of each point as the widget receives it: its code looked up in the list of colours."
+    from matplotlib.colors import to_hex
+    widget = window.scatter.widget
+    column = dict(valueA=2, valueB=3)[widget.color_by]
+    return [to_hex(widget.color[int(code)]).upper() for code in widget.points[:, column]]
+
+
+def legend_colours(window, column) -> list:
+    "Colour of each row according to the legend; grey where it names none."
+    _, _, legend = encode_colours(window.state, column)
+    colours = dict(legend)
+    return [colours.get(name, UNKNOWN).upper() for name in window.state.table[column]]
+
+
+def assert_colours_match(window, column):
+    assert point_colours(window) == legend_colours(window, column)
+    for name, colour in encode_colours(window.state, column)[2]:
+        assert f'background:{colour};' in window.screens['legend'].value and name in window.screens['legend'].value
+
+
+@pytest.mark.parametrize('unknown', [0, 7], ids=['all known', 'some unknown'])
+def test_points_have_the_colours_of_the_legend(unknown):
+    t = table()
+    t = t.assign(method=t.method.where(t.index >= unknown), kind=[f'k{k % 5}' for k in range(len(t))])
+    window = Explorer(t)
+    for column in ('method', 'kind', 'dataset'):
+        window.state.color(column)
+        assert_colours_match(window, column)
+    # from names to numbers and back
+    window.state.color('oa')
+    assert len(window.scatter.widget.color) == 256
+    window.state.color('method')
+    assert_colours_match(window, 'method')
+    assert point_colours(window).count(UNKNOWN) == unknown
+    # a filter hides points and recolours none
+    window.controls['method'].value = ('unet',)
+    assert 0 < window.state.mask.sum() < len(t)
+    assert_colours_match(window, 'method')
+    window.controls['color'].value = 'dataset'
+    assert_colours_match(window, 'dataset')
+
+
+def test_rare_names_are_grey_where_colours_run_out():
     n = len(SHADES) + 9
-    codes, colours, legend = encode(
-        EmbeddingSelection(table(200).assign(kind=[f'k{i % n}' for i in range(200)])), 'kind'
-    )
-    assert (
-        legend[-1][0] == '9 others'
-        and len(colours) == len(SHADES) + 1
-        and 'and' in legend_html('kind', legend)
-    )
+    window = Explorer(table(200).assign(kind=[f'k{k % n:02d}' for k in range(200)]))
+    window.state.color('kind')
+    assert point_colours(window) == legend_colours(window, 'kind')
+    assert point_colours(window).count(UNKNOWN) > 0
+    _, colours, legend = encode_colours(window.state, 'kind')
+    assert legend[-1][0] == '9 others' and len(colours) == len(SHADES) + 1
+    assert 'and' in legend_html('kind', legend)
 
 
-@pytest.mark.parametrize('t', [table(1), table(1).drop(columns=['oa', 'predicted', 'entropy', 'agree_majority']), table(2)[['u', 'v']], table().assign(u=1., v=1.), table().assign(oa=np.nan, predicted=np.nan)],
-                         ids=['one point', 'one without scores', 'places only', 'one place', 'no score'])
-def test_poor_tables_open(t):
+def test_one_known_name_or_none():
+    t = table().assign(kind=np.array([None] * 60, object))
+    _, colours, legend = encode_colours(EmbeddingSelection(t), 'kind')
+    assert colours == [UNKNOWN] and legend == []
+    t.loc[5, 'kind'] = 'only'
+    window = Explorer(t)
+    window.state.color('kind')
+    assert_colours_match(window, 'kind')
+    assert point_colours(window).count(UNKNOWN) == 59
+
+
+# ---------------------------------------------------------------- tables of any kind and size
+
+WITHOUT_SCORES = ['oa', 'predicted', 'entropy', 'agree_majority']
+POOR_TABLES = {
+    'one point': table(1),
+    'one without scores': table(1).drop(columns=WITHOUT_SCORES),
+    'places only': table(2)[['u', 'v']],
+    'one place': table().assign(u=1., v=1.),
+    'no score': table().assign(oa=np.nan, predicted=np.nan),
+}
+
+
+@pytest.mark.parametrize('kind', POOR_TABLES)
+def test_poor_tables_open(kind):
+    t = POOR_TABLES[kind]
     with warnings.catch_warnings():
         warnings.simplefilter('error', RuntimeWarning)
         window = Explorer(t)
-        window.scatter.widget.selection = np.arange(len(t), dtype='uint32')
+        lasso(window, np.arange(len(t)))
         window.scatter.widget.hovering = 0
         press(window, 'why')
         press(window, 'shown')
-    assert (
-        len(window.selection()) == len(t)
-        and np.isfinite(window.scatter.widget.points).all()
-        and 'Error' not in words(window)
-    )
+    assert len(window.selection()) == len(t) and 'Error' not in status(window)
+    assert np.isfinite(window.scatter.widget.points).all()
     assert len(window.snapshot().data_) == len(t)
 
 
 def test_names_are_text_and_never_markup():
-    t = table().assign(method='<img src=x onerror=alert(1)>', dataset='a & b')
-    window = Explorer(t)
+    window = Explorer(table().assign(method='<img src=x onerror=alert(1)>', dataset='a & b'))
     window.state.color('method')
     window.state.show_histogram('method')
     window.state.select([1, 2])
@@ -520,7 +554,7 @@ def test_names_are_text_and_never_markup():
 
 
 def test_a_million_maps_and_a_lasso_over_a_hundred_thousand():
-    window = Explorer(cloud(100_000))
+    window = Explorer(random_maps(100_000))
     seconds = []
     for k in range(5):
         rows = np.arange(k, 100_000, 3, dtype='uint32')
@@ -529,12 +563,9 @@ def test_a_million_maps_and_a_lasso_over_a_hundred_thousand():
         seconds.append(time.process_time() - start)
     assert len(window.selection()) == len(rows) and np.median(seconds) < .2
     start = time.process_time()
-    window = Explorer(cloud(1_000_000))
-    assert (
-        len(window.state) == 1_000_000
-        and window.scatter.widget.points.shape == (1_000_000, 4)
-        and time.process_time() - start < 6
-    )
+    window = Explorer(random_maps(1_000_000))
+    assert time.process_time() - start < 6
+    assert len(window.state) == 1_000_000 and window.scatter.widget.points.shape == (1_000_000, 4)
 
 
 def test_explore_opens_files_and_refuses_others(tmp_path):
@@ -547,143 +578,144 @@ def test_explore_opens_files_and_refuses_others(tmp_path):
     with pytest.raises(DataNotFound, match='no run in'): explore(tmp_path)
 
 
-# ---------------------------------------------------------------- PCA first, and runs
+# ---------------------------------------------------------------- PCA first
 
-def drafted(n=80, **options):
+def table_and_features(n=80):
     rng = np.random.default_rng(0)
     t = pd.concat([table(), table(n - 60, 1)], ignore_index=True).drop(columns=['u', 'v'])
-    return t, rng.normal(size=(n, 12)) + 3 * t.oa.to_numpy()[:, None], dict(method='tsne') | options
+    return t, rng.normal(size=(n, 12)) + 3 * t.oa.to_numpy()[:, None]
 
 
-def test_a_draft_settles_where_the_plain_state_stands():
-    t, x, options = drafted()
-    soon = EmbeddingSelection(t, x, draft=True, **options)
-    told = []
-    assert (
-        soon.coming == 'tsne'
-        and 'tsne is on its way' in soon.header()
-        and np.allclose(soon.table[['u', 'v']], EmbeddingSelection(t, x, method='pca').table[['u', 'v']])
-    )
-    soon.filter(dataset='coast').select([1, 2, 3])
-    soon.observe(told.append)
-    soon.wait()
-    soon.wait()
-    plain = EmbeddingSelection(t, x, **options)
-    assert told == ['places'] and np.array_equal(soon.table, plain.table) and soon.header() == plain.header()
-    assert (
-        soon.numbers == plain.numbers
-        and list(soon.chosen) == [1, 2, 3]
-        and np.array_equal(soon.mask, t.dataset == 'coast')
-    )
-    assert np.array_equal(soon.values('u'), plain.values('u'))
+def test_a_draft_ends_with_the_layout_of_the_plain_state():
+    t, x = table_and_features()
+    draft = EmbeddingSelection(t, x, draft=True, method='tsne')
+    pca = EmbeddingSelection(t, x, method='pca')
+    assert draft.pending == 'tsne' and 'tsne is on its way' in draft.header()
+    assert np.allclose(draft.table[['u', 'v']], pca.table[['u', 'v']])
+    draft.filter(dataset='coast').select([1, 2, 3])
+    changes = []
+    draft.observe(changes.append)
+    draft.wait()
+    draft.wait()
+    plain = EmbeddingSelection(t, x, method='tsne')
+    assert changes == ['layout'] and np.array_equal(draft.table, plain.table)
+    assert draft.header() == plain.header() and draft.numbers == plain.numbers
+    assert list(draft.chosen) == [1, 2, 3] and np.array_equal(draft.mask, t.dataset == 'coast')
+    assert np.array_equal(draft.values('u'), plain.values('u'))
 
 
 def test_a_draft_of_pca_only_measures():
-    t, x, _ = drafted()
-    soon = EmbeddingSelection(t, x, draft=True, method='pca')
-    before = soon.table.u.to_numpy()
-    assert 'being measured' in soon.header() and soon.wait().numbers and np.array_equal(before, soon.table.u)
+    t, x = table_and_features()
+    draft = EmbeddingSelection(t, x, draft=True, method='pca')
+    before = draft.table.u.to_numpy()
+    assert 'being measured' in draft.header() and draft.wait().numbers and np.array_equal(before, draft.table.u)
 
 
-def test_two_who_wait_get_the_same_places():
-    from concurrent.futures import ThreadPoolExecutor
-    t, x, options = drafted()
-    soon = EmbeddingSelection(t, x, draft=True, **options)
+def test_two_threads_get_the_same_layout():
+    t, x = table_and_features()
+    draft = EmbeddingSelection(t, x, draft=True, method='tsne')
     with ThreadPoolExecutor(3) as pool:
-        found = [f.result() for f in [pool.submit(soon.wanted) for _ in range(3)]]
-    assert all(f is found[0] for f in found) and found[0][0].attrs['method'] == 'tsne'
+        futures = [pool.submit(draft.compute_layout) for _ in range(3)]
+        layouts = [future.result() for future in futures]
+    assert all(layout is layouts[0] for layout in layouts) and layouts[0][0].attrs['method'] == 'tsne'
 
 
 def test_the_window_shows_pca_and_then_what_was_asked_for():
-    import asyncio
-    t, x, options = drafted()
+    t, x = table_and_features()
 
     async def live():
-        window = Explorer(t, x, **options)
-        seen = window.screens['header'].value, window.scatter.widget.points.copy()
-        window.scatter.widget.selection = np.array([5, 6], 'uint32')
+        window = Explorer(t, x, method='tsne')
+        header = window.screens['header'].value
+        points = window.scatter.widget.points.copy()
+        lasso(window, [5, 6])
         window.controls['dataset'].value = ('coast',)
         await window._task
-        return window, *seen
+        return window, header, points
 
     window, header, points = asyncio.run(live())
-    plain = EmbeddingSelection(t, x, **options)
-    assert (
-        'tsne is on its way' in header
-        and 'on its way' not in window.screens['header'].value
-        and 'perplexity' in window.screens['header'].value
-    )
-    assert not np.allclose(points[:, :2], window.scatter.widget.points[:, :2]) and np.array_equal(
-        window.state.table[['u', 'v']], plain.table[['u', 'v']]
-    )
-    assert list(window.scatter.widget.selection) == [5, 6] and np.array_equal(
-        window.scatter.widget.filter, np.flatnonzero(t.dataset == 'coast')
-    )
+    widget = window.scatter.widget
+    assert 'tsne is on its way' in header
+    assert 'on its way' not in window.screens['header'].value and 'perplexity' in window.screens['header'].value
+    assert not np.allclose(points[:, :2], widget.points[:, :2])
+    plain = EmbeddingSelection(t, x, method='tsne')
+    assert np.array_equal(window.state.table[['u', 'v']], plain.table[['u', 'v']])
+    assert list(widget.selection) == [5, 6]
+    assert np.array_equal(widget.filter, np.flatnonzero(t.dataset == 'coast'))
     # without a loop nobody could look meanwhile
-    assert Explorer(t, x, **options).state.coming == ''
+    assert Explorer(t, x, method='tsne').state.pending == ''
 
 
 def test_a_projection_that_fails_leaves_the_window_with_pca(monkeypatch):
-    import asyncio
     from rssqa.viz.projection import DRAWERS
-    t, x, options = drafted()
+    t, x = table_and_features()
     monkeypatch.setitem(DRAWERS, 'tsne', lambda *args, **more: 1 / 0)
 
     async def live():
-        window = Explorer(t, x, **options)
+        window = Explorer(t, x, method='tsne')
         await window._task
         return window
 
     window = asyncio.run(live())
-    assert 'tsne failed, the places of PCA stay' in words(window) and window.state.attrs['method'] == 'pca'
-    window.scatter.widget.selection = np.array([5, 6], 'uint32')
-    assert '2 selected' in words(window)
+    assert 'tsne failed, the places of PCA stay' in status(window) and window.state.attrs['method'] == 'pca'
+    lasso(window, [5, 6])
+    assert '2 selected' in status(window)
+
+
+# ---------------------------------------------------------------- runs
+
+TIDY_STORE = '''import sys, numpy as np
+from rssqa.tables.store import Store, put_vectors
+store = Store(sys.argv[1])
+put_vectors(store, "sem/words@abcdef01", ["new"], np.ones((1, 4)))
+store.tidy("sem/words@abcdef01")
+store.tidy("masks")'''
+
+
+def save_small_run(tmp_path): # -> what trained_setup made; a copy of its store and run in tmp_path
+    from trained import trained_setup
+    setup = trained_setup()
+    store = Store(tmp_path/'store')
+    original = Store(setup.home/'store')
+    for name in original.names(): store.put(name, original.get(name))
+    ids = setup.sqed.image_id.unique()
+    put_vectors(store, VECTORS, ids, np.random.default_rng(0).normal(size=(len(ids), 4)))
+    save_run(tmp_path/'run', setup.sqed, setup.tiles, store, VECTORS)
+    return setup
 
 
 def test_a_run_is_opened_again(tmp_path):
-    from trained import trained_setup
-    w = trained_setup()
-    store = Store(tmp_path/'store')
-    for name in Store(w.home/'store').names(): store.put(name, Store(w.home/'store').get(name))
-    put_vectors(
-        store,
-        'sem/words@abcdef01',
-        ids := w.sqed.image_id.unique(),
-        np.random.default_rng(0).normal(size=(len(ids), 4)),
-    )
-    assert {
-        p.name for p in save_run(tmp_path / 'run', w.sqed, w.tiles, store, 'sem/words@abcdef01').iterdir()
-    } == {'sqed.parquet', 'tiles.parquet', 'run.json'}
-    assert explore(tmp_path/'run', height=300, method='pca').scatter.height() == 300
-    s = open_run(tmp_path/'run', method='pca')
-    case, fault = s.case(3)
-    assert (
-        not fault and set(case) == {'image', 'mask', 'truth', 'palette', 'classes'} and len(s) == len(w.sqed)
-    )
+    setup = save_small_run(tmp_path)
+    run = tmp_path/'run'
+    assert {p.name for p in run.iterdir()} == {'sqed.parquet', 'tiles.parquet', 'run.json'}
+    assert explore(run, height=300, method='pca').scatter.height() == 300
+    s = open_run(run, method='pca')
+    case, reason = s.case(3)
+    assert not reason and set(case) == {'image', 'mask', 'truth', 'palette', 'classes'}
+    assert len(s) == len(setup.sqed)
     assert s.neighbours(0, 3).image_id.nunique() == 3 and 'picture trustworthy' in s.header()
     with pytest.raises(Incompatible, match='in words'): s.search('water')    # no encoder was named
-    code = (
-        "import sys, numpy as np, pandas as pd\nfrom rssqa.tables.store import Store, put_vectors\nstore = Store(sys.argv[1])\n"
-        "put_vectors(store, 'sem/words@abcdef01', ['new'], np.ones((1, 4)))\nstore.tidy('sem/words@abcdef01'); store.tidy('masks')"
-    )
     # another process writes and tidies
-    subprocess.run([sys.executable, '-c', code, str(tmp_path / 'store')], check=True)
-    assert (
-        s.neighbours(1, 3).image_id.nunique() == 3
-        and s.case(4)[1] == ''
-        and s.vectors().store.keys('sem/words@abcdef01').isin(['new']).any()
-    )
+    subprocess.run([sys.executable, '-c', TIDY_STORE, str(tmp_path/'store')], check=True)
+    assert s.neighbours(1, 3).image_id.nunique() == 3 and s.case(4)[1] == ''
+    assert s.vectors().store.keys(VECTORS).isin(['new']).any()
+    # a run of the first edition called the table of vectors `sem`
+    settings = json.loads((run/'run.json').read_text())
+    old = {'sem' if name == 'semantic' else name: value for name, value in settings.items()}
+    (run/'run.json').write_text(json.dumps(old))
+    assert 'semantic' not in old and open_run(run, method='pca').semantic == VECTORS
     shutil.rmtree(tmp_path/'store')
-    with pytest.raises(DataNotFound, match='maps of .* are gone'): open_run(tmp_path/'run')
+    with pytest.raises(DataNotFound, match='maps of .* are gone'): open_run(run)
     with pytest.raises(DataNotFound, match='no run'): open_run(tmp_path/'nothing')
 
 
 def test_case_reader_reads_what_the_pipeline_stored():
     from trained import trained_setup
-    w = trained_setup()
-    s = ExplorerState(w.sqed, images=case_reader(w.tiles, Store(w.home/'store'), w.specs), method='pca')
-    for row in (0, len(w.sqed) - 1):
-        case, fault = s.case(row)
-        assert not fault and set(case) == {'image', 'mask', 'truth', 'palette', 'classes'}
+    setup = trained_setup()
+    read = case_reader(setup.tiles, Store(setup.home/'store'), setup.specs)
+    s = ExplorerState(setup.sqed, images=read, method='pca')
+    for row in (0, len(setup.sqed) - 1):
+        case, reason = s.case(row)
+        assert not reason and set(case) == {'image', 'mask', 'truth', 'palette', 'classes'}
         valid = case['truth'] != 255
-        assert np.isclose((case['mask'] == case['truth'])[valid].mean(), w.sqed.oa.iloc[row], atol=1e-6)
+        oa = (case['mask'] == case['truth'])[valid].mean()
+        assert np.isclose(oa, setup.sqed.oa.iloc[row], atol=1e-6)

@@ -127,7 +127,10 @@ def test_every_module_has_a_number_and_its_notebook_the_name_of_its_module():
     assert [name for name, home in homes.items() if not home or name != f'rssqa.{home[2]}'] == []
 
 
-@pytest.mark.parametrize('line', ['from .high.net import f', 'from rssqa.high.net import f', 'import rssqa.high.net', 'from .high import net',
+UPWARD = ['from .high.net import f', 'from rssqa.high.net import f', 'import rssqa.high.net', 'from .high import net']
+
+
+@pytest.mark.parametrize('line', [*UPWARD,
                                   'def f():\n    from rssqa.high import net'])
 def test_layer_rule_sees_an_upward_import(tmp_path, line):
     def module(name, source, text=''):
@@ -276,7 +279,8 @@ def test_import_is_light(wheel, tmp_path):
 
 
 def test_help_loads_no_torch(wheel, tmp_path):
-    code = 'import sys; from rssqa.cli import main; sys.argv = ["rssqa", "--help"]\ntry: main()\nexcept SystemExit: pass\nprint(*sys.modules)'
+    start = 'import sys; from rssqa.cli import main; sys.argv = ["rssqa", "--help"]'
+    code = start + '\ntry: main()\nexcept SystemExit: pass\nprint(*sys.modules)'
     assert {'torch', 'open_clip', 'umap', 'matplotlib'} & set(
         python('-c', code, cwd=tmp_path, PYTHONPATH=str(wheel[0])).splitlines()[-1].split()
     ) == set()
@@ -391,7 +395,8 @@ def test_public_names_are_documented(path): assert undocumented(path) == []
 
 def test_undocumented_names_are_seen(tmp_path):
     (tmp_path / 'm.py').write_text(
-        "__all__ = ['f', 'g']\ndef f(a, aa): # aa (n,) note\n    'Do.'\ndef g(\n    a, # (N,)\n    b,\n    path,\n    c: int,\n): pass\ndef _h(x): pass\n"
+        "__all__ = ['f', 'g']\ndef f(a, aa): # aa (n,) note\n    'Do.'\n"
+        "def g(\n    a, # (N,)\n    b,\n    path,\n    c: int,\n): pass\ndef _h(x): pass\n"
     )
     assert undocumented(tmp_path/'m.py') == ['f: a', 'g: no docstring', 'g: b']
 

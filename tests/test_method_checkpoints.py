@@ -1,4 +1,4 @@
-"""Foreign checkpoints: containers, prefixes, refusals, and mmsegmentation's layout against a plain functional reference."""
+"""Checkpoints of others: formats, prefixes, refusals, and mmsegmentation's layout against a plain reference."""
 import pickle
 
 import pytest
@@ -25,43 +25,35 @@ def fresh(classes=5): return methods['unetformer'].build(classes, 'nano')
 def same(a, b): return state_digest(a.state_dict()) == state_digest(b.state_dict())
 
 
-# containers and prefixes
+# checkpoint formats and prefixes
 
-@pytest.mark.parametrize('prefix, shelf', [('', s) for s in (None, 'model_state_dict', 'model')] + [('net.', None)] +
-                         [(p, 'state_dict') for p in ('module.', 'net.', 'model.', '_orig_mod.', 'model.net._orig_mod.')])
-def test_every_wrapping_opens(nano, tmp_path, prefix, shelf):
+PREFIXES = ('module.', 'net.', 'model.', '_orig_mod.', 'model.net._orig_mod.')
+WRAPPINGS = [('', None), ('', 'model_state_dict'), ('', 'model'), ('net.', None)]
+WRAPPINGS += [(prefix, 'state_dict') for prefix in PREFIXES]
+
+
+@pytest.mark.parametrize('prefix, key', WRAPPINGS)
+def test_every_wrapping_opens(nano, tmp_path, prefix, key):
     state = {prefix + k: v for k, v in nano.state_dict().items()}
-    torch.save(
-        {shelf: state, 'epoch': 3, 'hyper_parameters': {'lr': 1e-3}} if shelf else state, tmp_path / 'x.ckpt'
-    )
+    if key: state = {key: state, 'epoch': 3, 'hyper_parameters': {'lr': 1e-3}}
+    torch.save(state, tmp_path/'x.ckpt')
     assert same(ck.load_weights(fresh(), tmp_path/'x.ckpt'), nano)
 
 
-def test_safetensors_nested_shelves_and_neighbours(nano, tmp_path):
-    save_file(
-        {k: v for k, v in nano.state_dict().items() if 'num_batches' not in k}, tmp_path / 'x.safetensors'
-    )
-    torch.save(
-        {'model': {'state_dict': dict(nano.state_dict())}, 'optimizer': {'state': {0: torch.zeros(3)}}},
-        tmp_path / 'deep.pt',
-    )
-    torch.save(
-        {
-            'state_dict': {
-                **{f'net.{k}': v for k, v in nano.state_dict().items()},
-                'loss.weight': torch.ones(5),
-                'net.aux_head.weight': torch.ones(2),
-            }
-        },
-        tmp_path / 'loss.ckpt',
-    )
+def without_counters(net): return {k: v for k, v in net.state_dict().items() if 'num_batches' not in k}
+
+
+def test_safetensors_nested_keys_and_other_entries(nano, tmp_path):
+    save_file(without_counters(nano), tmp_path/'x.safetensors')
+    other = {'state': {0: torch.zeros(3)}}
+    torch.save({'model': {'state_dict': dict(nano.state_dict())}, 'optimizer': other}, tmp_path/'deep.pt')
+    prefixed = {f'net.{k}': v for k, v in nano.state_dict().items()}
+    prefixed |= {'loss.weight': torch.ones(5), 'net.aux_head.weight': torch.ones(2)}
+    torch.save({'state_dict': prefixed}, tmp_path/'loss.ckpt')
     for name in ('x.safetensors', 'deep.pt', 'loss.ckpt'):
         net = ck.load_weights(fresh(), tmp_path/name)
-        assert all(
-            torch.equal(v, nano.state_dict()[k])
-            for k, v in net.state_dict().items()
-            if 'num_batches' not in k
-        ), name
+        for key, value in without_counters(net).items():
+            assert torch.equal(value, nano.state_dict()[key]), name
 
 
 # refusals
@@ -86,27 +78,30 @@ def test_one_wrong_tensor_is_enough_to_refuse(nano, tmp_path, kind):
     total = sum('num_batches' not in k for k in net.state_dict())
     assert state_digest(net.state_dict()) == before
     assert f'ound {total - (kind != "extra")} of {total} tensors' in message and 'x.pt' in message
-    key, shape = (
-        ('decoder.fourth.weight', 'found (3,), expected nothing')
-        if kind == 'extra'
-        else ('decoder.enter.weight', 'expected (32, 112, 1, 1)')
-    )
+    key, shape = 'decoder.enter.weight', 'expected (32, 112, 1, 1)'
+    if kind == 'extra': key, shape = 'decoder.fourth.weight', 'found (3,), expected nothing'
     assert key in message and shape in message and ('found (31, 112, 1, 1)' in message) == (kind == 'shape')
 
 
 def test_other_architectures_and_class_tables_are_refused(nano, tmp_path):
     torch.save(nano.state_dict(), tmp_path/'x.pt')
-    for net in (fresh(6), methods['unet'].build(5, 'nano'), methods['unetformer'].build(5, 'tiny'), nn.Linear(3, 3)):
+    unet = methods['unet'].build(5, 'nano')
+    larger = methods['unetformer'].build(5, 'tiny')
+    for net in (fresh(6), unet, larger, nn.Linear(3, 3)):
         with pytest.raises(Incompatible, match='first misfit is'): ck.load_weights(net, tmp_path/'x.pt')
 
 
-def test_what_is_no_checkpoint_says_so(tmp_path):
+def test_a_file_that_is_no_checkpoint_gives_a_clear_error(tmp_path):
     with pytest.raises(DataNotFound, match='gone.pt'): ck.read_state(tmp_path/'gone.pt')
-    (tmp_path/'page.pt').write_bytes(b'<html>'), (tmp_path/'page.safetensors').write_bytes(b'<html>')
     for name in ('page.pt', 'page.safetensors'):
+        (tmp_path/name).write_bytes(b'<html>')
         with pytest.raises(Incompatible, match='(?i)not a checkpoint of plain tensors'):
             ck.read_state(tmp_path/name)
-    for content, found in (({'epoch': 3}, 'a dictionary of epoch'), ([1, 2], 'list'), ({}, 'a dictionary of nothing'), ({'state_dict': {}}, 'a dictionary of nothing')):
+    contents = [
+        ({'epoch': 3}, 'a dictionary of epoch'), ([1, 2], 'list'), ({}, 'a dictionary of nothing'),
+        ({'state_dict': {}}, 'a dictionary of nothing'),
+    ]
+    for content, found in contents:
         torch.save(content, tmp_path/'x.pt')
         with pytest.raises(Incompatible, match=f'(?i){found}'): ck.read_state(tmp_path/'x.pt')
 
@@ -115,7 +110,10 @@ class Bomb:
     def __reduce__(self): return exec, ('import rssqa; rssqa.exploded = True',)
 
 
-@pytest.mark.parametrize('dump', (torch.save, lambda o, p: p.write_bytes(pickle.dumps(o))))
+def write_pickle(content, path): path.write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize('dump', (torch.save, write_pickle))
 def test_no_code_runs_from_a_file(tmp_path, dump):
     import rssqa
     dump({'state_dict': {'a': torch.zeros(1)}, 'bomb': Bomb()}, tmp_path/'x.pt')
@@ -126,13 +124,8 @@ def test_no_code_runs_from_a_file(tmp_path, dump):
 # segmentation-models-pytorch
 
 def small_smp():
-    return smp.Unet(
-        'tu-mobilenetv2_035',
-        encoder_weights=None,
-        classes=4,
-        activation='softmax2d',
-        decoder_channels=(32, 16, 16, 8, 8),
-    )
+    options = dict(encoder_weights=None, activation='softmax2d', decoder_channels=(32, 16, 16, 8, 8))
+    return smp.Unet('tu-mobilenetv2_035', classes=4, **options)
 
 
 def test_smp_folder(tmp_path):
@@ -140,8 +133,8 @@ def test_smp_folder(tmp_path):
     source = small_smp().eval()
     source.save_pretrained(tmp_path/'m')
     net = ck.load_smp(tmp_path/'m', classes=4).eval()
-    # logits, also where the folder asks for softmax
-    assert torch.allclose(net(x := torch.randn(2, 3, 64, 64)).softmax(1), source(x), atol=1e-6)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.allclose(net(x).softmax(1), source(x), atol=1e-6)      # the folder asks for softmax
     check_segmenter(TorchSegmenter(net, tuple('abcd'), name='smp'))
     with pytest.raises(Incompatible, match='[Ff]ound 4 classes, expected 6'):
         ck.load_smp(tmp_path/'m', classes=6)
@@ -159,7 +152,8 @@ def test_smp_faults(tmp_path):
         with pytest.raises(Incompatible, match='names no network'): ck.load_smp(tmp_path/'m')
     (tmp_path/'m'/'config.json').write_text(config[:20])
     with pytest.raises(SchemaError): ck.load_smp(tmp_path/'m')
-    (tmp_path/'m'/'config.json').write_text(config), (tmp_path/'m'/'model.safetensors').unlink()
+    (tmp_path/'m'/'config.json').write_text(config)
+    (tmp_path/'m'/'model.safetensors').unlink()
     with pytest.raises(DataNotFound, match='model.safetensors'): ck.load_smp(tmp_path/'m')
     with pytest.raises(DataNotFound): ck.load_smp(tmp_path/'nowhere')
 
@@ -181,11 +175,8 @@ def backbone_layout(depth):
         mid = 64 * 2**stage
         for b in range(blocks):
             name = f'backbone.layer{stage+1}.{b}'
-            shapes = (
-                ((mid, inp, 3), (mid, mid, 3))
-                if depth == 18
-                else ((mid, inp, 1), (mid, mid, 3), (mid * 4, mid, 1))
-            )
+            shapes = ((mid, inp, 1), (mid, mid, 3), (mid * 4, mid, 1))
+            if depth == 18: shapes = ((mid, inp, 3), (mid, mid, 3))
             for i, shape in enumerate(shapes): yield from conv_bn(name, *shape, f'.conv{i+1}', f'.bn{i+1}')
             if b == 0 and inp != mid * grow:
                 yield from conv_bn(name, mid * grow, inp, 1, '.downsample.0', '.downsample.1')
@@ -198,7 +189,8 @@ def separable(name, out, inp):
 
 
 def head_layout(head, depth, width, classes):
-    deep, fine, thin, h = *((512, 64, 12) if depth == 18 else (2048, 256, 48)), 'decode_head'
+    deep, fine, thin = (512, 64, 12) if depth == 18 else (2048, 256, 48)
+    h = 'decode_head'
     yield from ((f'{h}.conv_seg.weight', (classes, width, 1, 1)), (f'{h}.conv_seg.bias', (classes,)))
     if head == 'psp':
         for i in range(4): yield from conv_bn(f'{h}.psp_modules.{i}.1', width, deep, 1)
@@ -214,28 +206,22 @@ def head_layout(head, depth, width, classes):
 
 
 def aux_layout(depth, width, classes):
-    yield from (
-        (f'auxiliary_head.conv_seg.weight', (classes, width, 1, 1)),
-        ('auxiliary_head.conv_seg.bias', (classes,)),
-    )
+    yield 'auxiliary_head.conv_seg.weight', (classes, width, 1, 1)
+    yield 'auxiliary_head.conv_seg.bias', (classes,)
     yield from conv_bn('auxiliary_head.convs.0', width, 256 if depth == 18 else 1024)
 
 
 def fake_mmseg(head='psp', depth=18, width=32, classes=6, seed=0):
     g = torch.Generator().manual_seed(seed)
-    make = lambda k, s: (
-        torch.tensor(7)
-        if not s
-        else torch.rand(s, generator=g) + 0.5
-        if 'running_var' in k
-        else torch.randn(s, generator=g) * (2 / max(1, s[1:].numel() if len(s) > 1 else 1)) ** 0.5
-    )
-    layout = [
-        *backbone_layout(depth),
-        *head_layout(head, depth, width, classes),
-        *aux_layout(depth, width // 2, classes),
-    ]
-    return {k: make(k, torch.Size(s)) for k, s in layout}
+    def make(name, shape):
+        if not shape: return torch.tensor(7)
+        if 'running_var' in name: return torch.rand(shape, generator=g) + 0.5
+        fan_in = shape[1:].numel() if len(shape) > 1 else 1
+        return torch.randn(shape, generator=g) * (2 / max(1, fan_in))**0.5
+    layout = dict(backbone_layout(depth))
+    layout |= dict(head_layout(head, depth, width, classes))
+    layout |= dict(aux_layout(depth, width // 2, classes))
+    return {name: make(name, torch.Size(shape)) for name, shape in layout.items()}
 
 
 def saved(state, path, **meta):
@@ -249,9 +235,8 @@ class Reference:
     def cb(self, x, name, conv='.conv', bn='.bn', act=True, **k):
         w = self.s[f'{name}{conv}.weight']
         y = F.conv2d(x, w, padding=k.get('dilation', 1) * (w.shape[-1] // 2), **k)
-        y = F.batch_norm(
-            y, *(self.s[f'{name}{bn}.{p}'] for p in ('running_mean', 'running_var', 'weight', 'bias'))
-        )
+        statistics = [self.s[f'{name}{bn}.{p}'] for p in ('running_mean', 'running_var', 'weight', 'bias')]
+        y = F.batch_norm(y, *statistics)
         return y.relu() if act else y
 
     def backbone(self, x):
@@ -265,11 +250,9 @@ class Reference:
                 step = stride if b == 0 else 1
                 y = self.cb(x, name, '.conv1', '.bn1', stride=step, dilation=d)
                 y = self.cb(y, name, '.conv2', '.bn2', act=False)                  # undilated
-                short = (
-                    self.cb(x, name, '.downsample.0', '.downsample.1', act=False, stride=step)
-                    if f'{name}.downsample.0.weight' in self.s
-                    else x
-                )
+                short = x
+                if f'{name}.downsample.0.weight' in self.s:
+                    short = self.cb(x, name, '.downsample.0', '.downsample.1', act=False, stride=step)
                 x = (y + short).relu()
             maps.append(x)
         return maps
@@ -279,22 +262,20 @@ class Reference:
         return self.cb(x, f'{name}.pointwise_conv')
 
     def __call__(self, x, head, rates=(12, 24, 36)):
-        up = lambda t, like: F.interpolate(t, like.shape[-2:], mode='bilinear', align_corners=False)
+        def up(t, like): return F.interpolate(t, like.shape[-2:], mode='bilinear', align_corners=False)
         first, *_, deep = self.backbone(x)
         h = 'decode_head'
         if head == 'psp':
-            pools = [
-                up(self.cb(F.adaptive_avg_pool2d(deep, n), f'{h}.psp_modules.{i}.1'), deep)
-                for i, n in enumerate((1, 2, 3, 6))
-            ]
+            pools = []
+            for i, n in enumerate((1, 2, 3, 6)):
+                pooled = self.cb(F.adaptive_avg_pool2d(deep, n), f'{h}.psp_modules.{i}.1')
+                pools.append(up(pooled, deep))
             y = self.cb(torch.cat([deep, *pools], 1), f'{h}.bottleneck')
         else:
-            views = [
-                up(self.cb(F.adaptive_avg_pool2d(deep, 1), f'{h}.image_pool.1'), deep),
-                self.cb(deep, f'{h}.aspp_modules.0'),
-            ]
-            views += [self.sep(deep, f'{h}.aspp_modules.{i+1}', r) for i, r in enumerate(rates)]
-            y = up(self.cb(torch.cat(views, 1), f'{h}.bottleneck'), first)
+            pooled = self.cb(F.adaptive_avg_pool2d(deep, 1), f'{h}.image_pool.1')
+            scales = [up(pooled, deep), self.cb(deep, f'{h}.aspp_modules.0')]
+            scales += [self.sep(deep, f'{h}.aspp_modules.{i+1}', r) for i, r in enumerate(rates)]
+            y = up(self.cb(torch.cat(scales, 1), f'{h}.bottleneck'), first)
             y = torch.cat([y, self.cb(first, f'{h}.c1_bottleneck')], 1)
             for i in (0, 1): y = self.sep(y, f'{h}.sep_bottleneck.{i}')
         return up(F.conv2d(y, self.s[f'{h}.conv_seg.weight'], self.s[f'{h}.conv_seg.bias']), x)
@@ -334,15 +315,13 @@ def test_mmseg_faults(tmp_path):
     def refuse(match, change, **kwargs):
         with pytest.raises(Incompatible, match=match):
             ck.load_mmseg(saved(change, tmp_path/'x.pth'), **kwargs)
-    drop = lambda *parts: {k: v for k, v in state.items() if not any(p in k for p in parts)}
+    def drop(*parts): return {k: v for k, v in state.items() if not any(p in k for p in parts)}
     refuse('[Ff]ound 6 classes, expected 8', state, classes=8)
     refuse('not a ResNetV1c', drop('backbone.stem'))
     refuse('not a ResNetV1c', drop('layer3.1'))
     refuse('not a ResNetV1c', {k.replace('backbone.', 'net.'): v for k, v in state.items()})
-    refuse(
-        'head that is not known here.*[Ff]ound bottleneck, conv_seg but not decode_head.c1_bottleneck',
-        drop('psp_modules'),
-    )
+    no_aspp = '[Ff]ound bottleneck, conv_seg but not decode_head.c1_bottleneck'
+    refuse(f'head that is not known here.*{no_aspp}', drop('psp_modules'))
     refuse('misfit is encoder.net.layer2.0.bn1.bias', drop('layer2.0.bn1.bias'))
     refuse('misfit is decoder.extra.weight', state | {'decode_head.extra.weight': torch.zeros(1)})
     refuse('not a ResNetV1c', drop('decode_head', 'backbone', 'auxiliary') | {'x': torch.zeros(1)})

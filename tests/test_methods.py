@@ -20,17 +20,13 @@ real = pytest.mark.skipif(not os.environ.get('RSSQA_REAL'), reason='RSSQA_REAL i
 SIZES = ((64, 64), (96, 96), (128, 160))
 ON_MOBILENET = ('unet', 'deeplabv3plus', 'pspnet', 'unetformer', 'logcan')
 BUDGETS = dict(nano=(0.1, 0.7), tiny=(1.5, 6.5)) # millions of parameters, least and most
-STANDARD = {
-    'unet': 24.4,
-    'deeplabv3plus': 26.7,
-    'pspnet': 29.8,
-    'upernet-swin': 36.7,
-    'segformer': 27.4,
-    'unetformer': 11.7,
-    'ft-unetformer': 94.1,
-    'logcan': 28.1,
+STANDARD = { # millions of parameters
+    'unet': 24.4, 'deeplabv3plus': 26.7, 'pspnet': 29.8, 'upernet-swin': 36.7, 'segformer': 27.4,
+    'unetformer': 11.7, 'ft-unetformer': 94.1, 'logcan': 28.1,
 }
 fixed = settings(max_examples=25, deadline=None)
+map_sides = st.integers(1, 13)
+window_sides = st.integers(1, 5)
 
 
 @pytest.fixture(scope='module')
@@ -42,7 +38,7 @@ def nanos():
 def millions(net): return sum(p.numel() for p in net.parameters()) / 1e6
 
 
-# every family keeps the contract of a net
+# every method keeps the contract of a network
 
 @pytest.mark.parametrize('name', METHOD_NAMES)
 @pytest.mark.parametrize('train', (True, False))
@@ -50,8 +46,8 @@ def test_logits_have_the_size_of_the_input(nanos, name, train):
     net = copy.deepcopy(nanos[name]).train(train)
     for size in SIZES:
         for batch in (1, 2):
-            with FeatureHooks(net, net.layers) as ear: y = net(torch.randn(batch, 3, *size))
-            decoder, encoder = ear.features
+            with FeatureHooks(net, net.layers) as hooks: y = net(torch.randn(batch, 3, *size))
+            decoder, encoder = hooks.features
             assert y.shape == (batch, 5, *size) and torch.isfinite(y).all()
             assert decoder.ndim == encoder.ndim == 4 and len(decoder) == len(encoder) == batch
             assert decoder.shape[-1] >= encoder.shape[-1] and encoder.shape[1] > decoder.shape[1]
@@ -70,20 +66,21 @@ def test_gradients_reach_every_parameter(nanos, name):
     net = copy.deepcopy(nanos[name]).train()
     y = torch.randint(0, 5, (2, 128, 128))
     F.cross_entropy(net(torch.randn(2, 3, 128, 128)), y).backward()
-    silent = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert not silent
+    unreached = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not unreached
 
 
 @pytest.mark.parametrize('name', METHOD_NAMES)
 def test_keeps_the_segmenter_protocol(nanos, name):
     net = copy.deepcopy(nanos[name])
-    net.train(), net(torch.randn(2, 3, 64, 64))           # dropout and norms have been in use
+    net.train()
+    net(torch.randn(2, 3, 64, 64))           # dropout and norms have been in use
     seg = check_segmenter(TorchSegmenter(net, tuple('abcde'), name=f'{name}.test'))
     assert seg.strides[1] in (16, 32) and seg.strides[0] in (1, 4, 16)
 
 
 @pytest.mark.parametrize('name', METHOD_NAMES)
-def test_copies_and_pickles_answer_alike(nanos, name):
+def test_copies_and_pickles_give_equal_logits(nanos, name):
     net = copy.deepcopy(nanos[name]).eval()
     x = torch.randn(1, 3, 64, 64)
     again = pickle.loads(pickle.dumps(net))
@@ -99,11 +96,13 @@ def test_learns_a_few_scenes(name):
     x = torch.as_tensor(np.stack([s.image for s in scenes])) * 4 - 2
     y = torch.as_tensor(np.stack([s.mask for s in scenes]).astype(np.int64))
     net = methods[name].build(int(y[y < 255].max()) + 1, 'nano').train()
-    best = torch.optim.AdamW(net.parameters(), 4e-3)
+    optimiser = torch.optim.AdamW(net.parameters(), 4e-3)
     losses = []
     for _ in range(16):
         loss = F.cross_entropy(net(x), y, ignore_index=255)
-        best.zero_grad(), loss.backward(), best.step()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0], losses
 
@@ -118,19 +117,19 @@ def test_parameter_budgets(name):
     assert whole == pytest.approx(STANDARD[name], abs=0.1)
 
 
-def test_presets_of_all_families_are_named_alike():
+def test_presets_of_all_methods_have_the_same_names():
     assert {tuple(methods[n].presets) for n in METHOD_NAMES} == {('nano', 'tiny', 'standard')}
-    assert {methods[n].family for n in METHOD_NAMES} == {'CNN', 'transformer', 'hybrid'} and all(
-        methods[n].name == n for n in METHOD_NAMES
-    )
+    assert {methods[n].family for n in METHOD_NAMES} == {'CNN', 'transformer', 'hybrid'}
+    assert all(methods[n].name == n for n in METHOD_NAMES)
     with pytest.raises(UnknownName, match='[Dd]id you mean nano'): methods['unet'].build(3, 'nan')
 
 
 # encoder weights
 
-def test_encoder_weights_arrive_in_library_and_own_nets(tmp_path):
+def test_encoder_weights_load_into_networks_of_libraries_and_of_this_package(tmp_path):
     donor = blocks.timm_encoder('mobilenetv2_035', out_indices=5).net.state_dict()
-    save_file(donor | {'classifier.weight': torch.zeros(10, 1280)}, path := str(tmp_path/'w.safetensors'))
+    path = str(tmp_path/'w.safetensors')
+    save_file(donor | {'classifier.weight': torch.zeros(10, 1280)}, path)
     for name in ON_MOBILENET:
         net = methods[name].build(5, 'nano', path)
         inner = net.encoder.net if hasattr(net.encoder, 'net') else net.encoder.model
@@ -139,7 +138,7 @@ def test_encoder_weights_arrive_in_library_and_own_nets(tmp_path):
         ), name
 
 
-def test_swin_classifier_names_are_understood(tmp_path):
+def test_names_of_a_swin_classifier_are_translated(tmp_path):
     import timm
     small = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
     whole = timm.create_model('swin_tiny_patch4_window7_224', num_classes=3, **small)
@@ -147,13 +146,13 @@ def test_swin_classifier_names_are_understood(tmp_path):
     encoder = blocks.timm_encoder(
         'swin_tiny_patch4_window7_224', tmp_path / 'swin.safetensors', strict_img_size=False, **small
     )
-    assert torch.equal(
-        encoder.net.layers_2.blocks[0].mlp.fc1.weight, whole.layers[2].blocks[0].mlp.fc1.weight
-    )
+    loaded = encoder.net.layers_2.blocks[0].mlp.fc1.weight
+    assert torch.equal(loaded, whole.layers[2].blocks[0].mlp.fc1.weight)
 
 
 def test_segformer_encoder_weights(tmp_path, nanos):
-    save_file(nanos['segformer'].encoder.mit.state_dict(), path := str(tmp_path/'mit.safetensors'))
+    path = str(tmp_path/'mit.safetensors')
+    save_file(nanos['segformer'].encoder.mit.state_dict(), path)
     twin = methods['segformer'].build(3, 'nano', path)
     assert state_digest(twin.encoder.state_dict()) == state_digest(nanos['segformer'].encoder.state_dict())
     with pytest.raises(Incompatible, match='(?i)timm has no Mix Transformer'):
@@ -167,7 +166,8 @@ def test_foreign_encoder_weights_are_refused_untouched(tmp_path):
     half = {k: v for i, (k, v) in enumerate(net.state_dict().items()) if i % 2}
     for state in (wide, half, {'x': torch.zeros(1)}):
         save_file(state, tmp_path/'w.safetensors')
-        with pytest.raises(Incompatible, match=r'w\.safetensors.*Found \d+ of \d+ .*expected at least 90%.*Choose'):
+        message = r'w\.safetensors.*Found \d+ of \d+ .*expected at least 90%.*Choose'
+        with pytest.raises(Incompatible, match=message):
             blocks.load_encoder_weights(net, tmp_path/'w.safetensors')
     (tmp_path/'junk.safetensors').write_bytes(b'<html>not found</html>')
     with pytest.raises(Incompatible, match='(?i)not a safetensors file'):
@@ -184,25 +184,23 @@ def test_imagenet_weights_load_into_every_tiny_hybrid():
     for name in ON_MOBILENET:
         net = methods[name].build(6, 'tiny', str(path)).eval()
         inner = net.encoder.net if hasattr(net.encoder, 'net') else net.encoder.model
-        assert (
-            torch.equal(inner.conv_stem.weight, first)
-            and torch.isfinite(net(torch.randn(1, 3, 64, 64))).all()
-        )
+        assert torch.equal(inner.conv_stem.weight, first)
+        assert torch.isfinite(net(torch.randn(1, 3, 64, 64))).all()
     with pytest.raises(Incompatible): blocks.timm_encoder('mobilenetv2_050', path)
 
 
 # parts
 
 @fixed
-@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 13), st.integers(1, 13), st.integers(1, 5), st.integers(1, 5))
-def test_windows_come_back(n, c, height, width, h, w):
+@given(st.integers(1, 3), st.integers(1, 4), map_sides, map_sides, window_sides, window_sides)
+def test_windows_are_put_together_again(n, c, height, width, h, w):
     x = torch.randn(n, c, height, width)
     tokens = blocks.to_windows(x, (h, w))
     assert tokens.shape == (n, -(-height//h) * -(-width//w), h*w, c)
     assert torch.equal(blocks.from_windows(tokens, (h, w), (height, width)), x)
 
 
-def test_windows_hold_neighbours():
+def test_windows_contain_neighbouring_pixels():
     x = torch.arange(24.).view(1, 1, 4, 6)
     assert blocks.to_windows(x, (2, 3))[0, :, :, 0].tolist() == [
         [0, 1, 2, 6, 7, 8],
@@ -218,15 +216,14 @@ def test_window_attention_against_loops():
     x = torch.randn(1, 8, 3, 3)
     side = 3
     q, k, v = net.qkv(x)[0].flatten(1).T.view(9, 3, 2, 4).unbind(1)                      # each (T,heads,4)
+    def offset(i, j): # number of the bias for tokens i and j
+        rows = i // side - j // side + side - 1
+        columns = i % side - j % side + side - 1
+        return rows * (2 * side - 1) + columns
     expected = torch.zeros(9, 8)
     for head in range(2):
         for i in range(9):
-            bias = [
-                net.bias[
-                    head, (i // side - j // side + side - 1) * (2 * side - 1) + i % side - j % side + side - 1
-                ]
-                for j in range(9)
-            ]
+            bias = [net.bias[head, offset(i, j)] for j in range(9)]
             share = torch.stack([q[i, head] @ k[j, head] / 2 + bias[j] for j in range(9)]).softmax(0)
             expected[i, 4*head:4*head+4] = sum(share[j] * v[j, head] for j in range(9))
     assert torch.allclose(net(x)[0].flatten(1).T, expected, atol=1e-5)
@@ -237,16 +234,13 @@ def test_window_attention_against_loops():
 def test_cross_mean_against_loops(height, width, length):
     x = torch.randn(1, 1, height, width)
     before = length // 2
-    edge = lambda i, n: min(max(i, 0), n - 1)
-    strip = lambda i, n: [edge(i - before + d, n) for d in range(length)]
-    expected = [
-        [
-            (x[0, 0, strip(i, height), j].mean() + x[0, 0, i, strip(j, width)].mean()).item()
-            for j in range(width)
-        ]
-        for i in range(height)
-    ]
-    assert torch.allclose(blocks.cross_mean(x, length)[0, 0], torch.tensor(expected), atol=1e-5)
+    def strip(i, n): return [min(max(i - before + d, 0), n - 1) for d in range(length)] # repeats the edge
+    expected = torch.zeros(height, width)
+    for i, j in np.ndindex(height, width):
+        vertical = x[0, 0, strip(i, height), j].mean()
+        horizontal = x[0, 0, i, strip(j, width)].mean()
+        expected[i, j] = vertical + horizontal
+    assert torch.allclose(blocks.cross_mean(x, length)[0, 0], expected, atol=1e-5)
 
 
 @fixed
@@ -261,19 +255,18 @@ def test_class_centres_stay_inside_the_features(pixels, classes, sharpness):
     for c in range(min(classes, pixels)): assert torch.allclose(hard[c], x[c::classes].mean(0), atol=1e-4)
 
 
-def test_class_attention_tells_global_centres_only():
+def test_class_attention_returns_mixtures_of_global_centres():
     torch.manual_seed(0)
     net = ClassAttention(8, 3, patches=2).eval()
     net.out = nn.Identity()
     x = torch.randn(1, 8, 7, 5)
     same = torch.randn(8)
     _, y = net(x, same.expand(1, 3, 8))
-    assert torch.allclose(
-        y[:, 8:], net.value(same).view(1, 8, 1, 1).expand(1, 8, 7, 5), atol=1e-5
-    ) and torch.equal(y[:, :8], x)
+    assert torch.allclose(y[:, 8:], net.value(same).view(1, 8, 1, 1).expand(1, 8, 7, 5), atol=1e-5)
+    assert torch.equal(y[:, :8], x)
 
 
-def test_auxiliary_logits_teach_the_rough_classification(nanos):
+def test_loss_of_auxiliary_logits_trains_the_rough_classification(nanos):
     net = copy.deepcopy(nanos['logcan']).train()
     logits, rough = net(torch.randn(2, 3, 64, 64), aux=True)
     assert [tuple(r.shape[1:]) for r in rough] == [(5, 2, 2), (5, 2, 2), (5, 4, 4), (5, 8, 8), (5, 16, 16)]
@@ -286,16 +279,13 @@ def test_a_single_value_leaves_running_statistics_alone():
         with pytest.raises(ValueError): norm.train()(torch.randn(1, 4, 1, 1))
         blocks.safe_norms(norm).running_mean.fill_(2.)
         norm.num_batches_tracked.zero_()
-        assert (
-            norm(torch.full((1, 4, 1, 1), 2.0)).abs().max() < 1e-6
-            and norm.training
-            and norm.num_batches_tracked == 0
-        )
+        assert norm(torch.full((1, 4, 1, 1), 2.0)).abs().max() < 1e-6 and norm.training
+        assert norm.num_batches_tracked == 0
         norm(torch.randn(1, 4, 3, 3))
         assert norm.num_batches_tracked == 1 and not norm.running_mean.eq(2).any()
 
 
-def test_a_failing_norm_still_wakes():
+def test_a_failing_norm_returns_to_train_mode():
     norm = blocks.safe_norms(nn.BatchNorm2d(4))
     with pytest.raises(RuntimeError): norm(torch.randn(1, 3, 1, 1))
     assert norm.training

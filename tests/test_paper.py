@@ -1,34 +1,22 @@
-"""The evidence: every committed number follows from committed predictions, and these from committed tables."""
+"""The published experiments: committed numbers follow from committed predictions, and these from committed tables."""
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from rssqa.bench.protocol import KEYS, RS_SQA, load_predictions
-from rssqa.quality.baselines import MeanBaseline
-from rssqa.core import DataNotFound, MissingFeatures
 from rssqa.bench.paper import (
-    CONSENSUS,
-    MEASURED,
-    MEMBERS,
-    MODELS,
-    ENSEMBLE,
-    PROTOCOL,
-    FewScenes,
-    compute,
-    all_predictors,
-    measured,
-    open_evidence,
-    prediction_file,
-    verify,
-    add_pooled_ensemble,
+    CONSENSUS, ENSEMBLE, EXPERIMENTS, MEASURE_TOLERANCE, MEMBERS, MODELS, ROW_KEY, FewScenes, add_pooled_ensemble,
+    all_predictors, measure_experiment, open_evidence, predict_experiment, prediction_file, verify,
 )
+from rssqa.bench.protocol import KEYS, RS_SQA, leaderboard, load_predictions
+from rssqa.core import DataNotFound, MissingFeatures
+from rssqa.quality.baselines import MeanBaseline
 
-HERE = Path(__file__).resolve().parents[1]
-TABLES = HERE/'data'/'tables'
-RESULTS = HERE/'data'/'results'
-COMMITTED = [x for x in PROTOCOL if prediction_file(x, TABLES).exists()]
+ROOT = Path(__file__).resolve().parents[1]
+TABLES = ROOT/'data'/'tables'
+RESULTS = ROOT/'data'/'results'
+COMMITTED = [name for name in EXPERIMENTS if prediction_file(name, TABLES).exists()]
 
 
 # ---------------------------------------------------------------- what is committed
@@ -36,125 +24,132 @@ COMMITTED = [x for x in PROTOCOL if prediction_file(x, TABLES).exists()]
 def test_the_main_experiment_is_committed(): assert 'main' in COMMITTED
 
 
-@pytest.mark.parametrize('experiment', [x for x in COMMITTED if x != 'main'])
+@pytest.mark.parametrize('experiment', [name for name in COMMITTED if name != 'main'])
 def test_every_committed_row_follows_from_the_predictions(experiment):
-    told = verify(experiment, TABLES, RESULTS)
-    assert len(told) and (told.numbers > 0).all() and (told.largest_difference < 5e-4).all()
+    files = verify(experiment, TABLES, RESULTS)
+    assert len(files) and (files.numbers > 0).all() and (files.largest_difference < 5e-4).all()
 
 
-def test_the_main_board_follows_from_the_predictions():
-    from rssqa.bench.protocol import leaderboard
-    told = load_predictions(prediction_file('main', TABLES))
+def test_the_main_leaderboard_follows_from_the_predictions():
+    predictions = load_predictions(prediction_file('main', TABLES))
     table = pd.read_parquet(TABLES/'open.parquet')
     some = [ENSEMBLE, CONSENSUS, RS_SQA, 'trees: everything', 'mean of dataset and method']
-    board = leaderboard(table, told[told.seed < 9][[*KEYS, *some]])
-    old = pd.read_csv(RESULTS/'paper_main.csv', index_col='predictor')
-    assert np.allclose(
-        board.astype(float), old.loc[some, list(board)].astype(float), atol=5e-4, equal_nan=True
-    )
+    board = leaderboard(table, predictions[predictions.seed < 9][[*KEYS, *some]]).astype(float)
+    committed = pd.read_csv(RESULTS/'paper_main.csv', index_col='predictor')
+    committed = committed.loc[some, list(board)].astype(float)
+    assert np.allclose(board, committed, atol=5e-4, equal_nan=True)
 
 
-def test_predictions_cover_the_table_and_the_panel_follows_from_its_members():
-    told = load_predictions(prediction_file('main', TABLES))
+def test_predictions_cover_the_table_and_keep_scenes_apart():
+    predictions = load_predictions(prediction_file('main', TABLES))
     table = pd.read_parquet(TABLES/'open.parquet')
-    assert (
-        (told.groupby('seed').size() == len(table)).all()
-        and told.drop(columns=KEYS).notna().all(axis=None)
-        and {*MODELS, *MEMBERS} <= set(told)
-    )
-    again = add_pooled_ensemble(told.drop(columns=ENSEMBLE))
-    assert np.abs(again[ENSEMBLE] - told[ENSEMBLE]).max() < 2e-4
-    # no scene on both sides
-    assert (
-        told.merge(table[['image_id', 'dataset', 'scene']].drop_duplicates(), on='image_id')
-        .groupby(['seed', 'dataset', 'scene'])
-        .fold.nunique()
-        .max()
-        == 1
-    )
+    assert (predictions.groupby('seed').size() == len(table)).all()
+    assert predictions.drop(columns=KEYS).notna().all(axis=None)
+    scene_of_image = table[['image_id', 'dataset', 'scene']].drop_duplicates()
+    rows = predictions.merge(scene_of_image, on='image_id')
+    assert rows.groupby(['seed', 'dataset', 'scene']).fold.nunique().max() == 1
 
 
-def test_claims_name_the_strongest_baseline_of_each_measure():
-    told = pd.read_csv(RESULTS/'paper_best_baseline_comparison.csv')
+def test_the_ensemble_follows_from_its_members():
+    predictions = load_predictions(prediction_file('main', TABLES))
+    assert {*MODELS, *MEMBERS} <= set(predictions)
+    again = add_pooled_ensemble(predictions.drop(columns=ENSEMBLE))
+    assert np.abs(again[ENSEMBLE] - predictions[ENSEMBLE]).max() < 2e-4
+
+
+def test_comparisons_name_the_strongest_baseline_of_each_measure():
+    comparison = pd.read_csv(RESULTS/'paper_best_baseline_comparison.csv')
     board = pd.read_csv(RESULTS/'paper_main.csv', index_col='predictor')
-    rest = board[~board.index.isin(MODELS)]
-    for r in told.itertuples():
-        if r.measure in rest:
-            assert (
-                rest[r.measure].min() - 1e-4 <= r.theirs <= rest[r.measure].max() + 1e-4
-                and abs(board[r.measure][r.predictor] - r.value) < 2e-3
-            )
-    assert (told.delta_low <= told.delta + 1e-6).all() and (told.delta <= told.delta_high + 1e-6).all()
+    baselines = board[~board.index.isin(MODELS)]
+    for row in comparison.itertuples():
+        if row.measure not in baselines: continue
+        values = baselines[row.measure]
+        assert values.min() - 1e-4 <= row.baseline_value <= values.max() + 1e-4
+        assert abs(board[row.measure][row.predictor] - row.value) < 2e-3
+    assert (comparison.delta_low <= comparison.delta + 1e-6).all()
+    assert (comparison.delta <= comparison.delta_high + 1e-6).all()
 
 
 # ---------------------------------------------------------------- making it again
 
 def test_fitting_again_gives_the_committed_predictions(tmp_path):
     names = ('mean of dataset and method', 'max-softmax, temperature-scaled', 'DoC')
-    new = compute('main', TABLES, None, (0,), 1, tmp_path, names)
-    old = load_predictions(prediction_file('main', TABLES))
-    both = new.merge(old[old.seed == 0], on=KEYS[:2], suffixes=('', ' then'))
-    assert len(both) == len(new) and all(np.abs(both[n] - both[f'{n} then']).mean() < 1e-3 for n in names)
+    fitted = predict_experiment('main', TABLES, None, (0,), 1, tmp_path, names)
+    committed = load_predictions(prediction_file('main', TABLES))
+    both = fitted.merge(committed[committed.seed == 0], on=ROW_KEY, suffixes=('', ' committed'))
+    assert len(both) == len(fitted)
+    for name in names: assert np.abs(both[name] - both[f'{name} committed']).mean() < 1e-3
 
 
-def test_without_masks_no_jury_sits():
-    e = open_evidence(TABLES, prediction_grids=False)
-    assert CONSENSUS not in all_predictors(e) and RS_SQA in all_predictors(e) and not e.truth
-    with pytest.raises(KeyError, match='no predictor'): all_predictors(e, only=('nobody',))
+def test_without_masks_there_is_no_consensus_model():
+    evidence = open_evidence(TABLES, prediction_grids=False)
+    found = all_predictors(evidence)
+    assert CONSENSUS not in found and RS_SQA in found and not evidence.has_truth
+    with pytest.raises(KeyError, match='no predictor'): all_predictors(evidence, only=('nobody',))
 
 
-def test_no_tables_and_no_experiment(tmp_path):
+def test_missing_tables_and_unknown_experiments_are_refused(tmp_path):
     with pytest.raises(DataNotFound, match='no tables open'): open_evidence(tmp_path)
-    with pytest.raises(KeyError, match='main'): compute('mian', TABLES)
-    with pytest.raises(DataNotFound, match='predictions'): measured('main', tmp_path)
+    with pytest.raises(KeyError, match='main'): predict_experiment('mian', TABLES)
+    with pytest.raises(DataNotFound, match='predictions'): measure_experiment('main', tmp_path)
+
+
+def copy_results(pattern, target):
+    for path in RESULTS.glob(pattern): (target/path.name).write_bytes(path.read_bytes())
 
 
 def test_an_edited_result_is_noticed(tmp_path):
-    name = 'dataset'
-    for path in RESULTS.glob('paper_*.csv'): (tmp_path/path.name).write_bytes(path.read_bytes())
-    path = next(tmp_path/f'paper_{n}.csv' for n in measured(name, TABLES, 10))
+    copy_results('paper_*.csv', tmp_path)
+    path = tmp_path/'paper_dataset.csv'
     rows = pd.read_csv(path)
     rows.loc[0, 'mae'] += 0.01
     rows.to_csv(path, index=False)
-    assert verify(name, TABLES, tmp_path).largest_difference.max() > 0.009
+    assert verify('dataset', TABLES, tmp_path).largest_difference.max() > 0.009
 
 
-@pytest.mark.parametrize('spoil', [lambda t: t.assign(mae=np.nan), lambda t: t.assign(predictor=t.predictor[::-1].to_numpy()), lambda t: t.assign(srocc_image=t.srocc_image.fillna(0.5).where(t.index > 0, np.nan))])
-def test_lost_numbers_and_names_are_noticed(spoil, tmp_path):
-    for path in RESULTS.glob('paper_dataset*.csv'): (tmp_path/path.name).write_bytes(path.read_bytes())
-    assert (verify('dataset', TABLES, tmp_path).largest_difference <= MEASURED).all()
-    spoil(pd.read_csv(tmp_path/'paper_dataset.csv')).to_csv(tmp_path/'paper_dataset.csv', index=False)
-    assert not (verify('dataset', TABLES, tmp_path).largest_difference <= MEASURED).all()
-    pd.read_csv(tmp_path / 'paper_dataset.csv').drop(columns='mae').to_csv(
-        tmp_path / 'paper_dataset.csv', index=False
-    )
+def without_mae(rows): return rows.assign(mae=np.nan)
+
+
+def with_reversed_names(rows): return rows.assign(predictor=rows.predictor[::-1].to_numpy())
+
+
+def without_one_correlation(rows):
+    filled = rows.srocc_image.fillna(0.5)
+    return rows.assign(srocc_image=filled.where(rows.index > 0, np.nan))
+
+
+@pytest.mark.parametrize('spoil', [without_mae, with_reversed_names, without_one_correlation])
+def test_missing_numbers_and_wrong_names_are_noticed(spoil, tmp_path):
+    copy_results('paper_dataset*.csv', tmp_path)
+    path = tmp_path/'paper_dataset.csv'
+    assert (verify('dataset', TABLES, tmp_path).largest_difference <= MEASURE_TOLERANCE).all()
+    spoil(pd.read_csv(path)).to_csv(path, index=False)
+    assert not (verify('dataset', TABLES, tmp_path).largest_difference <= MEASURE_TOLERANCE).all()
+    pd.read_csv(path).drop(columns='mae').to_csv(path, index=False)
     with pytest.raises(MissingFeatures, match='no column mae'): verify('dataset', TABLES, tmp_path)
 
 
 @pytest.mark.parametrize('share, scenes', [(0.01, 1), (0.25, 2), (0.5, 4), (1.0, 8)])
 def test_few_scenes_learn_from_that_share(share, scenes):
-    table = pd.DataFrame(
-        [
-            dict(image_id=f'{d}{s}{i}', dataset=d, scene=f's{s}', method='m', oa=0.5)
-            for d in 'ab'
-            for s in range(8)
-            for i in range(3)
-        ]
-    )
-    seen = []
+    rows = []
+    for dataset, scene, image in np.ndindex(2, 8, 3):
+        names = dict(image_id=f'{dataset}{scene}{image}', dataset='ab'[dataset], scene=f's{scene}')
+        rows.append(names | dict(method='m', oa=0.5))
+    training_rows = []
     model = FewScenes(MeanBaseline(), share)
-    model.model.fit = lambda X: seen.append(X)
-    model.fit(table)
-    assert (
-        seen[0].groupby('dataset').scene.nunique().tolist() == [scenes, scenes] and len(seen[0]) == 6 * scenes
-    )
+    model.model.fit = training_rows.append
+    model.fit(pd.DataFrame(rows))
+    used = training_rows[0]
+    assert used.groupby('dataset').scene.nunique().tolist() == [scenes, scenes]
+    assert len(used) == 6 * scenes
     assert model.get_params() != FewScenes(MeanBaseline(), 0.77).get_params()
 
 
 def test_a_comparison_without_masks_overwrites_nothing(tmp_path, capsys):
     from rssqa.cli import main
-    with pytest.raises(SystemExit) as e: main(['bench', 'paper', '--only', 'main', '--tables', str(tmp_path)])
-    assert e.value.code == 2 and '--fast' in capsys.readouterr().err and not list(tmp_path.iterdir())
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(SystemExit) as stop:
+        main(['bench', 'paper', '--only', 'main', '--tables', str(tmp_path)])
+    assert stop.value.code == 2 and '--fast' in capsys.readouterr().err and not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as stop:
         main(['bench', 'paper', '--fast', '--only', 'method', '--tables', str(tmp_path)])
-    assert e.value.code == 2 and 'nothing to check' in capsys.readouterr().err
+    assert stop.value.code == 2 and 'nothing to check' in capsys.readouterr().err

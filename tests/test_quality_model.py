@@ -1,4 +1,4 @@
-"""The quality model as an estimator: reproducible, savable, and deaf to what it must not hear."""
+"""The quality model as an estimator: reproducible, savable, and independent of what it must not read."""
 import json
 
 import joblib
@@ -12,7 +12,9 @@ from sklearn.model_selection import GroupKFold, cross_val_score
 from rssqa.segment.confidence import AGREEMENT
 from rssqa.core import MissingFeatures, Problem, SchemaError
 from rssqa.segment.metrics import srocc
-from rssqa.quality.model import QualityModel, _hold_scenes, explain, load_model, save_model
+from rssqa.quality.features import FeatureExtractor, Prior, Reducer, Scaler
+from rssqa.data.splits import validation_rows
+from rssqa.quality.model import BLOCK_NAMES, QualityModel, explain, load_model, save_model
 from rssqa.tables.store import Store, put_vectors
 from trained import numbers, with_features, trained_setup
 
@@ -58,64 +60,80 @@ def test_same_seed_same_model(table, model, new):
 
 def test_two_processes_train_the_same_networks(table, model, new):
     with joblib.parallel_config(n_jobs=2): again = clone(model).fit(table)
-    assert (
-        np.abs(again.predict(new) - model.predict(new)).max() < 1e-6
-        and again.history_.member.tolist() == model.history_.member.tolist()
-    )
+    assert np.abs(again.predict(new) - model.predict(new)).max() < 1e-6
+    assert again.history_.member.tolist() == model.history_.member.tolist()
 
 
 def test_another_target_is_measured_as_such(table, new):
-    both = [t.assign(miou=t.oa / 2) for t in (table, new)]
-    told = QualityModel(**FAST, target='miou').fit(both[0]).evaluate(both[1], both[0])
-    assert told['mae'] == pytest.approx(
-        QualityModel(**FAST)
-        .fit(both[0].assign(oa=both[0].miou))
-        .evaluate(both[1].assign(oa=both[1].miou), both[0].assign(oa=both[0].miou))['mae']
-    )
+    train = table.assign(miou=table.oa / 2)
+    test = new.assign(miou=new.oa / 2)
+    measures = QualityModel(**FAST, target='miou').fit(train).evaluate(test, train)
+    renamed_train = train.assign(oa=train.miou)
+    renamed_test = test.assign(oa=test.miou)
+    expected = QualityModel(**FAST).fit(renamed_train).evaluate(renamed_test, renamed_train)
+    assert measures['mae'] == pytest.approx(expected['mae'])
 
 
 def test_scenes_may_be_numbers(table):
     numbered = table.assign(scene=pd.factorize(table.scene)[0])
-    assert np.array_equal(
-        _hold_scenes(numbered, 3), _hold_scenes(numbered.assign(scene=numbered.scene.astype(str)), 3)
-    )
+    as_text = numbered.assign(scene=numbered.scene.astype(str))
+    assert np.array_equal(validation_rows(numbered, 3), validation_rows(as_text, 3))
+
+
+def test_validation_rows_are_whole_scenes_of_every_dataset(table):
+    is_validation = validation_rows(table, 0)
+    scenes = table.assign(is_validation=is_validation).groupby(['dataset', 'scene']).is_validation
+    assert (scenes.nunique() == 1).all()
+    assert (scenes.first().groupby('dataset').sum() == 1).all()
+
+
+def test_weights_of_the_best_epoch_are_restored(table, new):
+    "A run past its best epoch equals a run that ends there."
+    noise = table.assign(oa=np.random.default_rng(0).permutation(table.oa))
+    settings = dict(FAST, members=1, lr=0.03)
+    long = QualityModel(**settings | dict(epochs=12)).fit(noise)
+    best = int(long.history_.loss.argmin())
+    assert best < len(long.history_) - 1                       # later epochs were worse
+    short = QualityModel(**settings | dict(epochs=best + 1)).fit(noise)
+    assert np.array_equal(long.predict(new), short.predict(new))
 
 
 def test_cross_validation_by_scene(table):
-    scores = cross_val_score(
-        QualityModel(**FAST), table, table.oa, groups=table.dataset + table.scene, cv=GroupKFold(3)
-    )
+    scenes = table.dataset + table.scene
+    scores = cross_val_score(QualityModel(**FAST), table, table.oa, groups=scenes, cv=GroupKFold(3))
     assert len(scores) == 3 and np.isfinite(scores).all() and scores.mean() > 0.5
 
 
 def test_it_learns(plain, model, new):
     for m in (plain, model):
         p = m.predict(new)
-        assert (
-            p.shape == (len(new),)
-            and ((p > 0) & (p < 1)).all()
-            and srocc(new.oa, p) > 0.6
-            and m.score(new) > 0.5
-        )
+        assert p.shape == (len(new),) and ((p > 0) & (p < 1)).all()
+        assert srocc(new.oa, p) > 0.6 and m.score(new) > 0.5
     assert plain.evaluate(new, new)['mae'] < 0.1
 
 
 def test_fit_does_not_touch_its_table(table):
     before = table.copy()
     m = QualityModel(**FAST).fit(table)
-    m.predict(table), m.score(table), explain(m, table)
+    m.predict(table)
+    m.score(table)
+    explain(m, table)
     pd.testing.assert_frame_equal(table, before)
 
 
 def test_y_replaces_the_target(table, new):
-    upside = QualityModel(**FAST).fit(table, 1 - table.oa)
-    assert srocc(new.oa, upside.predict(new)) < -0.5 and upside.score(new, 1 - new.oa) > 0.5
+    reversed_model = QualityModel(**FAST).fit(table, 1 - table.oa)
+    assert srocc(new.oa, reversed_model.predict(new)) < -0.5
+    assert reversed_model.score(new, 1 - new.oa) > 0.5
     assert srocc(new.miou, QualityModel(target='miou', **FAST).fit(table).predict(new)) > 0.7
 
 
-def test_unfitted_model_says_so(table, tmp_path):
-    for call in (lambda m: m.predict(table), lambda m: m.embed(table), lambda m: explain(m, table), lambda m: save_model(m, tmp_path)):
-        with pytest.raises(NotFittedError): call(QualityModel())
+def test_unfitted_model_is_refused(table, tmp_path):
+    model = QualityModel()
+    with pytest.raises(NotFittedError): model.predict(table)
+    with pytest.raises(NotFittedError): model.embed(table)
+    with pytest.raises(NotFittedError): explain(model, table)
+    with pytest.raises(NotFittedError): save_model(model, tmp_path)
 
 
 # ---------------------------------------------------------------- what a prediction depends on
@@ -134,9 +152,9 @@ def test_other_images_do_not_matter(which, request, new):
     m = request.getfixturevalue(which)
     whole = request.getfixturevalue('new')
     whole = whole.assign(parts=np.where(whole.image_id == whole.image_id[0], 0.5, whole.parts))
-    all_of_them = pd.Series(m.predict(whole), whole.index)
+    predicted = pd.Series(m.predict(whole), whole.index)
     for _, part in list(whole.groupby('image_id'))[:6]:
-        assert np.allclose(m.predict(part), all_of_them[part.index], atol=1e-5)
+        assert np.allclose(m.predict(part), predicted[part.index], atol=1e-5)
 
 
 def test_labels_of_new_rows_do_not_matter(model, new):
@@ -145,7 +163,7 @@ def test_labels_of_new_rows_do_not_matter(model, new):
     assert np.array_equal(model.predict(new.assign(oa=0.1)), model.predict(new))
 
 
-def test_peers_of_the_same_image_do_matter(plain, new):
+def test_other_methods_of_the_same_image_do_matter(plain, new):
     one = new[new.method == 'm0']
     assert not np.allclose(plain.predict(one), plain.predict(new)[(new.method == 'm0').to_numpy()])
 
@@ -156,35 +174,31 @@ def test_index_may_repeat(model, new):
     assert len(m.predict(twice)) == len(twice)
 
 
-def test_a_method_that_was_never_seen_is_scored(plain, model, new, store):
-    strange = new.assign(method=new.method.replace('m2', 'm9'))
-    for m in (plain, model): assert np.isfinite(m.predict(strange)).all()
-    assert (
-        not np.allclose(plain.predict(strange), plain.predict(new))
-        and srocc(new.oa, plain.predict(strange)) > 0.6
-    )
+def test_a_method_outside_training_is_scored(plain, model, new, store):
+    renamed = new.assign(method=new.method.replace('m2', 'm9'))
+    for m in (plain, model): assert np.isfinite(m.predict(renamed)).all()
+    assert not np.allclose(plain.predict(renamed), plain.predict(new))
+    assert srocc(new.oa, plain.predict(renamed)) > 0.6
 
 
-def test_a_dataset_that_was_never_seen_is_scored(plain, new):
+def test_a_dataset_outside_training_is_scored(plain, new):
     assert np.isfinite(plain.predict(new.assign(dataset='elsewhere'))).all()
 
 
 def test_a_table_without_agreement(table, new, plain):
-    few = table.drop(columns=list(AGREEMENT))
-    fewer = new.drop(columns=list(AGREEMENT))
-    assert srocc(new.oa, QualityModel(**FAST).fit(few).predict(fewer)) > 0.7
-    assert np.isfinite(plain.predict(fewer)).all()                    # known in training, absent now
+    train = table.drop(columns=list(AGREEMENT))
+    test = new.drop(columns=list(AGREEMENT))
+    assert srocc(new.oa, QualityModel(**FAST).fit(train).predict(test)) > 0.7
+    assert np.isfinite(plain.predict(test)).all()                     # known in training, absent now
     assert srocc(new.oa, QualityModel(cross_method=False, **FAST).fit(table).predict(new)) > 0.7
 
 
 @pytest.mark.parametrize('share', [0.3, 1.0])
-def test_missing_values_are_survived(share, table, new):
-    holes = table.assign(conf=table.conf.where(np.random.default_rng(0).random(len(table)) > share))
-    m = QualityModel(**FAST).fit(holes)
-    assert (
-        np.isfinite(m.predict(new)).all()
-        and np.isfinite(m.predict(new.assign(conf=np.nan, entropy=np.inf))).all()
-    )
+def test_missing_values_give_finite_predictions(share, table, new):
+    known = np.random.default_rng(0).random(len(table)) > share
+    m = QualityModel(**FAST).fit(table.assign(conf=table.conf.where(known)))
+    assert np.isfinite(m.predict(new)).all()
+    assert np.isfinite(m.predict(new.assign(conf=np.nan, entropy=np.inf))).all()
 
 
 # ---------------------------------------------------------------- refusals
@@ -205,9 +219,8 @@ def test_features_that_were_never_extracted_are_named(table, store, model, new):
 
 def test_another_encoder_cannot_stand_in(model, new, tmp_path):
     save_model(model, tmp_path/'m')
-    put_vectors(
-        Store(tmp_path / 's'), 'sem/toy@2', new.image_id.unique(), np.ones((new.image_id.nunique(), 12))
-    )
+    images = new.image_id.unique()
+    put_vectors(Store(tmp_path/'s'), 'sem/toy@2', images, np.ones((len(images), 12)))
     with pytest.raises(MissingFeatures, match='sem/toy@1|intermediate/'):
         load_model(tmp_path/'m', str(tmp_path/'s')).predict(new)
 
@@ -218,9 +231,17 @@ def test_fusion_with_a_typo_is_suggested(table):
 
 # ---------------------------------------------------------------- poor data
 
-@pytest.mark.parametrize('make', [dict(datasets=1), dict(methods=1), dict(datasets=1, methods=1), dict(scenes=1), dict(scenes=2, images=1), dict(datasets=1, scenes=1, images=2)])
-def test_small_tables(make):
-    t = numbers(**make)
+@pytest.mark.parametrize('size', [
+    dict(datasets=1),
+    dict(methods=1),
+    dict(datasets=1, methods=1),
+    dict(scenes=1),
+    dict(scenes=2, images=1),
+    dict(datasets=1, scenes=1, images=2),
+    dict(datasets=1, scenes=1, images=1),
+])
+def test_small_tables(size):
+    t = numbers(**size)
     p = QualityModel(**FAST).fit(t).predict(t)
     assert np.isfinite(p).all() and ((p > 0) & (p < 1)).all()
 
@@ -237,39 +258,67 @@ def test_constant_columns(table):
 
 
 def test_incomplete_grid(table, new):
-    holes = table.drop(table.sample(frac=0.4, random_state=0).index)
-    assert srocc(new.oa, QualityModel(**FAST).fit(holes).predict(new)) > 0.7
+    incomplete = table.drop(table.sample(frac=0.4, random_state=0).index)
+    assert srocc(new.oa, QualityModel(**FAST).fit(incomplete).predict(new)) > 0.7
 
 
 # ---------------------------------------------------------------- files and reasons
 
-@pytest.mark.parametrize('kind', ['everything', 'plain', 'semantics only', 'no cross_method'])
+def feature_options(kind, store): # of QualityModel
+    if kind == 'everything': return dict(semantic='sem/toy@1', store=store)
+    if kind == 'semantics only':
+        return dict(semantic='sem/toy@1', store=store, intermediate=False, fusion='scgb-symmetric')
+    return dict(cross_method=False) if kind == 'no cross-method features' else {}
+
+
+KINDS = ['everything', 'plain', 'semantics only', 'no cross-method features']
+
+
+@pytest.mark.parametrize('kind', KINDS)
 def test_saved_model_predicts_the_same(kind, table, new, store, tmp_path):
-    options = {
-        'everything': dict(semantic='sem/toy@1', store=store),
-        'plain': {},
-        'semantics only': dict(
-            semantic='sem/toy@1', store=store, intermediate=False, fusion='scgb-symmetric'
-        ),
-        'no cross_method': dict(cross_method=False),
-    }[kind]
-    m = QualityModel(**options, **FAST).fit(table)
-    folder = save_model(m, tmp_path/'m', data='numbers', srocc=0.9)
+    options = feature_options(kind, store)
+    model = QualityModel(**options, **FAST).fit(table)
+    folder = save_model(model, tmp_path/'m', data='numbers', srocc=0.9)
     assert store not in (folder/'config.json').read_text()
-    back = load_model(folder, options.get('store', ''))
-    assert np.abs(back.predict(new) - m.predict(new)).max() < 1e-6 and back.facts_ == dict(
-        data='numbers', srocc=0.9
+    loaded = load_model(folder, options.get('store', ''))
+    assert loaded.facts_ == dict(data='numbers', srocc=0.9)
+    assert np.abs(loaded.predict(new) - model.predict(new)).max() < 1e-6
+    assert np.abs(loaded.embed(new) - model.embed(new)).max() < 1e-4
+    assert explain(loaded, new).columns.equals(explain(model, new).columns)
+    save_model(loaded, tmp_path/'again')
+    again = load_model(tmp_path/'again', options.get('store', ''))
+    assert np.array_equal(again.predict(new), loaded.predict(new))
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_features_are_rebuilt_from_their_state(kind, table, new, store):
+    model = QualityModel(**feature_options(kind, store), **FAST).fit(table)
+    fitted = model.features_
+    settings = dict(
+        store=fitted.store,
+        semantic=fitted.semantic,
+        intermediate=fitted.intermediate,
+        cross_method=fitted.cross_method,
+        dim=fitted.dim,
     )
-    assert np.abs(back.embed(new) - m.embed(new)).max() < 1e-4 and explain(back, new).columns.equals(
-        explain(m, new).columns
-    )
-    assert (
-        save_model(back, tmp_path / 'again')
-        and np.abs(
-            load_model(tmp_path / 'again', options.get('store', '')).predict(new) - m.predict(new)
-        ).max()
-        < 1e-6
-    )
+    rebuilt = FeatureExtractor.from_state(fitted.state(), **settings)
+    expected = fitted.transform(new)
+    blocks = rebuilt.transform(new)
+    for name in (*BLOCK_NAMES, 'method'):
+        assert np.array_equal(getattr(blocks, name), getattr(expected, name)), name
+    assert {name: getattr(blocks, name).shape[1] for name in BLOCK_NAMES} == rebuilt.widths
+
+
+def test_states_are_plain_facts_and_arrays(table):
+    x = np.random.default_rng(0).normal(size=(30, 5))
+    scaler = Scaler().fit(x)
+    reducer = Reducer(3).fit(x)
+    prior = Prior().fit(table)
+    assert np.array_equal(Scaler.from_state(scaler.state()).transform(x), scaler.transform(x))
+    assert np.array_equal(Reducer.from_state(reducer.state()).transform(x), reducer.transform(x))
+    read = Prior.from_state(json.loads(json.dumps(prior.state())))
+    for training in (False, True):
+        assert np.array_equal(read.transform(table, training), prior.transform(table, training))
 
 
 def test_missing_and_torn_files_are_named(plain, tmp_path):
@@ -279,19 +328,10 @@ def test_missing_and_torn_files_are_named(plain, tmp_path):
 
 
 def test_explain_names_the_blocks(model, plain, new):
-    told = explain(model, new)
-    assert list(told) == [
-        'predicted',
-        'single_map',
-        'cross_method',
-        'prior',
-        'intermediate',
-        'semantic',
-    ] and told.index.equals(new.index)
-    assert (
-        np.array_equal(told.predicted, model.predict(new))
-        and (told.drop(columns='predicted').abs().mean() > 0).all()
-    )
+    parts = explain(model, new)
+    assert list(parts) == ['predicted', *BLOCK_NAMES] and parts.index.equals(new.index)
+    assert np.array_equal(parts.predicted, model.predict(new))
+    assert (parts.drop(columns='predicted').abs().mean() > 0).all()
     assert list(explain(plain, new)) == ['predicted', 'single_map', 'cross_method', 'prior']
 
 
@@ -300,11 +340,13 @@ def test_vectors_may_be_given_instead_of_a_store(model, new, store, tmp_path):
     from rssqa.tables.store import get_vectors
     semantic = get_vectors(Store(store), 'sem/toy@1', new.image_id)
     intermediate = stored_features(Store(store), new)
-    alone = load_model(save_model(model, tmp_path/'m'))
-    assert np.allclose(alone.predict(new, semantic, intermediate), model.predict(new), atol=1e-6)
+    without_store = load_model(save_model(model, tmp_path/'m'))
+    predicted = without_store.predict(new, semantic, intermediate)
+    assert np.allclose(predicted, model.predict(new), atol=1e-6)
 
 
-def test_on_a_real_small_world():
-    w = trained_setup()
-    m = QualityModel(store=str(w.home/'store'), **FAST).fit(w.sqed)
-    assert m.features_.tap_reducers.keys() == set(w.sqed.method) and np.isfinite(m.predict(w.sqed)).all()
+def test_on_trained_networks():
+    setup = trained_setup()
+    model = QualityModel(store=str(setup.home/'store'), **FAST).fit(setup.sqed)
+    assert model.features_.intermediate_reducers.keys() == set(setup.sqed.method)
+    assert np.isfinite(model.predict(setup.sqed)).all()

@@ -1,23 +1,19 @@
-"""Scoring and ranking new images: a float for a map, a reason for every refusal."""
+"""Scoring and ranking new images: a number for each method, a reason for every refusal."""
 import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 from rssqa.core import BadImage, DataNotFound, Incompatible, read_json, write_json
 from rssqa.data.datasets import read_image
 from rssqa.quality.consensus import ConsensusEnsemble, ConsensusNet, save_consensus
 from rssqa.quality.recommend import (
-    SUFFIXES,
-    Pack,
-    default_pack,
-    rank,
-    recommend,
-    score,
-    bundled_pack,
-    write_pack,
+    SUFFIXES, Pack, bundled_pack, default_pack, open_pack, rank, recommend, score, write_pack
 )
+from rssqa.segment.protocol import TorchSegmenter
 from trained import METHODS, trained_setup
 
 
@@ -39,27 +35,28 @@ def folder(tmp_path):
     return tmp_path
 
 
-def with_config(tmp_path, **change): # a pack elsewhere, whose networks and model are those of the world
+def pack_with(tmp_path, **change):
+    "A pack in another folder, with the networks and the model of trained_setup and a changed configuration."
     home = trained_setup().home
-    config = read_json(trained_setup().home/'pack.json')
-    networks = {d: {m: str(home/f) for m, f in nets.items()} for d, nets in config['networks'].items()}
-    write_json(tmp_path/'pack.json', dict(networks=networks, model=str(home/'model'), encoder='') | change)
+    networks = {}
+    for dataset, paths in read_json(home/'pack.json')['networks'].items():
+        networks[dataset] = {method: str(home/path) for method, path in paths.items()}
+    config = dict(networks=networks, model=str(home/'model'), encoder='')
+    write_json(tmp_path/'pack.json', config | change)
     return Pack(tmp_path)
 
 
 # ---------------------------------------------------------------- packs
 
 def test_pack_lists_what_it_holds(pack):
-    assert (
-        pack.datasets == ['synth_town']
-        and pack.methods('synth_town') == pack.methods(None) == METHODS
-        and '2 methods' in repr(pack)
-    )
+    assert pack.datasets == ['synth_town'] and '2 methods' in repr(pack)
+    assert pack.methods('synth_town') == pack.methods(None) == METHODS
     assert pack.segmenter('pspnet') is pack.segmenter('pspnet', 'synth_town')
+    assert pack.classes() == pack.segmenter('pspnet').classes
     assert pack.encoder is None and pack.segmenter('pspnet').config['fold'] == 0
 
 
-def test_no_pack(tmp_path, monkeypatch, image):
+def test_missing_packs_are_named(tmp_path, monkeypatch, image):
     with pytest.raises(DataNotFound, match='no pack in.*pack.json.*rssqa demo'): Pack(tmp_path)
     monkeypatch.setenv('RSSQA_PACK', str(tmp_path/'gone'))
     with pytest.raises(DataNotFound, match='gone'): score(image, 'pspnet')
@@ -79,99 +76,171 @@ def test_default_pack(monkeypatch, tmp_path, image):
     assert str(default_pack()) == 'elsewhere'
 
 
-# ---------------------------------------------------------------- the pack that ships
+def test_open_pack_takes_a_folder_a_pack_or_nothing(pack, monkeypatch):
+    monkeypatch.setenv('RSSQA_PACK', str(pack.folder))
+    assert open_pack(pack) is pack
+    assert open_pack(pack.folder).folder == open_pack().folder == pack.folder
 
-def test_the_shipped_pack_scores_any_photo(image):
+
+def test_bundled_pack_scores_any_photo(image):
     pack = Pack(bundled_pack())
     assert 'czech_ortho' not in pack.datasets and 'dronedeploy' not in pack.datasets
     for dataset in pack.datasets:
-        told = rank(image, pack, dataset)
-        assert (
-            sorted(told.method) == pack.methods(dataset)
-            and told.predicted.between(0, 1).all()
-            and told.predicted.nunique() > 1
-        )
-    assert np.array_equal(rank(image, pack).predicted, rank(image, pack, pack.config['default']).predicted)
+        ranked = rank(image, pack, dataset)
+        assert sorted(ranked.method) == pack.methods(dataset)
+        assert ranked.predicted.between(0, 1).all() and ranked.predicted.nunique() > 1
+    default = rank(image, pack, pack.config['default'])
+    assert np.array_equal(rank(image, pack).predicted, default.predicted)
     assert sum(f.stat().st_size for f in pack.folder.rglob('*') if f.is_file()) < 25e6
     card = read_json(pack.folder/'card.json')
     assert {'data', 'licence', 'metrics', 'made_by'} <= set(card) and set(card['data']) == set(pack.datasets)
 
 
-def test_a_jury_sits_only_among_its_witnesses(tmp_path, image):
-    rng = np.random.default_rng(0)
-    w = trained_setup()
-    places = [*METHODS, 'unet']
-    consensus = ConsensusEnsemble(places, {'': [ConsensusNet(3, {})]})
-    save_consensus(consensus, tmp_path/'consensus')
-    seated = with_config(tmp_path, consensus=str(tmp_path/'consensus'))
-    alone = rank(image, seated, chosen=['pspnet'])
-    both = rank(image, seated)
-    plain = rank(image, Pack(w.home))
-    # one of three witnesses: no consensus
-    assert alone.predicted[0] == rank(image, Pack(w.home), chosen=['pspnet']).predicted[0]
-    assert not np.allclose(both.predicted, plain.predicted)
-    assert sorted(both.method) == sorted(plain.method)
+def test_consensus_is_used_only_where_most_of_its_methods_are_present(tmp_path, image):
+    ensemble = ConsensusEnsemble([*METHODS, 'unet'], {'': [ConsensusNet(3, {})]})
+    save_consensus(ensemble, tmp_path/'consensus')
+    with_consensus = pack_with(tmp_path, consensus=str(tmp_path/'consensus'))
+    plain = Pack(trained_setup().home)
+    # one of three methods: no consensus
+    one = rank(image, with_consensus, methods=['pspnet']).predicted[0]
+    assert one == rank(image, plain, methods=['pspnet']).predicted[0]
+    two = rank(image, with_consensus)
+    expected = rank(image, plain)
+    assert not np.allclose(two.predicted, expected.predicted)
+    assert sorted(two.method) == sorted(expected.method)
 
 
-@pytest.mark.parametrize('method, dataset, said', [('pspnett', None, 'mean pspnet'), ('unet', None, 'no method for synth_town'), ('pspnet', 'synth_twon', 'mean synth_town')])
-def test_unknown_names_are_suggested(method, dataset, said, pack, image):
-    with pytest.raises(KeyError, match=said): score(image, method, dataset, pack)
+@pytest.mark.parametrize('method, dataset, message', [
+    ('pspnett', None, 'mean pspnet'),
+    ('unet', None, 'no method for synth_town'),
+    ('pspnet', 'synth_twon', 'mean synth_town'),
+])
+def test_unknown_names_are_suggested(method, dataset, message, pack, image):
+    with pytest.raises(KeyError, match=message): score(image, method, dataset, pack)
 
 
 def test_ambiguous_dataset_names_the_choice(tmp_path, image, folder):
-    nets = {m: f for m, f in with_config(tmp_path).config['networks']['synth_town'].items()}
-    two = with_config(tmp_path, networks=dict(here=nets, there=nets))
-    with pytest.raises(Incompatible, match='here, there.*dataset='): score(image, 'pspnet', pack=two)
-    with pytest.raises(Incompatible, match='here, there'): recommend(folder, two)
-    assert score(image, 'pspnet', 'here', two) > 0
+    networks = pack_with(tmp_path).config['networks']['synth_town']
+    pack = pack_with(tmp_path, networks=dict(here=networks, there=networks))
+    with pytest.raises(Incompatible, match='here, there.*dataset='): score(image, 'pspnet', pack=pack)
+    with pytest.raises(Incompatible, match='here, there'): recommend(folder, pack)
+    assert score(image, 'pspnet', 'here', pack) > 0
 
 
-def test_broken_packs(tmp_path):
+def test_broken_packs_are_refused(tmp_path):
     (tmp_path/'pack.json').write_text('{')
     with pytest.raises(ValueError, match='pack.json'): Pack(tmp_path)
-    lost = with_config(tmp_path, networks=dict(synth_town=dict(pspnet='nowhere')))
-    with pytest.raises(DataNotFound, match='nowhere'): lost.segmenter('pspnet')
-    with pytest.raises(DataNotFound, match='no-model'): with_config(tmp_path, model='no-model').model
+    without_network = pack_with(tmp_path, networks=dict(synth_town=dict(pspnet='nowhere')))
+    with pytest.raises(DataNotFound, match='nowhere'): without_network.segmenter('pspnet')
+    with pytest.raises(DataNotFound, match='no-model'): pack_with(tmp_path, model='no-model').model
 
 
-def test_pack_keeps_relative_names_and_one_fold():
-    w = trained_setup()
-    nets = json.loads((w.home/'pack.json').read_text())['networks']['synth_town']
-    assert sorted(nets) == METHODS and all('fold0' in f and not f.startswith('/') for f in nets.values())
+def test_pack_has_relative_paths_and_one_fold():
+    setup = trained_setup()
+    networks = json.loads((setup.home/'pack.json').read_text())['networks']['synth_town']
+    assert sorted(networks) == METHODS
+    assert all('fold0' in path and not path.startswith('/') for path in networks.values())
     with pytest.raises(ValueError):  # networks must lie below the pack
-        write_pack(w.home/'elsewhere', w.networks)
+        write_pack(setup.home/'elsewhere', setup.networks)
+
+
+# ---------------------------------------------------------------- a segmenter of one's own
+
+class OwnNet(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.encoder = nn.Conv2d(3, 12, 4, 4)
+        self.decoder = nn.Conv2d(12, 6, 1)
+        self.head = nn.Conv2d(6, classes, 1)
+
+    def forward(self, x): return self.head(self.decoder(self.encoder(x)))
+
+
+def own_segmenter(classes): # a network without a folder and without statistics of training images
+    torch.manual_seed(0)
+    return TorchSegmenter(OwnNet(len(classes)), classes, name='own', stride=4)
+
+
+@pytest.fixture
+def extended(): # a fresh Pack with one added segmenter
+    pack = Pack(trained_setup().home)
+    return pack.add('own', own_segmenter(pack.classes()))
+
+
+def test_added_segmenter_is_ranked_beside_the_others(extended, image, folder):
+    assert extended.methods() == sorted([*METHODS, 'own']) and '3 methods' in repr(extended)
+    ranked = rank(image, extended, keep_masks=True).set_index('method')
+    assert set(ranked.index) == {*METHODS, 'own'} and ranked.predicted.between(0, 1).all()
+    expected = extended.segmenter('own')(torch.as_tensor(image)[None]).mask[0].numpy()
+    assert np.array_equal(ranked['mask']['own'], expected)
+    rows, _ = recommend(folder, extended)
+    assert rows.groupby('path').method.nunique().eq(3).all()
+
+
+def test_added_segmenter_is_scored_alone(extended, image):
+    alone = score(image, 'own', pack=extended, other_methods=False)
+    assert 0 < alone < 1 and alone == rank(image, extended, methods=['own']).predicted[0]
+
+
+def test_added_segmenter_stays_in_its_pack_object(extended, image):
+    assert Pack(extended.folder).methods() == METHODS
+    others = rank(image, extended, methods=METHODS)
+    assert others.equals(rank(image, Pack(extended.folder)))
+
+
+def test_another_class_table_is_refused(pack):
+    classes = pack.classes()
+    for wrong in (classes[:-1], classes[::-1], (*classes, 'more')):
+        with pytest.raises(Incompatible) as e: pack.add('own', own_segmenter(wrong))
+        assert "cannot add 'own' to synth_town" in e.value.what
+        assert ', '.join(wrong) in e.value.found and ', '.join(classes) in e.value.found
+        assert 'in this order' in e.value.todo
+    assert pack.methods() == METHODS
+
+
+def test_a_second_segmenter_of_a_name_needs_replace(extended):
+    other = own_segmenter(extended.classes())
+    for name in ('own', 'pspnet'):
+        with pytest.raises(Incompatible, match=f'{name}.*replace=True'): extended.add(name, other)
+        extended.add(name, other, replace=True)
+        assert extended.segmenter(name) is other
+    assert extended.methods() == sorted([*METHODS, 'own'])
+
+
+def test_added_segmenter_belongs_to_one_dataset(tmp_path):
+    networks = pack_with(tmp_path).config['networks']['synth_town']
+    pack = pack_with(tmp_path, networks=dict(here=networks, there=networks))
+    own = own_segmenter(pack.classes('here'))
+    with pytest.raises(Incompatible, match='here, there'): pack.add('own', own)
+    with pytest.raises(KeyError, match='mean here'): pack.add('own', own, 'hree')
+    pack.add('own', own, 'here')
+    assert 'own' in pack.methods('here') and 'own' not in pack.methods('there')
+    with pytest.raises(KeyError, match='no method for there'): pack.segmenter('own', 'there')
 
 
 # ---------------------------------------------------------------- scores
 
 def test_rank_is_sorted_and_label_free(pack, image):
-    told = rank(image, pack, keep_masks=True)
-    assert (
-        sorted(told.method) == METHODS
-        and told.predicted.is_monotonic_decreasing
-        and told.predicted.between(0, 1).all()
-    )
-    assert (
-        told['mask'].iloc[0].shape == (64, 64)
-        and not {'oa', 'n_valid', 'confusion'} & set(told)
-        and {'conf', 'agree_mean'} <= set(told)
-    )
-    assert 'mask' not in rank(image, pack) and rank(image, pack, chosen=['pspnet']).method.tolist() == [
-        'pspnet'
-    ]
+    ranked = rank(image, pack, keep_masks=True)
+    assert sorted(ranked.method) == METHODS
+    assert ranked.predicted.is_monotonic_decreasing and ranked.predicted.between(0, 1).all()
+    assert ranked['mask'].iloc[0].shape == (64, 64)
+    assert not {'oa', 'n_valid', 'confusion'} & set(ranked) and {'conf', 'agree_mean'} <= set(ranked)
+    assert 'mask' not in rank(image, pack)
+    assert rank(image, pack, methods=['pspnet']).method.tolist() == ['pspnet']
 
 
 def test_score_is_the_prediction_of_the_ranking(pack, image, tmp_path):
-    helped = score(image, 'pspnet', pack=pack)
+    compared = score(image, 'pspnet', pack=pack)
     alone = score(image, 'pspnet', pack=pack, other_methods=False)
-    assert isinstance(helped, float) and 0 < helped < 1 and 0 < alone < 1
-    assert (
-        helped == rank(image, pack).set_index('method').predicted['pspnet']
-        and alone == rank(image, pack, chosen=['pspnet']).predicted[0]
-    )
-    Image.fromarray((image.transpose(1, 2, 0) * 255).round().astype(np.uint8)).save(tmp_path/'x.png')
-    for same in (tmp_path/'x.png', str(tmp_path/'x.png'), Image.open(tmp_path/'x.png'), image.transpose(1, 2, 0)):
-        assert score(same, 'pspnet', pack=trained_setup().home) == helped
+    assert isinstance(compared, float) and 0 < compared < 1 and 0 < alone < 1
+    assert compared == rank(image, pack).set_index('method').predicted['pspnet']
+    assert alone == rank(image, pack, methods=['pspnet']).predicted[0]
+    path = tmp_path/'x.png'
+    pixels = image.transpose(1, 2, 0)
+    Image.fromarray((pixels * 255).round().astype(np.uint8)).save(path)
+    for same in (path, str(path), Image.open(path), pixels):
+        assert score(same, 'pspnet', pack=trained_setup().home) == compared
 
 
 @pytest.mark.parametrize('size', [(64, 64), (16, 16), (37, 50), (90, 33)])
@@ -185,9 +254,9 @@ def test_flat_images_are_scored(value, pack):
 
 
 def test_too_small_image_is_named(pack, tmp_path):
-    Image.new('RGB', (40, 8)).save(tmp_path/'subsample.png')
-    with pytest.raises(BadImage, match='subsample.png.*40x8 pixels, expected at least 16'):
-        score(tmp_path/'subsample.png', 'pspnet', pack=pack)
+    Image.new('RGB', (40, 8)).save(tmp_path/'small.png')
+    with pytest.raises(BadImage, match='small.png.*40x8 pixels, expected at least 16'):
+        score(tmp_path/'small.png', 'pspnet', pack=pack)
     with pytest.raises(BadImage, match='this image'): rank(np.zeros((8, 40, 3), np.uint8), pack)
 
 
@@ -199,16 +268,12 @@ def test_no_such_image(pack, tmp_path):
 
 def test_folder_is_ranked_image_by_image(pack, folder):
     rows, skipped = recommend(folder, pack)
-    assert (
-        list(rows) == ['path', 'method', 'predicted', 'recommended']
-        and list(skipped) == ['path', 'reason']
-        and skipped.empty
-    )
+    assert list(rows) == ['path', 'method', 'predicted', 'recommended']
+    assert list(skipped) == ['path', 'reason'] and skipped.empty
     assert rows.path.unique().tolist() == ['a.jpg', 'b.png', 'deep/c.TIF'] and len(rows) == 6
-    assert (
-        rows.groupby('path').recommended.sum().eq(1).all()
-        and (rows[rows.recommended].predicted.to_numpy() == rows.groupby('path').predicted.max()).all()
-    )
+    assert rows.groupby('path').recommended.sum().eq(1).all()
+    best = rows.groupby('path').predicted.max()
+    assert (rows[rows.recommended].predicted.to_numpy() == best).all()
 
 
 def test_unusable_files_are_skipped_with_a_reason(pack, folder):
@@ -218,10 +283,8 @@ def test_unusable_files_are_skipped_with_a_reason(pack, folder):
     Image.new('RGB', (8, 8)).save(folder/'tiny.png')
     Image.fromarray(np.full((64, 64), 60000, np.uint16)).save(folder/'deep16.png')
     rows, skipped = recommend(folder, pack)
-    assert (
-        set(skipped.path) == {'torn.png', 'empty.jpg', 'page.tif', 'tiny.png', 'deep16.png'}
-        and rows.path.nunique() == 3
-    )
+    assert set(skipped.path) == {'torn.png', 'empty.jpg', 'page.tif', 'tiny.png', 'deep16.png'}
+    assert rows.path.nunique() == 3
     assert all(path in reason for path, reason in zip(skipped.path, skipped.reason))
 
 
@@ -233,6 +296,24 @@ def test_nothing_usable(pack, tmp_path):
     assert '.png' in SUFFIXES
 
 
-def test_no_labelling_network_sees_the_truth(pack, image):
-    "A ranking of an image and of its copy under another name is the same."
-    assert rank(image, pack).equals(rank(image.copy(), pack))
+def test_a_mask_beside_the_image_does_not_matter(pack, tmp_path):
+    "A tile of a dataset folder, whose mask lies beside it, ranks like a copy elsewhere and like its pixels."
+    setup = trained_setup()
+    tile = setup.tiles.iloc[0]
+    path = setup.home/'town'/tile.path
+    copy = tmp_path/'copy.png'
+    copy.write_bytes(path.read_bytes())
+    expected = rank(read_image(tile), pack)
+    assert rank(path, pack).equals(expected) and rank(copy, pack).equals(expected)
+
+
+def test_no_label_reaches_the_quality_model(pack, image, monkeypatch):
+    inputs = []
+    def record_inputs(table, semantic, intermediate, grid):
+        inputs.append((table, grid))
+        return np.linspace(0, 1, len(table))
+    monkeypatch.setattr(pack, 'predict', record_inputs)
+    rank(image, pack)
+    table, grid = inputs[0]
+    assert (table.n_valid == 0).all() and table[['oa', 'miou', 'mf1']].isna().all(axis=None)
+    assert (grid.truth == 255).all() and grid.truth.shape == (16, 16)

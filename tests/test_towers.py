@@ -1,5 +1,5 @@
-"""Towers: patches against a loop-written reference, tokens against the pooled sentence, texts of 248 tokens."""
-import copy, math
+"""Towers: patches against a reference in loops, tokens against the pooled sentence, texts of 248 tokens."""
+import copy, itertools, math
 
 import numpy as np
 import open_clip
@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from rssqa.clip.checkpoints import lengthen
 from rssqa.core import Incompatible, UnknownName
-from rssqa.clip.encoders import _net
-from rssqa.clip.towers import DENSE_MODES, dense_map, long_clip, positions, text_pool, text_tokens
+from rssqa.clip.encoders import build_net
+from rssqa.clip.towers import DENSE_MODES, dense_map, long_clip, positions, read_text, text_pool, text_tokens
 
 VISION = dict(image_size=32, patch_size=8, width=32, head_width=16, layers=2)
 TEXT = dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=2)
@@ -21,8 +21,8 @@ RESNET = dict(image_size=64, layers=[1, 1, 1, 1], width=8, patch_size=None)
 
 def random_net(block='custom', seed=0, **changes):
     torch.manual_seed(seed)
-    net = _net(CFG | changes, block)
-    for p in net.parameters(): p.add_(0.1 * torch.randn_like(p))
+    net = build_net(CFG | changes, block)
+    for parameter in net.parameters(): parameter.add_(0.1 * torch.randn_like(parameter))
     return net
 
 
@@ -30,13 +30,12 @@ def random_net(block='custom', seed=0, **changes):
 def x(): return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-# patches --------------------------------------------------------------------------------------------------------------
+# patches ------------------------------------------------------------
 
 def norm(x, ln): # layer norm of one vector, by hand
     x = np.asarray(x, np.float64)
-    return (x - x.mean()) / math.sqrt(
-        x.var() + ln.eps
-    ) * ln.weight.double().numpy() + ln.bias.double().numpy()
+    standardised = (x - x.mean()) / math.sqrt(x.var() + ln.eps)
+    return standardised * ln.weight.double().numpy() + ln.bias.double().numpy()
 
 
 def softmax(a):
@@ -44,48 +43,62 @@ def softmax(a):
     return e / e.sum()
 
 
-def reference(visual, x, mode): # (N,D,h,w), by loops over images, heads and positions
-    state = {k: v.double().numpy() for k, v in visual.transformer.resblocks[-1].state_dict().items()}
-    block = visual.transformer.resblocks[-1]
-    before = visual._embeds(x)
-    for b in list(visual.transformer.resblocks)[:-1]: before = b(before)
-    n, length, width = before.shape
+def attend(t, a, b): # attention of position t: softmax of a[t] · b[j] / √d over j
+    d = len(a[t])
+    return softmax(np.array([a[t] @ b[j] for j in range(len(b))]) / math.sqrt(d))
+
+
+def attention_weights(mode, t, q, k, v): # weights of position t over all positions, the formulas of the table
+    if mode == 'vanilla': return attend(t, q, k)
+    if mode == 'maskclip': return np.eye(len(v))[t]
+    if mode == 'clearclip': return attend(t, q, q)
+    if mode == 'sclip': return attend(t, q, q) + attend(t, k, k)
+    return attend(t, q, q) + attend(t, k, k) + attend(t, v, v)
+
+
+def attention(block, rows, t, mode): # output of the attention of one block at position t, head by head
+    state = {name: value.double().numpy() for name, value in block.state_dict().items()}
+    qkv = [state['attn.in_proj_weight'] @ norm(row, block.ln_1) + state['attn.in_proj_bias'] for row in rows]
     heads = block.attn.num_heads
-    d = width // block.attn.num_heads
-    out = np.zeros((n, 16, *visual.grid_size))
-    act = (
-        torch.nn.functional.gelu
-        if type(block.mlp.gelu).__name__ == 'GELU'
-        else (lambda v: v * torch.sigmoid(1.702 * v))
-    )
-    for i in range(n):
+    width = len(rows[0])
+    d = width // heads
+    mixed = []
+    for head in range(heads):
+        parts = []
+        for part in range(3):
+            start = part * width + head * d
+            parts.append([vector[start : start + d] for vector in qkv])
+        weights = attention_weights(mode, t, *parts)
+        mixed.append(sum(weight * value for weight, value in zip(weights, parts[2])))
+    return state['attn.out_proj.weight'] @ np.concatenate(mixed) + state['attn.out_proj.bias']
+
+
+def activate(block, hidden): # the activation of a block's MLP
+    if type(block.mlp.gelu).__name__ == 'GELU': return F.gelu(torch.from_numpy(hidden)).numpy()
+    return hidden / (1 + np.exp(-1.702 * hidden))
+
+
+def mlp(block, y): # the MLP of one block for one vector
+    state = {name: value.double().numpy() for name, value in block.state_dict().items()}
+    hidden = state['mlp.c_fc.weight'] @ norm(y, block.ln_2) + state['mlp.c_fc.bias']
+    return state['mlp.c_proj.weight'] @ activate(block, hidden) + state['mlp.c_proj.bias']
+
+
+def reference(visual, x, mode): # (N,D,h,w), by loops over images, positions and heads
+    *earlier, block = visual.transformer.resblocks
+    before = visual._embeds(x)
+    for b in earlier: before = b(before)
+    projection = visual.proj.double().numpy()
+    out = np.zeros((len(x), projection.shape[1], *visual.grid_size))
+    for i in range(len(x)):
         rows = before[i].double().numpy()
-        qkv = [state['attn.in_proj_weight'] @ norm(r, block.ln_1) + state['attn.in_proj_bias'] for r in rows]
-        for t in range(1, length):
-            mixed = []
-            for h in range(heads):
-                q, k, v = (
-                    [p[part * width + h * d : part * width + (h + 1) * d] for p in qkv] for part in range(3)
-                )
-                def attend(a, b):
-                    return softmax(np.array([a[t] @ b[j] for j in range(length)]) / math.sqrt(d))
-                weights = dict(
-                    vanilla=lambda: attend(q, k),
-                    maskclip=lambda: np.eye(length)[t],
-                    clearclip=lambda: attend(q, q),
-                    sclip=lambda: attend(q, q) + attend(k, k),
-                    segearth=lambda: attend(q, q) + attend(k, k) + attend(v, v),
-                )[mode]()
-                mixed.append(sum(w * row for w, row in zip(weights, v)))
-            y = state['attn.out_proj.weight'] @ np.concatenate(mixed) + state['attn.out_proj.bias']
+        for t in range(1, len(rows)):
+            y = attention(block, rows, t, mode)
             if mode in ('vanilla', 'sclip'):
                 y = y + rows[t]
-                hidden = act(
-                    torch.from_numpy(state['mlp.c_fc.weight'] @ norm(y, block.ln_2) + state['mlp.c_fc.bias'])
-                ).numpy()
-                y = y + state['mlp.c_proj.weight'] @ hidden + state['mlp.c_proj.bias']
+                y = y + mlp(block, y)
             row, column = divmod(t - 1, visual.grid_size[1])
-            out[i, :, row, column] = norm(y, visual.ln_post) @ visual.proj.double().numpy()
+            out[i, :, row, column] = norm(y, visual.ln_post) @ projection
     return out
 
 
@@ -97,36 +110,37 @@ def test_every_mode_is_the_formula(mode, block, quick, x):
 
 
 def test_modes_differ(x):
-    maps = [F.normalize(dense_map(random_net().visual, x, m), dim=1) for m in DENSE_MODES]
-    assert min((a - b).abs().max().item() for i, a in enumerate(maps) for b in maps[:i]) > 0.01
+    maps = [F.normalize(dense_map(random_net().visual, x, mode), dim=1) for mode in DENSE_MODES]
+    for a, b in itertools.combinations(maps, 2): assert (a - b).abs().max() > 0.01
 
 
 @pytest.mark.parametrize('mode', DENSE_MODES)
-def test_the_picture_vector_does_not_change(mode, x):
+def test_the_image_vector_does_not_change(mode, x):
     net = random_net()
     before = net.encode_image(x)
     weights = {k: v.clone() for k, v in net.state_dict().items()}
     dense_map(net.visual, x, mode)
-    assert torch.equal(net.encode_image(x), before) and all(
-        torch.equal(v, weights[k]) for k, v in net.state_dict().items()
-    )
+    assert torch.equal(net.encode_image(x), before)
+    assert all(torch.equal(v, weights[k]) for k, v in net.state_dict().items())
 
 
 def test_vanilla_is_open_clips_own_last_map(x):
     visual = random_net().visual
-    own = visual.forward_intermediates(x, indices=1, normalize_intermediates=True)['image_intermediates'][0]
-    assert torch.allclose(dense_map(visual, x, project=False), own, atol=1e-5)
-    assert torch.allclose(dense_map(visual, x), torch.einsum('nchw,cd->ndhw', own, visual.proj), atol=1e-5)
+    out = visual.forward_intermediates(x, indices=1, normalize_intermediates=True)
+    last = out['image_intermediates'][0]
+    assert torch.allclose(dense_map(visual, x, project=False), last, atol=1e-5)
+    assert torch.allclose(dense_map(visual, x), torch.einsum('nchw,cd->ndhw', last, visual.proj), atol=1e-5)
 
 
 @pytest.mark.parametrize('mode', DENSE_MODES)
-def test_a_transposed_picture_gives_a_transposed_map(mode, x):
+def test_a_transposed_image_gives_a_transposed_map(mode, x):
     visual = random_net().visual
     visual.positional_embedding.zero_()
     visual.conv1.weight.add_(visual.conv1.weight.transpose(2, 3).clone())
     one = dense_map(visual, x, mode)
     other = dense_map(visual, x.transpose(2, 3), mode)
-    assert torch.allclose(other, one.transpose(2, 3), atol=1e-5) and not torch.allclose(other, one, atol=1e-3)
+    assert torch.allclose(other, one.transpose(2, 3), atol=1e-5)
+    assert not torch.allclose(other, one, atol=1e-3)
 
 
 def test_a_mark_shows_where_it_is(x):
@@ -139,9 +153,9 @@ def test_a_mark_shows_where_it_is(x):
 
 def test_the_dense_branch_ignores_the_last_mlp(x):
     net = random_net()
-    kept = {m: dense_map(net.visual, x, m) for m in DENSE_MODES}
+    before = {mode: dense_map(net.visual, x, mode) for mode in DENSE_MODES}
     net.visual.transformer.resblocks[-1].mlp.c_fc.weight.mul_(3)
-    changed = {m for m in DENSE_MODES if not torch.equal(kept[m], dense_map(net.visual, x, m))}
+    changed = {mode for mode in DENSE_MODES if not torch.equal(before[mode], dense_map(net.visual, x, mode))}
     assert changed == {'vanilla', 'sclip'}
 
 
@@ -163,37 +177,54 @@ def test_a_resnet_projects_its_values():
     assert maps.shape == (2, 16, 2, 2) and torch.allclose(maps[1, :, 0, 1], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize('vision, mode, found', [(MOBILE, 'sclip', 'convolutional'), (RESNET, 'vanilla', "mode='maskclip'"), (RESNET, 'segearth', 'convolutional'),
-                                                 (VISION | dict(attentional_pool=True, attn_pooler_heads=2), 'clearclip', 'learned queries')])
+POOLED_BY_QUERIES = VISION | dict(attentional_pool=True, attn_pooler_heads=2)
+
+
+@pytest.mark.parametrize('vision, mode, found', [
+    (MOBILE, 'sclip', 'convolutional'),
+    (RESNET, 'vanilla', "mode='maskclip'"),
+    (RESNET, 'segearth', 'convolutional'),
+    (POOLED_BY_QUERIES, 'clearclip', 'learned queries'),
+])
 def test_what_a_tower_cannot_give_is_refused(vision, mode, found):
     side = vision['image_size']
     with pytest.raises(Incompatible, match=found):
         dense_map(random_net(vision_cfg=vision).visual, torch.randn(1, 3, side, side), mode)
 
 
-def test_timm_transformers_and_unknown_modes_are_refused(x):
-    vit = random_net(
-        vision_cfg=dict(
-            timm_model_name='vit_tiny_patch16_224', timm_pool='avg', timm_proj='linear', image_size=224
-        )
-    ).visual
-    with pytest.raises(Incompatible, match='transformer of timm'): dense_map(vit, torch.randn(1, 3, 224, 224))
+@pytest.mark.parametrize('mode', ['vanilla', 'segearth'])
+def test_timm_transformers_are_refused(mode):
+    vision = dict(timm_model_name='vit_tiny_patch16_224', timm_pool='avg', timm_proj='linear', image_size=224)
+    visual = random_net(vision_cfg=vision).visual
+    with pytest.raises(Incompatible, match='transformer of timm'):
+        dense_map(visual, torch.randn(1, 3, 224, 224), mode)
+
+
+def test_unknown_modes_are_refused(x):
     with pytest.raises(UnknownName, match='segearth'): dense_map(random_net().visual, x, 'seg-earth')
 
 
-# tokens ---------------------------------------------------------------------------------------------------------------
+# tokens ------------------------------------------------------------
 
 WORDS = ['a harbour with many boats', 'forest', 'a ' * 100]
 
 
-@pytest.mark.parametrize('changes', [{}, dict(custom_text=True), dict(custom_text=True, text_cfg=TEXT | dict(pool_type='eos', eos_id=49407)), dict(text_cfg=TEXT | dict(proj_bias=True))],
-                         ids=['clip', 'custom', 'eos', 'bias'])
+EOS_TEXT = TEXT | dict(pool_type='eos', eos_id=49407)
+
+
+@pytest.mark.parametrize('changes', [
+    pytest.param({}, id='clip'),
+    pytest.param(dict(custom_text=True), id='custom'),
+    pytest.param(dict(custom_text=True, text_cfg=EOS_TEXT), id='eos'),
+    pytest.param(dict(text_cfg=TEXT | dict(proj_bias=True)), id='bias'),
+])
 def test_pooling_the_tokens_gives_the_sentence(changes):
     net = random_net(**changes)
     tokens = open_clip.get_tokenizer('ViT-B-32')(WORDS)
     features, mask = text_tokens(net, tokens)
     assert features.shape == (3, 77, 16) and mask.sum(1).tolist() == [7, 3, 77]
     assert torch.allclose(text_pool(net, features, mask), net.encode_text(tokens), atol=1e-5)
+    assert torch.allclose(read_text(net, tokens), net.encode_text(tokens), atol=1e-5)
 
 
 def test_towers_with_other_pooling_keep_their_mask_and_refuse_the_last_position():
@@ -205,17 +236,22 @@ def test_towers_with_other_pooling_keep_their_mask_and_refuse_the_last_position(
 
 
 def test_words_after_a_token_do_not_reach_it():
-    "A text tower of CLIP looks back only."
+    "A text tower of CLIP is causal."
     net = random_net()
     tokenizer = open_clip.get_tokenizer('ViT-B-32')
-    one, other = (text_tokens(net, tokenizer([t]))[0][0] for t in ('a town by a river', 'a town by a forest'))
-    assert torch.allclose(one[:5], other[:5], atol=1e-6) and not torch.allclose(one[5], other[5], atol=1e-3)
+    river, _ = text_tokens(net, tokenizer(['a town by a river']))
+    forest, _ = text_tokens(net, tokenizer(['a town by a forest']))
+    assert torch.allclose(river[0, :5], forest[0, :5], atol=1e-6)
+    assert not torch.allclose(river[0, 5], forest[0, 5], atol=1e-3)
 
 
-# 248 tokens -----------------------------------------------------------------------------------------------------------
+# 248 tokens ------------------------------------------------------------
+
+def text_config(length): return CFG | dict(text_cfg=TEXT | dict(context_length=length))
+
 
 def long_net(state, length=248):
-    net = long_clip()(**CFG | dict(text_cfg=TEXT | dict(context_length=length))).eval().requires_grad_(False)
+    net = long_clip()(**text_config(length)).eval().requires_grad_(False)
     net.load_state_dict(state)
     return net
 
@@ -229,28 +265,31 @@ def test_a_long_clip_goes_there_and_back(tmp_path):
     assert isinstance(long_net(again), open_clip.CLIP) and list(again)[:1] == ['positional_embedding']
 
 
-def test_short_sentences_keep_their_vector_and_long_ones_are_read():
+def test_short_sentences_keep_their_vector():
     net = random_net()
     long = long_net(lengthen(net.state_dict()))
-    tokenizer = open_clip.get_tokenizer('ViT-B-32', context_length=248)
     words = ['forest', 'a harbour with many boats beside a road and a row of houses']
-    assert torch.allclose(
-        long.encode_text(tokenizer(words)),
-        net.encode_text(open_clip.get_tokenizer('ViT-B-32')(words)),
-        atol=1e-5,
-    )
-    ends = [' '.join(['road'] * 120 + [end]) for end in ('forest', 'harbour')]
-    assert F.cosine_similarity(*(long.encode_text(tokenizer([t])) for t in ends)).item() < 0.9999
-    assert torch.equal(*(net.encode_text(open_clip.get_tokenizer('ViT-B-32')([t])) for t in ends))
+    expected = net.encode_text(open_clip.get_tokenizer('ViT-B-32')(words))
+    tokens = open_clip.get_tokenizer('ViT-B-32', context_length=248)(words)
+    assert torch.allclose(long.encode_text(tokens), expected, atol=1e-5)
+
+
+def test_long_sentences_are_read_to_their_end():
+    net = random_net()
+    long = long_net(lengthen(net.state_dict()))
+    texts = [' '.join(['road'] * 120 + [end]) for end in ('forest', 'harbour')]
+    forest, harbour = long.encode_text(open_clip.get_tokenizer('ViT-B-32', context_length=248)(texts))
+    assert F.cosine_similarity(forest, harbour, dim=0) < 0.9999
+    forest, harbour = net.encode_text(open_clip.get_tokenizer('ViT-B-32')(texts))
+    assert torch.equal(forest, harbour)
 
 
 def test_the_formula_of_the_two_tables():
     state = lengthen(random_net().state_dict())
     state['positional_embedding_res'] = torch.randn(248, 16)
     table = positions(long_net(state))
-    assert torch.equal(table[:20], state['positional_embedding'][:20]) and torch.equal(
-        table[20:], state['positional_embedding_res'][20:]
-    )
+    assert torch.equal(table[:20], state['positional_embedding'][:20])
+    assert torch.equal(table[20:], state['positional_embedding_res'][20:])
 
 
 def test_the_long_tower_reads_like_a_stock_tower_with_the_same_table():
@@ -258,28 +297,24 @@ def test_the_long_tower_reads_like_a_stock_tower_with_the_same_table():
     state = lengthen(random_net().state_dict())
     state['positional_embedding_res'] = state['positional_embedding_res'] + torch.randn(248, 16)
     long = long_net(state)
-    stock = (
-        open_clip.CLIP(**CFG | dict(text_cfg=TEXT | dict(context_length=248))).eval().requires_grad_(False)
-    )
-    stock.load_state_dict(
-        {k: v for k, v in state.items() if k not in ('positional_embedding_res', 'mask1', 'mask2')}
-        | dict(positional_embedding=positions(long))
-    )
+    stock = open_clip.CLIP(**text_config(248)).eval().requires_grad_(False)
+    new_names = ('positional_embedding_res', 'mask1', 'mask2')
+    folded = {name: value for name, value in state.items() if name not in new_names}
+    stock.load_state_dict(folded | dict(positional_embedding=positions(long)))
     tokens = open_clip.get_tokenizer('ViT-B-32', context_length=248)(WORDS)
-    assert torch.allclose(long.encode_text(tokens), stock.encode_text(tokens), atol=1e-5)
-    assert torch.allclose(long.encode_text(tokens, normalize=True).norm(dim=1), torch.ones(3))
+    expected = stock.encode_text(tokens)
+    assert torch.allclose(long.encode_text(tokens), expected, atol=1e-5)
+    assert torch.allclose(long.encode_text(tokens, normalize=True), F.normalize(expected, dim=1), atol=1e-5)
     features, mask = text_tokens(long, tokens)
-    assert mask.sum(1).tolist() == [7, 3, 102] and torch.allclose(
-        text_pool(long, features, mask), long.encode_text(tokens), atol=1e-6
-    )
+    assert mask.sum(1).tolist() == [7, 3, 102]
+    assert torch.allclose(text_pool(long, features, mask), long.encode_text(tokens), atol=1e-6)
 
 
-def test_paths_that_know_one_table_only_are_closed():
+def test_open_clip_paths_that_know_one_table_only_are_closed():
     long = long_net(lengthen(random_net().state_dict()))
     tokens = open_clip.get_tokenizer('ViT-B-32', context_length=248)(['forest'])
+    image = torch.randn(1, 3, 32, 32)
     with pytest.raises(Incompatible, match='one position table'): long.forward_intermediates(text=tokens)
-    assert (
-        'image_features' in long.forward_intermediates(image=torch.randn(1, 3, 32, 32))
-        and len(long(torch.randn(1, 3, 32, 32), tokens)) == 3
-    )
+    assert 'image_features' in long.forward_intermediates(image=image)
+    assert len(long(image, tokens)) == 3
     assert copy.deepcopy(long).encode_text(tokens).shape == (1, 16)

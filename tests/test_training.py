@@ -8,23 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rssqa.core import DataNotFound, Incompatible, LeakError, Problem, read_json, write_json
-from rssqa.data.datasets import folder_spec, folds, scan
+from rssqa.data.datasets import folder_spec, scan
 from rssqa.segment.methods import training
+from rssqa.data.splits import calibration_rows
 from rssqa.segment.methods.training import (
-    Recipe,
-    _batch,
-    _hold_out,
-    _loss,
-    _Pixels,
-    cross_fit,
-    encoder_file,
-    full_weights,
-    load_segmenter,
-    model_folder,
-    small_copies,
-    small_weights,
-    train,
-    train_joint,
+    Recipe, _batch, _loss, _Pixels, cross_fit, encoder_file, full_weights, load_segmenter,
+    model_folder, small_copies, small_weights, train, train_joint,
 )
 from rssqa.data.synthetic import write_scenes
 from trained import METHODS, RECIPE, trained_setup
@@ -37,7 +26,9 @@ def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for
 
 
 @pytest.fixture(scope='module')
-def tiles(): return (t := trained_setup().tiles)[t.fold == 0]
+def tiles():
+    tiles = trained_setup().tiles
+    return tiles[tiles.fold == 0]
 
 
 @pytest.fixture(scope='module')
@@ -49,22 +40,19 @@ def whole(tiles, tmp_path_factory):
 def test_killed_and_resumed_gives_the_same_weights(kills, whole, tiles, tmp_path, monkeypatch):
     monkeypatch.setattr(training, 'CHECKPOINT_SECONDS', -1)
     for n in kills:
-        seen = []
-        def tick(done):
-            seen.append(done)
-            if sum(seen) >= n: raise KeyboardInterrupt
+        finished = []
+        def tick(steps):
+            finished.append(steps)
+            if sum(finished) >= n: raise KeyboardInterrupt
         with pytest.raises(KeyboardInterrupt):
             train('pspnet', tiles, trained_setup().spec, tmp_path, SHORT, tick=tick)
         assert not list(tmp_path.rglob('config.json'))
-    seen = []
-    folder = train('pspnet', tiles, trained_setup().spec, tmp_path, SHORT, tick=seen.append)
-    # it went on, and counted what was done before
-    assert seen[0] == max(kills) - 1 and sum(seen) == SHORT.steps
+    finished = []
+    folder = train('pspnet', tiles, trained_setup().spec, tmp_path, SHORT, tick=finished.append)
+    assert finished[0] == max(kills) - 1 and sum(finished) == SHORT.steps   # counts what was done before
     assert folder.name == whole.name and equal(weights(folder), weights(whole))
-    assert (
-        read_json(folder / 'config.json') == read_json(whole / 'config.json')
-        and not (folder / 'checkpoint.pt').exists()
-    )
+    assert read_json(folder / 'config.json') == read_json(whole / 'config.json')
+    assert not (folder / 'checkpoint.pt').exists()
 
 
 def test_killed_without_a_checkpoint_starts_again(whole, tiles, tmp_path):
@@ -77,27 +65,29 @@ def test_killed_without_a_checkpoint_starts_again(whole, tiles, tmp_path):
 
 def test_finished_network_is_not_trained_again(whole, tiles):
     before = (whole/'model.safetensors').stat().st_mtime_ns
-    seen = []
-    assert train('pspnet', tiles, trained_setup().spec, whole.parents[1], SHORT, tick=seen.append) == whole
-    assert seen == [SHORT.steps] and (whole/'model.safetensors').stat().st_mtime_ns == before
+    finished = []
+    again = train('pspnet', tiles, trained_setup().spec, whole.parents[1], SHORT, tick=finished.append)
+    assert again == whole and finished == [SHORT.steps]
+    assert (whole/'model.safetensors').stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize('change', [dict(steps=6), dict(lr=1e-3), dict(seed=1), dict(crop=32), dict(holdout=0.3), dict(preset='tiny'), dict(weight_decay=0.0), dict(batch=3), dict(encoder_lr=0.1)])
-def test_another_recipe_gets_another_folder(change, tiles):
-    from dataclasses import replace
-    assert model_folder('out', 'pspnet', 'd', 0, replace(SHORT, **change), tiles) != model_folder(
-        'out', 'pspnet', 'd', 0, SHORT, tiles
-    )
+CHANGES = dict(
+    steps=6, lr=1e-3, seed=1, crop=32, holdout=0.3, preset='tiny', weight_decay=0.0, batch=3, encoder_lr=0.1,
+)
+
+
+@pytest.mark.parametrize('setting', CHANGES)
+def test_another_recipe_gets_another_folder(setting, tiles):
+    changed = replace(SHORT, **{setting: CHANGES[setting]})
+    folders = [model_folder('out', 'pspnet', 'd', 0, recipe, tiles) for recipe in (SHORT, changed)]
+    assert folders[0] != folders[1]
 
 
 def test_folder_depends_on_tiles_and_not_on_their_order(tiles):
-    name = model_folder('out', 'pspnet', 'd', 0, SHORT, tiles)
-    assert (
-        name
-        == model_folder('out', 'pspnet', 'd', 0, SHORT, tiles[::-1])
-        != model_folder('out', 'pspnet', 'd', 0, SHORT, tiles[1:])
-    )
-    assert name != model_folder('out', 'pspnet', 'd', 1, SHORT, tiles)
+    def name(tiles, fold=0): return model_folder('out', 'pspnet', 'd', fold, SHORT, tiles)
+    assert name(tiles) == name(tiles[::-1])
+    assert name(tiles) != name(tiles[1:])
+    assert name(tiles) != name(tiles, fold=1)
 
 
 def test_weights_of_the_encoder_are_part_of_the_name(tiles, tmp_path):
@@ -115,18 +105,15 @@ def test_weights_of_the_encoder_are_part_of_the_name(tiles, tmp_path):
 
 
 def test_missing_folder_of_encoder_weights_is_a_clear_error(tiles, tmp_path):
-    with pytest.raises(DataNotFound) as e:
-        train(
-            'pspnet',
-            tiles,
-            trained_setup().spec,
-            tmp_path,
-            Recipe('nano', encoder_weights=str(tmp_path / 'nowhere')),
-        )
+    recipe = Recipe('nano', encoder_weights=str(tmp_path/'nowhere'))
+    with pytest.raises(DataNotFound) as e: train('pspnet', tiles, trained_setup().spec, tmp_path, recipe)
     assert 'nowhere' in e.value.what and e.value.found and 'safetensors' in e.value.todo
 
 
-@pytest.mark.parametrize('method, recipe, near', [('pspnett', SHORT, 'pspnet'), ('pspnet', Recipe('nanno'), 'nano')])
+TYPOS = [('pspnett', SHORT, 'pspnet'), ('pspnet', Recipe('nanno'), 'nano')]
+
+
+@pytest.mark.parametrize('method, recipe, near', TYPOS)
 def test_typos_get_suggestions(method, recipe, near, tiles, tmp_path):
     with pytest.raises(KeyError, match=f'mean {near}'):
         train(method, tiles, trained_setup().spec, tmp_path, recipe)
@@ -145,13 +132,13 @@ def test_round_trip_keeps_numbers(whole):
     segmenter = load_segmenter(whole)
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert segmenter.fingerprint == segmenter.config['fingerprint'] and segmenter.temperature > 0
-    assert segmenter.reference.shape == (2, 2 * sum(segmenter.channels)) and torch.equal(
-        segmenter(x).logits, load_segmenter(whole)(x).logits
-    )
+    assert segmenter.reference.shape == (2, 2 * sum(segmenter.channels))
+    assert torch.equal(segmenter(x).logits, load_segmenter(whole)(x).logits)
 
 
 def test_tampered_weights_are_refused(whole, tmp_path):
-    state = weights(bad := copy(whole, tmp_path/'bad'))
+    bad = copy(whole, tmp_path/'bad')
+    state = weights(bad)
     key = next(k for k in state if state[k].is_floating_point())
     state[key].view(-1)[0] += 1e-3
     save_file(state, bad/'model.safetensors')
@@ -166,8 +153,10 @@ def test_changed_temperature_is_refused(whole, tmp_path):
 
 @pytest.mark.parametrize('cut', [0, 5, 0.5])
 def test_torn_weights_are_refused(cut, whole, tmp_path):
-    data = ((bad := copy(whole, tmp_path/'bad'))/'model.safetensors').read_bytes()
-    (bad/'model.safetensors').write_bytes(data[:int(cut * len(data)) if cut < 1 else cut])
+    bad = copy(whole, tmp_path/'bad')
+    data = (bad/'model.safetensors').read_bytes()
+    size = int(cut * len(data)) if cut < 1 else cut
+    (bad/'model.safetensors').write_bytes(data[:size])
     with pytest.raises(Problem, match='bad'): load_segmenter(bad)
 
 
@@ -187,59 +176,59 @@ def test_no_network_labels_a_scene_it_learned_from():
     w = trained_setup()
     assert len(w.networks) == 2 * len(METHODS)
     for net in w.networks.itertuples():
-        mine = w.tiles[w.tiles.fold == net.fold]
-        assert set(net.scenes) == set(w.tiles.scene) - set(mine.scene) and len(mine)
-    assert (
-        (w.networks.temperature > 0).all()
-        and w.networks.holdout_oa.between(0, 1).all()
-        and w.networks.fingerprint.is_unique
-    )
+        left_out = w.tiles[w.tiles.fold == net.fold]
+        assert len(left_out) and set(net.scenes) == set(w.tiles.scene) - set(left_out.scene)
+    assert (w.networks.temperature > 0).all()
+    assert w.networks.holdout_oa.between(0, 1).all()
+    assert w.networks.fingerprint.is_unique
 
 
 def tiles_of(counts):
-    return pd.DataFrame([dict(scene=f's{i}') for i, n in enumerate(counts) for _ in range(n)])
+    names = [f's{i}' for i in range(len(counts))]
+    return pd.DataFrame(dict(scene=np.repeat(names, counts).astype(object)))
+
+
+SCENE_SIZES = [
+    ([4] * 30, 'scenes'), ([1, 2, 3, 4, 5, 6] * 4, 'scenes'), ([200, 200], 'tiles'), ([300], 'tiles'),
+    ([500, 500, 500], 'tiles'),
+]
 
 
 @pytest.mark.parametrize('seed', range(6))
-@pytest.mark.parametrize('counts, kind', [([4] * 30, 'scenes'), ([1, 2, 3, 4, 5, 6] * 4, 'scenes'), ([200, 200], 'tiles'), ([300], 'tiles'), ([500, 500, 500], 'tiles')])
+@pytest.mark.parametrize('counts, kind', SCENE_SIZES)
 def test_holdout(counts, kind, seed):
     tiles = tiles_of(counts)
-    held, found = _hold_out(tiles, 0.12, seed)
-    assert found == kind and 0.05 < held.mean() < 0.25 and held.index.equals(tiles.index)
-    if kind == 'scenes': assert not set(tiles.scene[held]) & set(tiles.scene[~held])
-    assert held.equals(_hold_out(tiles, 0.12, seed)[0])
+    held_out, found = calibration_rows(tiles, 0.12, seed)
+    assert found == kind and 0.05 < held_out.mean() < 0.25 and held_out.index.equals(tiles.index)
+    if kind == 'scenes': assert not set(tiles.scene[held_out]) & set(tiles.scene[~held_out])
+    assert held_out.equals(calibration_rows(tiles, 0.12, seed)[0])
 
 
 @pytest.mark.parametrize('seed', range(20))
 @pytest.mark.parametrize('n', [1, 2, 3])
-def test_holdout_never_takes_all_tiles(n, seed): assert not _hold_out(tiles_of([n]), 0.5, seed)[0].all()
+def test_holdout_never_takes_all_tiles(n, seed): assert not calibration_rows(tiles_of([n]), 0.5, seed)[0].all()
 
 
 def test_networks_train_without_the_holdout(tiles, tmp_path, monkeypatch):
-    seen, build = [], training._Pixels
-    monkeypatch.setattr(
-        training, '_Pixels', lambda part, spec: seen.append(set(part.image_id)) or build(part, spec)
-    )
-    folder = train(
-        'pspnet',
-        tiles,
-        trained_setup().spec,
-        tmp_path,
-        Recipe('nano', steps=1, batch=2, crop=64, holdout=0.3),
-    )
-    learned, held = seen
-    assert learned and held and not learned & held and learned | held == set(tiles.image_id)
-    # a held-out scene has been seen as well: it must not be labelled
-    assert read_json(folder / 'config.json')['scenes'] == sorted(set(tiles.scene))
+    images = []
+    read = training._Pixels
+    def record(part, spec):
+        images.append(set(part.image_id))
+        return read(part, spec)
+    monkeypatch.setattr(training, '_Pixels', record)
+    recipe = Recipe('nano', steps=1, batch=2, crop=64, holdout=0.3)
+    folder = train('pspnet', tiles, trained_setup().spec, tmp_path, recipe)
+    learned, held_out = images
+    assert learned and held_out and not learned & held_out
+    assert learned | held_out == set(tiles.image_id)
+    # the temperature was fitted on held-out scenes: they count as learned from
+    assert read_json(folder/'config.json')['scenes'] == sorted(set(tiles.scene))
 
 
 def test_few_scenes_fall_back_to_tiles_and_say_so(tiles, tmp_path):
     two = tiles[tiles.scene.isin(tiles.scene.unique()[:2])]
-    config = read_json(
-        train('pspnet', two, trained_setup().spec, tmp_path, Recipe('nano', steps=1, batch=2, crop=64))
-        / 'config.json'
-    )
-    assert config['holdout'] == 'tiles'
+    folder = train('pspnet', two, trained_setup().spec, tmp_path, Recipe('nano', steps=1, batch=2, crop=64))
+    assert read_json(folder/'config.json')['holdout'] == 'tiles'
 
 
 def test_cross_fit_needs_folds():
@@ -271,13 +260,9 @@ def test_batches_depend_on_the_step_alone(tiles):
     again = _batch(pixels, 3, recipe)
     other = _batch(pixels, 4, recipe)
     assert torch.equal(x, again[0]) and torch.equal(y, again[1]) and not torch.equal(x, other[0])
-    assert (
-        x.shape == (2, 3, 64, 64)
-        and y.shape == (2, 64, 64)
-        and 0 <= x.min()
-        and x.max() <= 1
-        and y.dtype == torch.int64
-    )
+    assert x.shape == (2, 3, 64, 64) and y.shape == (2, 64, 64)
+    assert 0 <= x.min() and x.max() <= 1
+    assert y.dtype == torch.int64
     assert set(y.unique().tolist()) <= {*range(len(trained_setup().spec.classes)), 255}
 
 
@@ -285,14 +270,13 @@ def test_image_and_mask_are_moved_together():
     mask = np.random.default_rng(0).integers(0, 2, (4, 4)).astype(np.uint8).repeat(32, 0).repeat(32, 1)
     x, y, _ = _batch([[(np.stack([mask * 255] * 3), mask)]], 0, Recipe(batch=24, crop=64))
     for image, truth in zip(x.mean(1), y):
-        if truth.float().mean().clamp(0.1, 0.9) == truth.float().mean():                # both classes are in the crop
-            # what differs is the interpolated edge
-            assert np.corrcoef(image.ravel(), truth.ravel())[0, 1] > 0.9
+        if 0.1 <= truth.float().mean() <= 0.9:              # both classes are in the crop
+            assert np.corrcoef(image.ravel(), truth.ravel())[0, 1] > 0.9    # the edge is interpolated
 
 
 @pytest.mark.parametrize('zoom', [0., 1.25, 1.5, 3.])
-def test_zoom_bounds_the_size_of_what_is_seen(zoom):
-    ramp = np.tile(np.arange(256, dtype=np.uint8), (256, 1))             # brightness says where a column was
+def test_zoom_bounds_the_size_of_the_region_shown(zoom):
+    ramp = np.tile(np.arange(256, dtype=np.uint8), (256, 1))      # brightness is the number of the column
     recipe = Recipe(batch=1, crop=64, zoom=zoom)
     for seed in range(20):
         torch.manual_seed(seed)
@@ -300,26 +284,27 @@ def test_zoom_bounds_the_size_of_what_is_seen(zoom):
         assert x.shape == (3, 64, 64) and y.shape == (64, 64)
         if zoom:  # columns or rows shown, aspect up to 1.25
             assert 64 / zoom * 0.7 < int(y.max()) - int(y.min()) + 1 < 64 * zoom * 1.3
-    scale = training._augment(64, zoom, 256.).transforms[0].scale
-    assert scale == ((0.35, 1.0) if not zoom else ((64 / zoom / 256)**2, min(1, (64 * zoom / 256)**2)))
+    expected = ((64 / zoom / 256)**2, min(1, (64 * zoom / 256)**2)) if zoom else (0.35, 1.0)
+    assert training._augment(64, zoom, 256.).transforms[0].scale == expected
 
 
 def test_joint_batches_draw_from_all_datasets():
-    flat = lambda v: [(np.full((3, 64, 64), v, np.uint8), np.full((64, 64), v, np.uint8))]
-    x, y, which = _batch([flat(0), flat(1) * 9], 5, Recipe(batch=64, crop=32))
-    assert set(which.tolist()) == {0, 1} and all((y[i] == d).all() for i, d in enumerate(which.tolist()))
-    assert 0.5 < which.float().mean() < 0.95                              # by the root of the sizes: 3/4
+    def constant_tiles(v): return [(np.full((3, 64, 64), v, np.uint8), np.full((64, 64), v, np.uint8))]
+    x, y, dataset = _batch([constant_tiles(0), constant_tiles(1) * 9], 5, Recipe(batch=64, crop=32))
+    assert set(dataset.tolist()) == {0, 1}
+    assert (y == dataset[:, None, None]).all()
+    assert 0.5 < dataset.float().mean() < 0.95              # by the root of the sizes: 3/4
 
 
-def test_joint_loss_judges_each_crop_on_its_own_logits():
+def test_joint_loss_of_each_crop_uses_the_logits_of_its_dataset():
     slices = [slice(0, 2), slice(2, 5)]
     logits = torch.randn(4, 5, 8, 8, requires_grad=True)
     y = torch.randint(2, (4, 8, 8))
-    which = torch.tensor([0, 1, 0, 1])
-    training._joint_loss(logits, y, which, slices).backward()
+    dataset = torch.tensor([0, 1, 0, 1])
+    training._joint_loss(logits, y, dataset, slices).backward()
     used = logits.grad.abs().sum((2, 3)) > 0
-    assert used.tolist() == [[d == 0] * 2 + [d == 1] * 3 for d in which.tolist()]
-    alone = training._joint_loss(logits[:1], y[:1], which[:1], slices)
+    assert used.tolist() == [[d == 0] * 2 + [d == 1] * 3 for d in dataset.tolist()]
+    alone = training._joint_loss(logits[:1], y[:1], dataset[:1], slices)
     assert torch.allclose(alone, _loss(logits[:1, :2], y[:1]))
 
 
@@ -343,12 +328,11 @@ def test_joint_networks_stand_alone_and_are_cross_fitted(tmp_path):
     assert len(networks) == 8 and networks.fingerprint.is_unique and set(networks.dataset) == set(specs)
     for net in networks.itertuples():
         seg = load_segmenter(net.folder)
-        mine = tiles[tiles.dataset == net.dataset]
-        assert seg.classes == tuple(specs[net.dataset].classes) and seg(
-            torch.zeros(1, 3, 64, 64)
-        ).logits.shape[1] == len(seg.classes)
+        left_out = tiles[(tiles.dataset == net.dataset) & (tiles.fold == net.fold)]
+        assert seg.classes == tuple(specs[net.dataset].classes)
+        assert seg(torch.zeros(1, 3, 64, 64)).logits.shape[1] == len(seg.classes)
         assert seg.reference.shape == (2, 2 * sum(seg.channels)) and seg.config['learned_from'] == list(specs)
-        assert not set(net.scenes) & set(mine[mine.fold == net.fold].scene.astype(str))
+        assert not set(net.scenes) & set(left_out.scene.astype(str))
     again = cross_fit(
         tiles, specs, tmp_path, ['unet', 'logcan'], replace(SHORT, steps=2), workers=1, joint=True
     )
@@ -365,11 +349,8 @@ def test_rounding_costs_half_a_step_of_each_channel(shape, size):
     stored = small_weights(dict(w=w))
     again = full_weights(stored)['w']
     step = w.abs().flatten(1).amax(1).view(-1, *[1] * (w.ndim - 1)) / 127
-    assert (
-        stored['w'].dtype == torch.int8
-        and ((again - w).abs() <= step / 2 + 1e-5 * size).all()
-        and not again[0].any()
-    )
+    assert stored['w'].dtype == torch.int8
+    assert ((again - w).abs() <= step / 2 + 1e-5 * size).all() and not again[0].any()
 
 
 def test_small_tensors_and_counters_stay_as_they_are(whole):
@@ -389,18 +370,15 @@ def test_copies_of_a_joint_network_share_their_weights_and_refuse_others(tmp_pat
     tiles, specs = two_sets()
     folders = train_joint('unet', tiles, specs, tmp_path/'nets', replace(SHORT, steps=2))
     copies = small_copies(folders, tmp_path/'pack')
-    assert [p.name for p in (tmp_path / 'pack' / 'weights').iterdir()] == ['unet.safetensors'] and len(
-        copies
-    ) == 2
+    assert [p.name for p in (tmp_path / 'pack' / 'weights').iterdir()] == ['unet.safetensors']
+    assert len(copies) == 2
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for folder, copied in zip(folders, copies):
         one = load_segmenter(folder)
         two = load_segmenter(copied)
-        assert (
-            two.classes == one.classes
-            and torch.allclose(one(x).logits, two(x).logits, atol=0.2)
-            and torch.equal(one.reference, two.reference)
-        )
+        assert two.classes == one.classes
+        assert torch.allclose(one(x).logits, two(x).logits, atol=0.2)
+        assert torch.equal(one.reference, two.reference)
     stored = load_file(tmp_path/'pack'/'weights'/'unet.safetensors')
     name = next(k for k, v in stored.items() if v.dtype == torch.int8)
     stored[name].view(-1)[0] += 1
@@ -421,15 +399,26 @@ def test_loss_ignores_unlabelled_pixels():
     y[:, :4] = 255
     other = logits.clone()
     other[:, :, :4] += torch.randn(1, 3, 4, 8) * 3
+    assert _loss(logits, y) > 0.1
     assert torch.allclose(_loss(logits, y), _loss(other, y), atol=1e-5)
 
 
-def blank(tmp_path, which):
+def test_loss_with_unlabelled_pixels_equals_that_of_the_labelled_half():
+    logits = torch.randn(2, 3, 8, 8)
+    y = torch.randint(3, (2, 8, 8))
+    half_labelled = y.clone()
+    half_labelled[:, :4] = 255
+    loss = _loss(logits, half_labelled)
+    assert loss > 0.1
+    assert torch.allclose(loss, _loss(logits[:, :, 4:], y[:, 4:]), atol=1e-5)
+
+
+def blank(tmp_path, is_blank):
     "A small dataset in which the masks of some tiles are all ignored."
     from PIL import Image
     root = write_scenes(tmp_path/'town', 'town', scenes=3, size=64)
     for path in sorted((root/'masks').iterdir()):
-        if which(path.name):
+        if is_blank(path.name):
             im = Image.open(path)
             empty = Image.fromarray(np.full((im.height, im.width), 255, np.uint8))
             empty.putpalette(im.getpalette() + [0] * (768 - len(im.getpalette())))
@@ -469,10 +458,8 @@ def test_worker_processes_give_the_same_networks(tmp_path):
     w = trained_setup()
     networks = cross_fit(w.tiles, w.specs, tmp_path, ['pspnet'], RECIPE, workers=2)
     alone = w.networks[w.networks.method == 'pspnet']
-    assert (
-        networks.fingerprint.tolist() == alone.fingerprint.tolist()
-        and networks.holdout_oa.tolist() == alone.holdout_oa.tolist()
-    )
+    assert networks.fingerprint.tolist() == alone.fingerprint.tolist()
+    assert networks.holdout_oa.tolist() == alone.holdout_oa.tolist()
 
 
 @pytest.mark.slow

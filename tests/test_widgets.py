@@ -1,4 +1,4 @@
-"""What people choose and judge is kept: states without a browser, buttons through their clicks, faults explained."""
+"""Choices and ratings are kept: states without a browser, buttons through their clicks, errors explained."""
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,9 +6,10 @@ from PIL import Image
 
 import rssqa.viz.widgets as module
 from rssqa.core import BadImage, DataNotFound, Incompatible, SchemaError, UnknownName
-from rssqa.viz.widgets import PairReviewer, Recommender, example_review, marked, read_table, write_table
-from rssqa.quality.recommend import Pack
 from rssqa.data.synthetic import scene
+from rssqa.quality.recommend import Pack
+from rssqa.viz.explorer import write_table
+from rssqa.viz.widgets import PairReviewer, Recommender, example_review, marked, read_table
 from test_degradation import small_pack
 
 
@@ -16,33 +17,37 @@ from test_degradation import small_pack
 def pack(): return Pack(small_pack(), 'cpu')
 
 
+def save_scene(scene_type, path):
+    rgb = scene(scene_type, 3, 64).image.transpose(1, 2, 0)
+    Image.fromarray((rgb * 255).astype(np.uint8)).save(path)
+
+
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path/'in'/'sub').mkdir(parents=True)
-    for name, look in (('a.png', 'town'), ('sub/b.png', 'flood')):
-        Image.fromarray((scene(look, 3, 64).image.transpose(1, 2, 0) * 255).astype(np.uint8)).save(
-            tmp_path / 'in' / name
-        )
-    (tmp_path/'in'/'c.png').write_text('<html>')
-    return tmp_path/'in'
+    home = tmp_path/'in'
+    (home/'sub').mkdir(parents=True)
+    save_scene('town', home/'a.png')
+    save_scene('flood', home/'sub'/'b.png')
+    (home/'c.png').write_text('<html>')
+    return home
 
+
+# ---------------------------------------------------------------- recommender
 
 def test_a_folder_is_ranked_chosen_and_exported(pack, folder, tmp_path):
     r = Recommender(folder, pack)
     assert r.names == ['a.png', 'c.png', 'sub/b.png'] and len(r.table()) == 0
-    ticks = []
-    t = r.rank_all(lambda n, of: ticks.append((n, of)))
-    assert list(t.image) == ['a.png', 'sub/b.png'] and ticks[-1] == (3, 3) and list(r.problems) == ['c.png']
-    worse = r.ranked('a.png').method[1]
-    r.choose(worse, 'a.png')
+    reports = []
+    table = r.rank_all(lambda n, of: reports.append((n, of)))
+    assert list(table.image) == ['a.png', 'sub/b.png']
+    assert reports[-1] == (3, 3) and list(r.problems) == ['c.png']
+    ranking = r.ranked('a.png')
+    r.choose(ranking.method[1], 'a.png')
     for name in ('t.csv', 't.parquet'):
         back = read_table(r.export(tmp_path/name))
-        assert (
-            back.chosen[0] == worse
-            and back.by.tolist() == ['person', 'recommendation']
-            and back.recommended[0] == r.ranked('a.png').method[0]
-        )
-        assert float(back.predicted[0]) == pytest.approx(r.ranked('a.png').predicted[1])
+        assert back.chosen[0] == ranking.method[1] and back.recommended[0] == ranking.method[0]
+        assert back.by.tolist() == ['person', 'recommendation']
+        assert float(back.predicted[0]) == pytest.approx(ranking.predicted[1])
 
 
 def test_each_image_is_ranked_once(pack, monkeypatch):
@@ -55,10 +60,11 @@ def test_each_image_is_ranked_once(pack, monkeypatch):
     assert len(calls) == 1
 
 
-def test_recommender_explains_faults(pack, folder, tmp_path):
+def test_recommender_explains_errors(pack, folder, tmp_path):
     (tmp_path/'empty').mkdir()
-    for images, words in ((tmp_path/'no', 'no folder'), (tmp_path/'empty', 'no image in'), ([], 'no image was given')):
-        with pytest.raises(DataNotFound, match=words): Recommender(images, pack)
+    with pytest.raises(DataNotFound, match='no folder'): Recommender(tmp_path/'no', pack)
+    with pytest.raises(DataNotFound, match='no image in'): Recommender(tmp_path/'empty', pack)
+    with pytest.raises(DataNotFound, match='no image was given'): Recommender([], pack)
     r = Recommender(None, pack)
     with pytest.raises(DataNotFound, match='Open a folder'): r.ranked()
     with pytest.raises(DataNotFound, match='nothing to export'): r.export(tmp_path/'t.csv')
@@ -70,134 +76,180 @@ def test_recommender_explains_faults(pack, folder, tmp_path):
     with pytest.raises(Incompatible, match='.csv or .parquet'): r.export(tmp_path/'t.xlsx')
 
 
+def is_cleared(view): return (view.maps.children, view.numbers.value, view.choice.options) == ((), '', ())
+
+
+def pictures(view): return [box.children[0].value for box in view.maps.children]
+
+
 def test_the_recommender_view(pack, folder, tmp_path):
     view = Recommender(None, pack).view()
-    assert 'press Open' in view.said.value and view.next.disabled and view.all.disabled and view.save.disabled
+    assert 'press Open' in view.message.value
+    assert view.next.disabled and view.all.disabled and view.save.disabled
     view.folder.value = str(tmp_path/'no')
     view.opener.click()
-    assert 'no folder' in view.said.value
+    assert 'no folder' in view.message.value
     view.folder.value = str(folder)
     view.opener.click()
-    assert (
-        view.said.value == ''
-        and view.place.value == '1 of 3'
-        and len(view.maps.children) == 3
-        and view.back.disabled
-    )
+    assert view.message.value == '' and view.position.value == '1 of 3'
+    assert len(view.maps.children) == 3 and view.back.disabled
     other = view.choice.options[1]
     view.choice.value = other
-    assert view.state.chosen == {'a.png': other} and 'person' in view.picks.value
+    assert view.state.chosen == {'a.png': other} and 'person' in view.choices.value
     view.next.click()
-    assert 'c.png' in view.said.value and view.maps.children == () and view.choice.options == ()
+    assert 'c.png' in view.message.value and is_cleared(view)
     view.which.value = 'sub/b.png'
-    assert (
-        view.next.disabled
-        and view.choice.value == view.state.ranked().method[0]
-        and view.state.chosen == {'a.png': other}
-    )
+    assert view.next.disabled and view.message.value == ''
+    assert view.choice.value == view.state.ranked().method[0]
+    assert view.state.chosen == {'a.png': other}
     view.back.click()
     view.back.click()
     assert view.choice.value == other
     view.all.click()
     view.path.value = str(tmp_path/'t.csv')
     view.save.click()
-    assert (
-        len(read_table(tmp_path / 't.csv')) == 2
-        and '2 rows' in view.saved.value
-        and '1 could not be read' in view.picks.value
-    )
+    assert len(read_table(tmp_path/'t.csv')) == 2 and '2 rows' in view.saved.value
+    assert '1 could not be read' in view.choices.value
     view.path.value = str(tmp_path/'t.xlsx')
     view.save.click()
     assert '.csv or .parquet' in view.saved.value
+
+
+def watch_screen(view) -> list:
+    "Record what is on the screen whenever the name or number of the image changes."
+    screens = []
+
+    def record(change): screens.append((view.which.value, pictures(view), view.numbers.value))
+
+    view.which.observe(record, 'value')
+    view.position.observe(record, 'value')
+    return screens
+
+
+@pytest.mark.parametrize('error', [None, BadImage('cannot read it', '', 'x'), RuntimeError('out of memory')],
+                         ids=['slow', 'bad image', 'unforeseen error'])
+def test_nothing_of_the_previous_image_is_shown_under_the_next_name(pack, monkeypatch, error):
+    scenes = {name: scene(name, 2, 64).image for name in ('town', 'flood')}
+    view = Recommender(scenes, pack).view()
+    first = pictures(view)
+    numbers = view.numbers.value
+    real = module.rank
+    during = [] # what one sees while the next image is ranked
+
+    def slow_rank(*args, **options):
+        during.append((view.which.value, is_cleared(view), 'segmenting' in view.position.value))
+        if error: raise error
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, 'rank', slow_rank)
+    screens = watch_screen(view)
+    view.next.click()
+    assert during == [('flood', True, True)]
+    # whatever appeared beside the new name was not of the old image
+    assert screens
+    for name, images, text in screens:
+        if name == 'flood': assert not set(images) & set(first) and text != numbers
+    assert view.position.value == '2 of 2'
+    if error:
+        assert is_cleared(view) and view.message.value and str(error).split('.')[0] in view.message.value
+    else:
+        assert len(pictures(view)) == 3 and pictures(view)[0] != first[0] and view.message.value == ''
+    # back to the first image, which was ranked already
+    view.back.click()
+    assert pictures(view) == first and view.numbers.value == numbers and view.message.value == ''
+
+
+def test_another_folder_with_the_same_names_shows_its_own_images(pack, tmp_path):
+    for folder, scene_type in (('one', 'town'), ('two', 'flood')):
+        (tmp_path/folder).mkdir()
+        save_scene(scene_type, tmp_path/folder/'a.png')
+    view = Recommender(tmp_path/'one', pack).view()
+    first = pictures(view)
+    view.folder.value = str(tmp_path/'two')
+    view.opener.click()
+    assert view.which.value == 'a.png' and pictures(view)[0] != first[0]
 
 
 def test_predictions_may_be_missing(pack, monkeypatch):
     real = module.rank
     monkeypatch.setattr(module, 'rank', lambda *a, **k: real(*a, **k).assign(predicted=np.nan))
     view = Recommender([scene('town', 1, 64).image], pack).view()
-    assert (
-        'no prediction' in view.numbers.value
-        and 'no interval: no prediction' in view.numbers.value
-        and '–' in view.picks.value
-    )
+    assert 'no prediction' in view.numbers.value and 'no interval: no prediction' in view.numbers.value
+    assert '–' in view.choices.value
 
+
+# ---------------------------------------------------------------- pair reviewer
 
 @pytest.mark.parametrize('suffix', ['.csv', '.parquet'])
-def test_verdicts_are_saved_and_resumed(tmp_path, suffix):
+def test_ratings_are_saved_and_resumed(tmp_path, suffix):
     review, images = example_review()
     path = tmp_path/f'v{suffix}'
     p = PairReviewer(review, path, images)
-    for rating in ('right', 'wrong', 'skip', 'right'): p.judge(rating)
+    for rating in ('right', 'wrong', 'skip', 'right'): p.rate(rating)
     # the order of the table may change
     q = PairReviewer(review.sample(8, random_state=1), path, images)
-    assert (
-        q.left == 4
-        and q.review.set_index('pair').rating.to_dict() == p.review.set_index('pair').rating.to_dict()
-        and q.review.skipped.sum() == 1
-    )
-    while q.current is not None: q.judge('right')
-    assert q.left == 0 and q.agreement().judged.sum() == 7
-    with pytest.raises(SchemaError, match='no pair left'): q.judge('right')
-    # a skipped pair can be judged after all
-    q.at = int(np.flatnonzero(q.review.skipped)[0])
-    q.judge('wrong')
+    def by_pair(reviewer): return reviewer.review.set_index('pair').rating.to_dict()
+    assert q.remaining == 4 and by_pair(q) == by_pair(p) and q.review.skipped.sum() == 1
+    while q.current is not None: q.rate('right')
+    assert q.remaining == 0 and q.rating_accuracy().judged.sum() == 7
+    with pytest.raises(SchemaError, match='no pair left'): q.rate('right')
+    # a skipped pair can be rated after all
+    q.index = int(np.flatnonzero(q.review.skipped)[0])
+    q.rate('wrong')
     assert not q.review.skipped.any() and (read_table(path).rating != '').all()
 
 
-def test_a_failed_save_takes_the_verdict_back(tmp_path, monkeypatch):
+def test_a_failed_save_takes_the_rating_back(tmp_path, monkeypatch):
     review, images = example_review()
     p = PairReviewer(review, tmp_path/'v.csv', images)
     view = p.view()
-    p.judge('right')
-    kept = (tmp_path/'v.csv').read_bytes()
-    monkeypatch.setattr(module, 'write_table', lambda *a: (_ for _ in ()).throw(OSError('disk full')))
+    p.rate('right')
+    saved = (tmp_path/'v.csv').read_bytes()
+
+    def full_disk(*args): raise OSError('disk full')
+
+    monkeypatch.setattr(module, 'write_table', full_disk)
     view.buttons['wrong'].click()
-    assert (
-        'disk full' in view.said.value
-        and p.at == 1
-        and p.review.rating[1] == ''
-        and (tmp_path / 'v.csv').read_bytes() == kept
-    )
+    assert 'disk full' in view.message.value
+    assert p.index == 1 and p.review.rating[1] == '' and (tmp_path/'v.csv').read_bytes() == saved
 
 
-def test_reviewer_explains_faults(tmp_path):
+def test_reviewer_explains_errors(tmp_path):
     review, _ = example_review()
     with pytest.raises(SchemaError, match='no column before'): PairReviewer(review.drop(columns='before'))
     with pytest.raises(SchemaError, match='appears twice'): PairReviewer(pd.concat([review, review]))
     write_table(review.assign(pair=review.pair + 'x'), tmp_path/'v.csv')
     with pytest.raises(Incompatible, match='other pairs'): PairReviewer(review, tmp_path/'v.csv')
-    with pytest.raises(UnknownName, match='right'): PairReviewer(review).judge('rigt')
+    with pytest.raises(UnknownName, match='right'): PairReviewer(review).rate('rigt')
     assert 'no pair in this table' in PairReviewer(review.head(0)).view().text.value
+
+
+def send_key(view, key): # as the browser sends it
+    data = dict(method='custom', content=dict(key=key))
+    view.keyboard._handle_msg(dict(content=dict(data=data), buffers=[]))
 
 
 def test_the_reviewer_view(tmp_path):
     review, images = example_review()
-    view = PairReviewer(
-        review.assign(after=review.after.where(review.index != 1, '')),
-        tmp_path / 'v.csv',
-        images | {review.key[2]: str(tmp_path / 'gone.png')},
-    ).view()
-    assert '0 judged, 0 skipped, 8 left' in view.place.value and view.back.disabled
-    # as the browser sends it
-    view.keyboard._handle_msg(
-        dict(content=dict(data=dict(method='custom', content=dict(key='r'))), buffers=[])
-    )
-    assert (
-        view.state.review.rating[0] == 'right'
-        and 'the pair leaves' in view.text.value
-        and 'right so far' in view.shares.value
-    )
+    review = review.assign(after=review.after.where(review.index != 1, ''))
+    images = images | {review.key[2]: str(tmp_path/'gone.png')}
+    view = PairReviewer(review, tmp_path/'v.csv', images).view()
+    assert '0 rated, 0 skipped, 8 left' in view.position.value and view.back.disabled
+    send_key(view, 'r')
+    assert view.state.review.rating[0] == 'right'
+    assert 'the pair leaves' in view.text.value and 'right so far' in view.shares.value
+    send_key(view, 'x')
+    assert view.state.index == 1
     view.buttons['skip'].click()
-    assert 'gone.png' in view.said.value and view.picture.layout.display == 'none'
+    assert 'gone.png' in view.message.value and view.picture.layout.display == 'none'
     view.back.click()
     view.buttons['wrong'].click()
-    assert view.state.review.rating[1] == 'wrong' and view.state.at == 2
+    assert view.state.review.rating[1] == 'wrong' and view.state.index == 2
     for _ in range(6): view.press('r')
     assert 'All done' in view.text.value and all(b.disabled for b in view.buttons.values())
 
 
 def test_changes_are_marked_and_escaped():
-    assert marked('a <b> c', 'a c') == (
-        'a <del style="background:#fbe3e0">&lt;b&gt;</del> c',
-        'a c',
-    ) and marked('', '') == ('', '')
+    removed = '<del style="background:#fbe3e0">&lt;b&gt;</del>'
+    assert marked('a <b> c', 'a c') == (f'a {removed} c', 'a c')
+    assert marked('', '') == ('', '')

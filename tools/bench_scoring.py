@@ -1,4 +1,5 @@
-"""Compare ways to score one 512x512 mask: `uv run python tools/bench_scoring.py`. Ratios of one run carry over to other machines; milliseconds do not."""
+"""Compare ways to score one 512x512 mask: `uv run python tools/bench_scoring.py`. Ratios of one run carry
+over to other machines; milliseconds do not."""
 import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 

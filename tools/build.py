@@ -1,4 +1,5 @@
-"""Run, clean and export notebooks: `build.py nbs/11_data.datasets.ipynb …`. A `.py` in jupytext's percent format becomes its notebook first."""
+"""Run, clean and export notebooks: `build.py nbs/11_data.datasets.ipynb …`. A `.py` in jupytext's percent
+format becomes its notebook first."""
 import argparse, os, sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from nbdev.doclinks import _build_modidx
 from nbdev.export import nb_export
 
 sys.path.insert(0, str(Path(__file__).parent))
-from clean import ROOT, clean_nb, dumps, faults
+from clean import ROOT, dumps, faults
 
 FLAGS = ('slow', 'gpu', 'weights', 'real')
 
@@ -42,7 +43,8 @@ def execute(path: Path, flags: set) -> None:
     parked = {}
     for i, cell in enumerate(nb.cells):
         first = cell.source.split('\n', 3)[:3]
-        if cell.cell_type == 'code' and any(f'#| {f}' == line.strip() for f in FLAGS if f not in flags for line in first):
+        lines = {line.strip() for line in first}
+        if cell.cell_type == 'code' and lines & {f'#| {flag}' for flag in FLAGS if flag not in flags}:
             parked[i] = (cell.source, cell.outputs)
             cell.source = ''
     try:

@@ -1,4 +1,4 @@
-"""Clean notebooks for git: `clean.py [--check] [FILES]`. Keeps outputs, drops what would make noise or leak a machine."""
+"""Clean notebooks for git: `clean.py [--check] [FILES]`. Keeps outputs, drops noise and traces of a machine."""
 import argparse, base64, hashlib, io, re, sys
 from pathlib import Path
 

@@ -4,6 +4,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import nbformat
+from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).resolve().parents[1]
 DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
@@ -16,12 +17,20 @@ LINK = re.compile(r'\]\((?!\w+:|#|/)([^)\s]+)')
 def from_root(match: re.Match) -> str: return '](' + posixpath.normpath('nbs/' + match[1])
 
 
+def markdown_table(html: str) -> str:
+    "Turn the HTML of a DataFrame without its index into a Markdown table."
+    rows = [[part.get_text() for part in row(['th', 'td'])][1:] for row in BeautifulSoup(html, 'html.parser')('tr')]
+    lines = ['| ' + ' | '.join(row) + ' |' for row in rows]
+    return '\n'.join([lines[0], '|---' * len(rows[0]) + '|', *lines[1:]])
+
+
 def outputs(cell):
-    "Yield the text of a cell's outputs as Markdown."
+    "Yield the outputs of a cell as Markdown; pictures are left out."
     for out in cell.outputs:
         data = out.get('data', {})
         text = out.get('text') or data.get('text/plain', '')
         if 'text/markdown' in data: yield LINK.sub(from_root, data['text/markdown'].strip())
+        elif 'class="dataframe"' in data.get('text/html', ''): yield markdown_table(data['text/html'])
         elif text and not any(kind.startswith('image/') for kind in data):
             yield '\n'.join('    ' + line for line in text.rstrip().splitlines())
 

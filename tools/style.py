@@ -1,12 +1,11 @@
-"""Measure how easy code is to read: `uv run python tools/style.py [--beside | --modules | --words]`.
+"""Measure how easy code is to read: `uv run python tools/style.py [--beside | --modules]`.
 
 All `.py` files count except `_modidx.py` and `__init__.py`. Lines: those not blank. Function: from `def` to
 its last line, methods and nested ones too. Long: share of the lines over 120 characters. Tokens: code tokens
 on each line that has one; a string counts once, on its first line. Per 1,000 lines, blank ones too: `;`,
 comprehensions with another inside or with two `for`, lambdas, and tuples given to tuples (`a, b = x, y`)."""
-import argparse, ast, importlib.metadata, importlib.util, io, json, re, subprocess, sys
+import argparse, ast, importlib.metadata, importlib.util, io, re, subprocess, sys
 import tarfile, tempfile, tokenize, zipfile
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +18,6 @@ LAYOUT = 'COMMENT NL NEWLINE INDENT DEDENT ENCODING ENDMARKER'.split()          
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 RATES = ['`;`', 'nested comprehensions', 'lambdas', 'tuple assignments']        # counted per 1,000 lines
-
-READS_OLD_NAMES = ()     # the files, as 'rssqa/x.py', that may hold retired words to map old names
-SEARCHED = ('nbs', 'rssqa', 'tests', 'data/results')                            # so tools/ is not
-PASSED_OVER = re.compile(r'/(\.|__pycache__|_proc|_docs)|\.(png|jpg|parquet)$')
-RETIRED = re.compile('jury|juries|juror|witness|testimony|testimonies|verdict|convene', re.IGNORECASE)
-UNCLEAR = ('told', 'said', 'seen', 'held', 'lost', 'odd', 'mine', 'everyone')   # as names in code
-NAME_FIELDS = ('id', 'name', 'asname', 'arg', 'attr', 'rest')                   # where ast keeps names
-ENCODED = re.compile(r'[\w+/=]{70,}')                                           # pictures inside notebooks
-MAGIC = re.compile(r'^( *)[%!].*$', re.MULTILINE)
 
 
 def count_tokens(text: str) -> tuple:
@@ -154,67 +144,12 @@ def worst_modules(number: int = 15) -> list:
     return rows
 
 
-def texts_of(path: Path) -> list:
-    "List the texts of a file, its own name first: where, what, and whether it is code."
-    where = str(path.relative_to(ROOT))
-    text = path.read_text(encoding='utf-8', errors='replace')
-    if path.suffix != '.ipynb':
-        return [(where, where, False), (where, text, path.suffix == '.py')]
-    texts = [(where, where, False)]
-    for number, cell in enumerate(json.loads(text)['cells']):
-        source = ''.join(cell['source'])
-        output = json.dumps(cell.get('outputs', ''), ensure_ascii=False)
-        is_code = cell['cell_type'] == 'code' and not source.startswith('%%')
-        texts.append((f'{where} cell {number}', source, is_code))
-        texts.append((f'{where} output {number}', ENCODED.sub('', output), False))
-    return texts
-
-
-def names_in(code: str) -> list:
-    "List the unclear names of some code, each with its line."
-    found = []
-    for node in ast.walk(ast.parse(MAGIC.sub(r'\1pass', code))):
-        names = [getattr(node, field, None) for field in NAME_FIELDS]
-        found += [(name, node.lineno) for name in names if name in UNCLEAR]
-    return found
-
-
-def files_to_search() -> list:
-    "List the files in which no retired word and no unclear name should be."
-    files = []
-    for folder in SEARCHED:
-        for path in sorted((ROOT/folder).rglob('*')):
-            where = str(path.relative_to(ROOT))
-            if path.is_file() and where not in READS_OLD_NAMES and not PASSED_OVER.search('/' + where):
-                files.append(path)
-    return files
-
-
-def find_words() -> dict:
-    "Find every retired word and unclear name: word -> places."
-    places = defaultdict(list)
-    for path in files_to_search():
-        for where, text, is_code in texts_of(path):
-            for match in RETIRED.finditer(text):
-                line = text.count('\n', 0, match.start()) + 1
-                places[match.group().lower()].append(f'{where}:{line}')
-            for name, line in names_in(text) if is_code else []:
-                places[f'{name} (a name)'].append(f'{where}:{line}')
-    return places
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     what = parser.add_mutually_exclusive_group()
     what.add_argument('--beside', action='store_true', help='measure neighbouring packages too')
     what.add_argument('--modules', action='store_true', help='list our modules with the most tokens a line')
-    what.add_argument('--words', action='store_true', help='find retired words; exit 1 if there is one')
     args = parser.parse_args()
-    if args.words:
-        places = find_words()
-        for word in sorted(places, key=lambda word: -len(places[word])):
-            print(f'{word}: {len(places[word])}, first', ', '.join(places[word][:3]))
-        sys.exit(1 if places else 0)
     print_table(worst_modules() if args.modules else compare(NEIGHBOURS if args.beside else ()))
 
 

@@ -1,4 +1,5 @@
-"""Time the tutorials: `uv run python tools/time_tutorials.py` runs each in a fresh kernel, one after another, and writes data/results/tutorials.csv."""
+"""Time the tutorials: `uv run python tools/time_tutorials.py` runs each in a fresh kernel, one after
+another, and writes data/results/tutorials.csv."""
 import os, time
 from pathlib import Path
 
@@ -10,13 +11,14 @@ threads = os.environ.get('OMP_NUM_THREADS')
 # sets one thread; a reader's machine has all
 from build import FLAGS
 if threads is None: del os.environ['OMP_NUM_THREADS']
-from rssqa.bench.protocol import save_results
+from rssqa.provenance import save_results
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 60 # seconds
 
 
-def seconds(path: Path) -> float: # to run all cells that a reader's machine runs, imports and the start of the kernel included
+def seconds(path: Path) -> float:
+    "Time all cells that a reader's machine runs, imports and the start of the kernel included."
     nb = nbformat.read(path, as_version=4)
     nb.cells = [c for c in nb.cells if not any(f'#| {f}' in c.source[:60] for f in FLAGS)]
     start = time.perf_counter()

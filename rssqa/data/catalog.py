@@ -16,13 +16,18 @@ import numpy as np
 from ..core import DataNotFound
 from .datasets import IGNORE, Archive, ByColour, ById, DatasetSpec, pictures
 
-# %% ../../nbs/12_data.catalog.ipynb #0f4088f5
+# %% ../../nbs/12_data.catalog.ipynb #53161290
 _ISPRS = {'impervious_surface': (255, 255, 255), 'building': (0, 0, 255), 'low_vegetation': (0, 255, 255),
           'tree': (0, 255, 0), 'car': (255, 255, 0), 'clutter': (255, 0, 0)}
-_ISPRS_TERMS = dict(licence='on request from the ISPRS for research; must not be passed on',
+_ISPRS_TERMS = dict(
+    licence='on request from the ISPRS for research; must not be passed on',
     homepage='https://www.isprs.org/education/benchmarks/UrbanSemLab/default.aspx',
-    citation='ISPRS WG III/4, 2D Semantic Labeling Contest')
-_ISPRS_STEPS = 'Fill in the request form on the home page; you will be sent an address. Fetch {files}; unpack all in one folder.'
+    citation='ISPRS WG III/4, 2D Semantic Labeling Contest',
+)
+_ISPRS_STEPS = (
+    'Fill in the request form on the home page; you will be sent an address. '
+    'Fetch {files}; unpack all in one folder.'
+)
 _VAIHINGEN_ZIPS = (
     'ISPRS_semantic_labeling_Vaihingen.zip, ISPRS_semantic_labeling_Vaihingen_ground_truth_COMPLETE.zip and '
     'ISPRS_semantic_labeling_Vaihingen_ground_truth_eroded_COMPLETE.zip'
@@ -37,7 +42,7 @@ def snap(
     "Move every channel to its nearer end, which undoes lossy compression of ISPRS colours."
     return np.where(raw > 127, 255, 0).astype(np.uint8)
 
-# %% ../../nbs/12_data.catalog.ipynb #3a3ef878
+# %% ../../nbs/12_data.catalog.ipynb #97f5bc1c
 _VAIHINGEN = {
     'train': '1 3 5 7 11 13 15 17 21 23 26 28 30 32 34 37',
     'test': '2 4 6 8 10 12 14 16 20 22 24 27 29 31 33 35 38',
@@ -47,39 +52,48 @@ _POTSDAM = {'train': '2_10 2_11 2_12 3_10 3_11 3_12 4_10 4_11 4_12 5_10 5_11 5_1
             'test': '2_13 2_14 3_13 3_14 4_13 4_14 4_15 5_13 5_14 5_15 6_13 6_14 6_15 7_13'}
 
 
-def _vaihingen_file(path): # -> (tile, kind) or None
+def _parse_vaihingen(path): # -> (tile, 'image' | 'full' | 'eroded') or None
     hit = re.fullmatch(r'top_mosaic_09cm_area(\d+)(_noBoundary)?', path.stem)
-    return hit and (hit[1], 'eroded' if hit[2] else 'image' if path.parent.name == 'top' else 'full')
+    if not hit: return None
+    if hit[2]: return hit[1], 'eroded'
+    return hit[1], 'image' if path.parent.name == 'top' else 'full'
 
 
-def _potsdam_file(path):
+_POTSDAM_KINDS = {'RGB': 'image', 'label': 'full', 'label_noBoundary': 'eroded',
+                  'RGBIR': 'RGBIR', 'IRRG': 'IRRG'}
+
+
+def _parse_potsdam(path): # -> (tile, kind of file) or None
     hit = re.fullmatch(r'top_potsdam_(\d+_\d+)_(RGB|RGBIR|IRRG|label|label_noBoundary)', path.stem)
-    return hit and (
-        hit[1],
-        {'RGB': 'image', 'label': 'full', 'label_noBoundary': 'eroded'}.get(hit[2], hit[2]),
-    )
+    return hit and (hit[1], _POTSDAM_KINDS[hit[2]])
 
-# %% ../../nbs/12_data.catalog.ipynb #40036275
-def _find_isprs(root, tell, splits, labels='auto', faulty=()) -> Iterator[dict]:
-    files = {}
-    for path in sorted(root.rglob('top_*.tif')):
-        if hit := tell(path):
-            files.setdefault(hit[1], {}).setdefault(hit[0], path.relative_to(root).as_posix())
+# %% ../../nbs/12_data.catalog.ipynb #31335f1a
+def _find_isprs(root, parse, splits, labels='auto', faulty=()) -> Iterator[dict]:
+    files = _isprs_files(root, parse)
     images = files.get('image', {})
-    if not images and (other := files.keys() & {'RGBIR', 'IRRG'}):
-        raise DataNotFound(f'no RGB images of Potsdam in {root}', f'found only {" and ".join(sorted(other))}',
-                           'add 2_Ortho_RGB.zip')
-    masks = files.get(
-        'eroded' if labels == 'eroded' or labels == 'auto' and 'eroded' in files else 'full', {}
-    )
+    eroded = labels == 'eroded' or labels == 'auto' and 'eroded' in files
+    masks = files.get('eroded' if eroded else 'full', {})
     for split, tiles in splits.items():
         for tile in tiles.split():
             if tile not in images: continue
             if tile in faulty:
                 yield dict(path=images[tile], skip='labels known to be faulty')
                 continue
-            mask = masks.get(tile, None if split == 'test' else f'mask of {images[tile]}')
-            yield dict(path=images[tile], mask_path=mask, scene=tile, split=split)
+            missing = None if split == 'test' else f'mask of {images[tile]}'
+            yield dict(path=images[tile], mask_path=masks.get(tile, missing), scene=tile, split=split)
+
+
+def _isprs_files(root, parse): # {kind of file: {tile: path below the root}}
+    files = {}
+    for path in sorted(root.rglob('top_*.tif')):
+        if hit := parse(path):
+            tile, kind = hit
+            files.setdefault(kind, {}).setdefault(tile, path.relative_to(root).as_posix())
+    other = sorted(files.keys() & {'RGBIR', 'IRRG'})
+    if other and 'image' not in files:
+        raise DataNotFound(f'no RGB images of Potsdam in {root}', f'found only {" and ".join(other)}',
+                           'add 2_Ortho_RGB.zip')
+    return files
 
 
 def isprs(
@@ -89,52 +103,51 @@ def isprs(
 ) -> DatasetSpec:
     "Describe one of the two ISPRS cities; the registered ones use the defaults."
     infrared = city == 'vaihingen'
-    find = partial(
-        _find_isprs,
-        tell=_vaihingen_file if infrared else _potsdam_file,
-        splits=_VAIHINGEN if infrared else _POTSDAM,
-        labels=labels,
-        faulty=() if faulty or infrared else ('7_10',),
-    )
+    find = partial(_find_isprs, parse=_parse_vaihingen if infrared else _parse_potsdam,
+                   splits=_VAIHINGEN if infrared else _POTSDAM, labels=labels,
+                   faulty=() if faulty or infrared else ('7_10',))
+    lossy = (('top_potsdam_4_12_label*', snap), ('top_potsdam_6_7_label*', snap))
     return DatasetSpec(
-        city,
-        tuple(_ISPRS),
-        tuple(_ISPRS.values()),
-        find,
-        _isprs_decode,
-        0.09 if infrared else 0.05,
-        'IRRG' if infrared else 'RGB',
-        'top/top_mosaic_09cm_area1.tif' if infrared else '2_Ortho_RGB/top_potsdam_2_10_RGB.tif',
-        **_ISPRS_TERMS,
+        city, tuple(_ISPRS), tuple(_ISPRS.values()), find, _isprs_decode,
+        gsd_m=0.09 if infrared else 0.05,
+        bands='IRRG' if infrared else 'RGB',
+        layout='top/top_mosaic_09cm_area1.tif' if infrared else '2_Ortho_RGB/top_potsdam_2_10_RGB.tif',
         manual=_ISPRS_STEPS.format(files=_VAIHINGEN_ZIPS if infrared else _POTSDAM_ZIPS),
-        mend=() if infrared else (('top_potsdam_4_12_label*', snap), ('top_potsdam_6_7_label*', snap)),
+        mend=() if infrared else lossy,
+        **_ISPRS_TERMS,
     )
 
 
 vaihingen = isprs('vaihingen')
 potsdam = isprs('potsdam')
 
-# %% ../../nbs/12_data.catalog.ipynb #77c13170
-def _splits(root, names, find) -> Iterator[dict]:
+# %% ../../nbs/12_data.catalog.ipynb #47656e1e
+def _find_splits(root, names, find) -> Iterator[dict]: # names: {split: possible folder names}; find(folder, split)
     "Yield the entries of each split folder that exists, here or one folder down."
-    homes = [root, *sorted(p for p in root.iterdir() if p.is_dir())]
-    home = next((h for h in homes if any((h/n).is_dir() for ns in names.values() for n in ns)), root)
+    home = _home_of_splits(root, sum(names.values(), []))
     for split, options in names.items():
-        folder = next((home/n for n in options if (home/n).is_dir()), None)
+        folder = next((home/name for name in options if (home/name).is_dir()), None)
         if folder is None: continue
         entries = list(find(folder, split))
         if not entries:
             raise DataNotFound(f'split {split} is empty', f'found no images in {folder}',
                                'unpack the archive again, or remove the folder')
-        yield from (
-            {k: v.relative_to(root).as_posix() if isinstance(v, Path) else v for k, v in e.items()}
-            for e in entries
-        )
+        for entry in entries: yield _with_relative_paths(entry, root)
+
+
+def _home_of_splits(root, names): # the root, or the first folder below it that has one of the names
+    for home in (root, *sorted(p for p in root.iterdir() if p.is_dir())):
+        if any((home/name).is_dir() for name in names): return home
+    return root
+
+
+def _with_relative_paths(entry, root):
+    return {k: v.relative_to(root).as_posix() if isinstance(v, Path) else v for k, v in entry.items()}
 
 
 def _unless_hidden(mask, split): return mask if split != 'test' or mask.exists() else None
 
-# %% ../../nbs/12_data.catalog.ipynb #6edc4b3b
+# %% ../../nbs/12_data.catalog.ipynb #393db5f9
 _LOVEDA = {
     'background': (255, 255, 255),
     'building': (255, 0, 0),
@@ -146,37 +159,34 @@ _LOVEDA = {
 }
 
 
+_LOVEDA_FILES = 'https://zenodo.org/records/5706578/files'
+
+
 def _find_loveda(root):
     def find(folder, split):
         for domain in ('Urban', 'Rural'):
             for image in pictures(folder/domain/'images_png'):
                 mask = _unless_hidden(folder/domain/'masks_png'/image.name, split)
                 yield dict(path=image, mask_path=mask, scene=f'{domain.lower()}-{image.stem}', split=split)
-    return _splits(root, {'train': ['Train'], 'val': ['Val'], 'test': ['Test']}, find)
+    return _find_splits(root, {'train': ['Train'], 'val': ['Val'], 'test': ['Test']}, find)
 
 
 loveda = DatasetSpec(
-    'loveda',
-    tuple(_LOVEDA),
-    tuple(_LOVEDA.values()),
-    _find_loveda,
+    'loveda', tuple(_LOVEDA), tuple(_LOVEDA.values()), _find_loveda,
     ById(((0, IGNORE), *((i + 1, i) for i in range(7)))),
     gsd_m=0.3,
     layout='Train/Urban/images_png/1366.png',
     licence='CC BY-NC-SA 4.0, academic use only, commercial use prohibited; Google Earth terms apply',
     homepage='https://zenodo.org/records/5706578',
     citation='Wang et al., LoveDA, NeurIPS Datasets and Benchmarks 2021',
-    downloads=tuple(
-        Archive(f'https://zenodo.org/records/5706578/files/{name}.zip', f'md5:{md5}')
-        for name, md5 in (
-            ('Train', 'de2b196043ed9b4af1690b3f9a7d558f'),
-            ('Val', '84cae2577468ff0b5386758bb386d31d'),
-            ('Test', 'a489be0090465e01fb067795d24e6b47'),
-        )
+    downloads=(
+        Archive(f'{_LOVEDA_FILES}/Train.zip', 'md5:de2b196043ed9b4af1690b3f9a7d558f'),
+        Archive(f'{_LOVEDA_FILES}/Val.zip', 'md5:84cae2577468ff0b5386758bb386d31d'),
+        Archive(f'{_LOVEDA_FILES}/Test.zip', 'md5:a489be0090465e01fb067795d24e6b47'),
     ),
 )
 
-# %% ../../nbs/12_data.catalog.ipynb #9136ef0c
+# %% ../../nbs/12_data.catalog.ipynb #80e6889a
 _UAVID = {
     'clutter': (0, 0, 0),
     'building': (128, 0, 0),
@@ -195,28 +205,23 @@ def _find_uavid(root):
             sequence = image.parent.parent
             mask = _unless_hidden(sequence/'Labels'/image.name, split)
             yield dict(path=image, mask_path=mask, scene=sequence.name, split=split)
-    names = {
-        'train': ['train', 'uavid_train'],
-        'val': ['valid', 'val', 'uavid_val'],
-        'test': ['test', 'uavid_test'],
-    }
-    return _splits(root, names, find)
+    names = {'train': ['train', 'uavid_train'], 'val': ['valid', 'val', 'uavid_val'],
+             'test': ['test', 'uavid_test']}
+    return _find_splits(root, names, find)
 
 
 uavid = DatasetSpec(
-    'uavid',
-    tuple(_UAVID),
-    tuple(_UAVID.values()),
-    _find_uavid,
+    'uavid', tuple(_UAVID), tuple(_UAVID.values()), _find_uavid,
     ByColour(tuple((rgb, i) for i, rgb in enumerate(_UAVID.values()))),
     layout='train/seq1/Images/000000.png',
     licence='CC BY-NC-SA 4.0 (as redistributors state it)',
     homepage='https://uavid.nl',
     citation='Lyu et al., UAVid, ISPRS J. Photogramm. Remote Sens. 165, 2020',
-    manual='Ask for the data on the home page; unpack it so that train/, valid/ and test/ (or uavid_train/, …) lie side by side.',
+    manual='Ask for the data on the home page; unpack it so that '
+           'train/, valid/ and test/ (or uavid_train/, …) lie side by side.',
 )
 
-# %% ../../nbs/12_data.catalog.ipynb #ee0d782a
+# %% ../../nbs/12_data.catalog.ipynb #5e10cd4f
 _FLOODNET = {
     'background': (0, 0, 0),
     'building_flooded': (255, 0, 0),
@@ -234,24 +239,18 @@ _FLOODNET = {
 def _find_floodnet(root):
     def find(folder, split):
         for image in pictures(folder/f'{split}-org-img'):
-            yield dict(
-                path=image,
-                mask_path=folder / f'{split}-label-img' / f'{image.stem}_lab.png',
-                scene=image.stem,
-                split=split,
-            )
-    return _splits(root, {split: [split] for split in ('train', 'val', 'test')}, find)
+            mask = folder/f'{split}-label-img'/f'{image.stem}_lab.png'
+            yield dict(path=image, mask_path=mask, scene=image.stem, split=split)
+    return _find_splits(root, {split: [split] for split in ('train', 'val', 'test')}, find)
 
 
 floodnet = DatasetSpec(
-    'floodnet',
-    tuple(_FLOODNET),
-    tuple(_FLOODNET.values()),
-    _find_floodnet,
+    'floodnet', tuple(_FLOODNET), tuple(_FLOODNET.values()), _find_floodnet,
     ById(tuple((i, i) for i in range(10))),
     layout='train/train-org-img/6651.jpg',
     licence='CDLA-Permissive',
     homepage='https://github.com/BinaLab/FloodNet-Supervised_v1.0',
     citation='Rahnemoonfar et al., FloodNet, IEEE Access 9, 2021',
-    manual='Follow the download link of the home page (Supervised v1.0); unpack it so that train/, val/, test/ lie side by side.',
+    manual='Follow the download link of the home page (Supervised v1.0); unpack it so that '
+           'train/, val/, test/ lie side by side.',
 )

@@ -1,0 +1,49 @@
+"""One right answer to each question of the tutorials, run at the end of the page in its namespace."""
+
+SOLUTIONS = dict(
+    accuracy_without_labels='''
+def oa(truth, guess): return (truth == guess)[truth != IGNORE].mean()
+
+assert check('accuracy_without_labels/oa', oa)
+excess = (table.conf - table.oa).groupby(table.method).mean()
+assert check('accuracy_without_labels/overconfident', excess.idxmax(), table)
+''',
+    build_an_sqed='''
+assert check('build_an_sqed/rows', len(table), tiles, ['unet', 'unetformer'])
+assert check('build_an_sqed/split_scene', broken.groupby('scene').split.nunique().idxmax(), broken)
+''',
+    purify_captions='''
+smallest = price[price.shuffled >= 0.9].iloc[0]
+assert check('purify_captions/cut', smallest.cut, price)
+assert check('purify_captions/price', smallest.clean, price)
+''',
+    read_a_umap='''
+assert check('read_a_umap/explained', lambda group, y: explained(pd.Series(group), pd.Series(y)))
+assert check('read_a_umap/surviving', {name for name, value in statements.items() if value >= 0.2}, statements, 0.2)
+''',
+    train_a_clip='''
+def shared(table): return (table.groupby('caption').key.transform('nunique') > 1).mean()
+
+assert check('train_a_clip/shared', shared)
+assert check('train_a_clip/chance', np.log(recipe.batch), recipe.batch)
+''',
+    train_a_quality_model='''
+def srocc_within(table): return np.mean([t.oa.corr(t.predicted, 'spearman') for _, t in table.groupby('image_id')])
+
+assert check('train_a_quality_model/within', srocc_within)
+assert check('train_a_quality_model/error', board.mae.iloc[1] - board.mae.iloc[0], test)
+''',
+    two_branches='''
+assert check('two_branches/features', 2 * sum(segmenter.channels), segmenter.channels)
+assert not check('two_branches/features', sum(segmenter.channels), segmenter.channels)
+assert check('two_branches/gate', lambda seg, sem: seg + seg * sem)
+''',
+    which_method='''
+def regret(table):
+    chosen = table.sort_values('predicted').groupby('image_id').oa.last()
+    return (table.groupby('image_id').oa.max() - chosen).mean()
+
+assert check('which_method/regret', regret)
+assert check('which_method/close', float((margin < 0.01).mean()), table)
+''',
+)
