@@ -199,6 +199,22 @@ def test_lock_names_only_pypi():
     assert hosts == {'pypi.org', 'files.pythonhosted.org'}
 
 
+# ---------------------------------------------------------------- words and lines
+
+def test_no_word_of_the_first_edition_is_left(): assert load_tool('words').find_words() == {}
+
+
+def test_lines_follow_the_rules():
+    command = [sys.executable, '-m', 'ruff', 'check', '--no-cache']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_picture_of_packages_shows_no_upward_import(capsys):
+    layers = load_tool('layers')
+    assert layers.check(layers.find_arrows(ROOT/'rssqa')) == []
+
+
 # ---------------------------------------------------------------- packaging and imports
 
 @pytest.fixture(scope='module')
