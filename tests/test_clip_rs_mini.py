@@ -90,6 +90,6 @@ def test_committed_tables_are_those_of_the_specs():
     from rssqa.clip.specs import SPECS
     conformance = pd.read_csv(ROOT/'data/results/clip_conformance.csv')
     assert conformance.encoder.tolist() == [spec.name for spec in SPECS] and conformance.ok.all()
-    assert conformance.container.tolist() == [spec.container for spec in SPECS]
+    assert conformance['format'].tolist() == [spec.format for spec in SPECS]
     probe = pd.read_csv(ROOT/'data/results/clip_probe.csv')
     assert probe.groupby('source').encoder.nunique().eq(3).all() and probe.accuracy.between(0, 1).all()
