@@ -74,10 +74,10 @@ def _resize(array, size, rule):
     shape = [max(1, round(side * scale)) for side in image.size]
     return np.asarray(image.resize(shape, Image.Resampling[rule]))
 
-# %% ../../nbs/67_viz.examples.ipynb #315d20e7
-WRONG_COLOURS = (WRONG, (204, 0, 119), (0, 92, 230))
+# %% ../../nbs/67_viz.examples.ipynb #a0d86143
+WRONG_COLOURS = (WRONG, (200, 0, 160), (0, 92, 230), (0, 0, 0))
 UNLABELLED_COLOURS = (IGNORED, (120, 120, 120), (40, 40, 40))
-APART = 60 # distance in RGB at which two colours are told apart at a glance
+APART = 90 # distance in RGB at which two colours are told apart at a glance
 
 
 def free_colour(
