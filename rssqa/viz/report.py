@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['METRIC_SENTENCES', 'OURS', 'INTERVALS', 'RULE_TEXTS', 'MAX_BYTES', 'LIBRARIES', 'PLOT_DPI', 'PLOT_INCHES',
-           'PLOT_BYTES', 'PLOT_POINTS', 'PLOT_THUMBNAILS', 'COUNT_COLUMNS', 'METHOD_COLUMNS', 'DATASET_COLUMNS', 'CSS',
-           'SCRIPT', 'PAGE', 'TEMPLATES', 'CASES', 'SIZES', 'QUESTION', 'headlines', 'interval_columns',
-           'dataset_quality', 'findings', 'write_report']
+           'PLOT_BYTES', 'PLOT_POINTS', 'PLOT_THUMBNAILS', 'COUNT_COLUMNS', 'METHOD_COLUMNS', 'DATASET_COLUMNS',
+           'CHOICES', 'CSS', 'SCRIPT', 'PAGE', 'TEMPLATES', 'CASES', 'SIZES', 'QUESTION', 'headlines',
+           'interval_columns', 'dataset_quality', 'findings', 'write_report']
 
-# %% ../../nbs/68_viz.report.ipynb #57781397
-import io
+# %% ../../nbs/68_viz.report.ipynb #9909fece
+import io, textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from .examples import (UNLABELLED_COLOURS, VISIBLE, WRONG_COLOURS, class_legend,
 from ..data.datasets import colourise
 from .figures import png_bytes
 from .figures import (METRICS, STYLE, best_rows, case_oa, follow, method_shares, plot_calibration,
-                               plot_predicted_true, plot_recommendation, scores)
+                               plot_predicted_true, scores)
+from .figures import _plain
 from .html import PLANE_CSS, PLANE_JS, drawn, measured, plane
 
 # %% ../../nbs/68_viz.report.ipynb #354da36a
@@ -90,7 +91,7 @@ def _separation_sentence(numbers): # from rssqa.viz.projection.separation
         f'a skill of {numbers["skill"]:.2f} on a scale from 0 (nothing) to 1 (all).'
     )
 
-# %% ../../nbs/68_viz.report.ipynb #386b5670
+# %% ../../nbs/68_viz.report.ipynb #c1318ddd
 INTERVALS = (('lower', 'upper'), ('low', 'high')) # names that the bounds of an interval may have
 
 
@@ -155,7 +156,7 @@ def _use_finding(total):
 
 def _features_finding(numbers): # from rssqa.viz.projection.separation, or None
     if not numbers or not numbers['n']: return 'Where the features of the networks place each map'
-    if numbers['skill'] <= 0: return 'Maps with similar features do not have similar OA'
+    if numbers['skill'] < .005: return 'Maps with similar features do not have similar OA'
     return f'Maps with similar features have similar OA: {numbers["skill"]:.0%} less error than the mean'
 
 
@@ -304,7 +305,7 @@ def _advice_text(choice, scope=''): # what following the recommendation brings o
     change = 'gains' if choice.gain > 0 else 'loses'
     return f'{start} {single}: following the advice {change} {abs(choice.gain):.3f}.'
 
-# %% ../../nbs/68_viz.report.ipynb #63469d11
+# %% ../../nbs/68_viz.report.ipynb #1dadd46e
 MAX_BYTES = 3_000_000 # of one report
 LIBRARIES = ('rssqa', 'torch', 'numpy', 'pandas', 'scikit-learn') # whose versions are reported
 PLOT_DPI = 180
@@ -324,22 +325,23 @@ def _axes(height): # inches -> axes on a new figure
     return Figure((PLOT_INCHES, height), layout='constrained').subplots()
 
 
-def _legend_below(shown, columns=2): # move the legend of a display under its axes
-    handles, labels = shown.ax_.get_legend_handles_labels()
+def _legend_below(shown, names): # put a legend with whole names under the axes of a display
+    handles, _ = shown.ax_.get_legend_handles_labels()
     shown.ax_.get_legend().remove()
+    labels = [_plain(textwrap.fill(name, 44)) for name in sorted(names)]
+    columns = 1 if max(map(len, labels)) > 20 else 2
     shown.figure_.legend(handles, labels, loc='outside lower center', ncols=columns, fontsize=8)
     return shown
 
 
-def _figures(sqed, facts): # name -> address, width, text
+def _figures(sqed): # name -> address, width, text
     import matplotlib
-    rows = sqed.dataset.nunique() + 1
+    measured = sqed[np.isfinite(sqed[['oa', 'predicted']].astype(float)).all(axis=1)]
     with matplotlib.rc_context(STYLE):
+        true = plot_predicted_true(sqed, ax=_axes(5.2))
         plots = dict(
-            true=_legend_below(plot_predicted_true(sqed, ax=_axes(5.2))),
+            true=_legend_below(true, set(measured.dataset.astype(str))),
             calibration=plot_calibration(sqed, ax=_axes(5.2)),
-            recommendation=_legend_below(
-                plot_recommendation(sqed, always=facts.get('always'), ax=_axes(1.9 + .36 * rows))),
         )
         figures = {}
         for name, shown in plots.items():
@@ -366,7 +368,7 @@ def _projection_plot(emb, thumbs): # HTML
         thumbs += [None] * (len(emb) - len(thumbs))
     return plane(emb, color, thumbs, room=PLOT_BYTES, max_points=PLOT_POINTS, file='points.csv')
 
-# %% ../../nbs/68_viz.report.ipynb #f66f7e9f
+# %% ../../nbs/68_viz.report.ipynb #39b7107f
 COUNT_COLUMNS = dict(n_rows='maps', n_images='images')
 
 
@@ -433,6 +435,24 @@ def _methods_table(sqed): # mean OA, shares, prediction, and true OA on each dat
     return _plain_table('method', table, columns)
 
 
+CHOICES = dict(always_oa='always one method', picked_oa='recommended map', oracle_oa='best map of each image')
+
+
+def _choice_strips(sqed, always): # what the template shows of `follow`: a dataset a strip, then all together
+    table = follow(sqed, always=always)
+    low = table[list(CHOICES)].min(axis=None)
+    width = table[list(CHOICES)].max(axis=None) - low or 1.
+    if len(table) == 2: table = table.iloc[:1]
+    strips = []
+    for name, row in table.iterrows():
+        marks = [(column, f'{100 * (row[column] - low) / width:.1f}') for column in CHOICES]
+        texts = [f'{label} {row[column]:.3f}' for column, label in CHOICES.items()]
+        gap = 'no gap' if np.isnan(row.gap_closed) else f'gap closed: {row.gap_closed:+.0%}'
+        name = 'all datasets' if name == 'all' else str(name)
+        strips.append(dict(name=name, n=f'{row.n_images:,}', gap=gap, marks=marks, text=' · '.join(texts)))
+    return strips
+
+
 def _case_content(case, size, colours): # what the template shows of one case; size: of a picture, pixels
     drawn = _pixels(case, {'map': case['mask']}, size, colours, 'Map of {title}')
     shown, error = drawn['maps']['map']
@@ -458,7 +478,7 @@ def _case_numbers(case): # text: true OA, predicted OA, error
     if predicted is not None and oa is not None: parts.append(f'error {predicted - oa:+.3f}')
     return ', '.join(parts)
 
-# %% ../../nbs/68_viz.report.ipynb #51a90ea0
+# %% ../../nbs/68_viz.report.ipynb #0a874db3
 CSS = '''
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #56606a; --line: #dde2e7; --paper: #fff; --page: #f6f7f9;
   --mark: #0069a6; --tint: #eaf3f9; --on-mark: #fff }
@@ -472,8 +492,9 @@ h1, h2, h3, h4, p, li, dt, dd, figcaption, summary { overflow-wrap: anywhere }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .3em; letter-spacing: -.01em }
 h2 { font-size: 1.3rem; line-height: 1.3; margin: 2.6em 0 .5em; padding-top: .9em;
   border-top: 1px solid var(--line) }
+header + h2 { margin-top: 1.3em }
 h2 small { display: block; font-size: .875rem; font-weight: 500; color: var(--mark); margin-bottom: .15em }
-h3 { font-size: 1.05rem; line-height: 1.35; margin: 0 0 .2em }
+h3 { font-size: 1.05rem; line-height: 1.35; margin: 1.8em 0 .2em } .example h3 { margin-top: 0 }
 h4 { font-size: .95rem; line-height: 1.3; margin: 0; font-weight: 600 }
 p { max-width: 76ch; margin: .4em 0 } .soft, figcaption, footer, caption { color: var(--soft); font-size: .875rem }
 figure { margin: 0 } figcaption { margin-top: 3px } img { display: block; max-width: 100% }
@@ -508,10 +529,10 @@ figure { margin: 0 } figcaption { margin-top: 3px } img { display: block; max-wi
 table { border-collapse: separate; border-spacing: 0; width: 100%; font-variant-numeric: tabular-nums;
   font-size: .875rem }
 th, td { padding: 7px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-main th:first-child { text-align: left; white-space: normal; min-width: 8.5em; max-width: 15em;
+main th:first-child { text-align: left; white-space: normal; min-width: 13em; max-width: 22em;
   overflow-wrap: anywhere; position: sticky; left: 0; background: var(--paper); border-right: 1px solid var(--line) }
 tbody tr:last-child > * { border-bottom: 0 }
-thead th { vertical-align: bottom; font-weight: 600 } tbody th { font-weight: 500 }
+thead th { vertical-align: bottom; font-weight: 600; white-space: normal } tbody th { font-weight: 500 }
 tr.ours > *, main tr.ours th:first-child { background: var(--tint) }
 tr.ours th { color: var(--mark); font-weight: 700 } td.best { font-weight: 700 }
 th button { all: unset; cursor: pointer; font: inherit } th button:hover { color: var(--mark) }
@@ -525,7 +546,16 @@ th[aria-sort=descending] button::after { content: " ▼" }
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), max-content)) }
 .plot > img { height: auto; background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 6px }
 @media (prefers-color-scheme: dark) { .plot > img { filter: brightness(.9) } }
-.cases { display: grid; gap: 18px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px), 1fr)) }
+.strips { display: grid; gap: 16px; max-width: 720px; margin: 14px 0 }
+.label { display: flex; flex-wrap: wrap; gap: 0 12px; align-items: baseline; font-size: .875rem }
+.label span:last-child { margin-left: auto; font-weight: 600; font-variant-numeric: tabular-nums }
+.track { height: 22px; padding: 0 9px; background: var(--paper); border: 1px solid var(--line);
+  border-radius: 11px; margin: 3px 0 }
+.track div { position: relative; height: 100% } .track b { position: absolute; top: 50%; translate: -50% -50% }
+.track b, .marks b { width: 11px; height: 11px; flex: none; display: block; background: var(--soft) }
+b.picked_oa { background: var(--mark); border-radius: 50%; width: 13px; height: 13px; z-index: 1 }
+b.oracle_oa { background: var(--ink); rotate: 45deg; width: 10px; height: 10px }
+.cases { display: grid; gap: 18px; margin-top: 14px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px), 1fr)) }
 .case { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 14px }
 .case .four { display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px; margin-top: 8px }
 [hidden] { display: none !important }
@@ -544,7 +574,7 @@ footer { margin-top: 2.5em }
   .numbers dd { margin: 0 }
   .case .four { grid-template-columns: repeat(2, 1fr) }
   dl.made { grid-template-columns: minmax(0, 1fr) } dl.made dd { margin-bottom: 8px }
-  th, td { padding: 6px 9px } main th:first-child { min-width: 7.5em; max-width: 9em } }
+  th, td { padding: 6px 9px } main th:first-child { min-width: 9em; max-width: 9em } }
 @media print { body { background: #fff } h2, figure, .map, .case { break-inside: avoid } }
 '''
 
@@ -565,7 +595,7 @@ document.querySelectorAll('table.sort').forEach(table => table.querySelectorAll(
 }));
 '''
 
-# %% ../../nbs/68_viz.report.ipynb #9ed18035
+# %% ../../nbs/68_viz.report.ipynb #b8906bbc
 PAGE = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
@@ -580,22 +610,22 @@ PAGE = '''<!doctype html>
 </ul>{% endmacro %}
 <header><h1>{{ title }}</h1><p>{{ asked }}</p></header>
 {% include 'examples' %}
-<h2><small>Predicted and true OA</small>{{ found.accuracy }}</h2>
+<h2><small>Predicted and true OA</small>{{ found.accuracy|breakable }}</h2>
 <p>{{ accuracy_text }}</p>
 <div class="pair">{{ plot('true') }}{{ plot('calibration') }}</div>
-<h2><small>What to use</small>{{ found.use }}</h2>
+<h2><small>What to use</small>{{ found.use|breakable }}</h2>
 <p>{{ use_text }}</p>
 {% with table = methods %}{% include 'table' %}{% endwith %}
 <p class="soft">Recommended: the share of images where the method has the highest predicted OA. Best: where it has
 the highest true OA.</p>
-{{ plot('recommendation') }}
-<h2><small>What to distrust</small>{{ found.distrust }}</h2>
+{% include 'strips' %}
+<h2><small>What to distrust</small>{{ found.distrust|breakable }}</h2>
 <p>{{ distrust_text }}</p>
 {% if coverage_text %}<p>{{ coverage_text }}</p>{% endif %}
 {% with table = datasets %}{% include 'table' %}{% endwith %}
 <p class="soft">Regret: true OA of the best map of an image minus that of the recommended one.</p>
 {% include 'cases' %}
-<h2><small>All maps in one picture</small>{{ found.features }}</h2>
+<h2><small>All maps in one picture</small>{{ found.features|breakable }}</h2>
 <p>A point is a map; maps whose features are similar lie close together.</p>
 <p class="soft">{{ separation }}</p><p class="soft">{{ drawn }}</p>
 {{ map|safe }}
@@ -604,11 +634,11 @@ the highest true OA.</p>
 </main><script>{{ script|safe }}</script></body></html>
 '''
 
-# %% ../../nbs/68_viz.report.ipynb #8ec4ef76
+# %% ../../nbs/68_viz.report.ipynb #120dcdc0
 TEMPLATES = {
     'page': PAGE,
     'examples': '''
-<h2><small>One image, all its maps</small>{{ found.images }}</h2>
+<h2><small>One image, all its maps</small>{{ found.images|breakable }}</h2>
 {% if examples %}<p>Maps are in the order of their predicted OA; the first one is recommended. Nobody needs the truth for
 that; it is shown here to check the advice.</p>
 {% else %}<p>No image was given, so no map can be shown.</p>{% endif %}
@@ -619,7 +649,7 @@ that; it is shown here to check the advice.</p>
 <figcaption>truth</figcaption></figure>{% endif %}
 <div class="words"><p>{{ e.advice }}</p>{{ legend(e.legend, wrong if e.truth else '') }}</div></div>
 <ol class="maps" style="--columns:{{ e.columns }}">{% for m in e.maps %}<li class="map{% if m.first %} first{% endif %}">
-<div class="name"><h4>{{ m.name }}</h4>
+<div class="name"><h4>{{ m.name|breakable }}</h4>
 {%- if m.first %}<span class="chip recommended">recommended</span>{% endif %}</div>
 <div class="two"><figure><img class="exact" src="{{ m.map.src }}" alt="{{ m.map.alt }}">
 <figcaption>map</figcaption></figure>
@@ -635,10 +665,21 @@ that; it is shown here to check the advice.</p>
 {% for h in table.head %}<th scope="col" title="{{ h.what }}"><button>{{ h.name }}</button><small>{{ h.note }}</small></th>
 {%- endfor %}</tr></thead>
 <tbody>
-{% for row in table.rows %}<tr{% if row.ours %} class="ours"{% endif %}><th scope="row">{{ row.name }}</th>
+{% for row in table.rows %}<tr{% if row.ours %} class="ours"{% endif %}><th scope="row">{{ row.name|breakable }}</th>
 {% for c in row.cells %}<td data-n="{{ c.number }}"{% if c.best %} class="best"{% endif %}>{{ c.text }}
 {%- if c.best %}<span title="best of the column">*</span>{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
+''',
+    'strips': '''
+<h3>What following the recommendation brings, in mean OA</h3>
+<ul class="legend marks">{% for name, label in choices.items() %}<li><b class="{{ name }}"></b>{{ label }}</li>{% endfor %}</ul>
+<div class="strips">{% for s in strips %}<div class="strip">
+<div class="label"><h4>{{ s.name|breakable }}</h4><span class="soft">{{ s.n }} images</span><span>{{ s.gap }}</span></div>
+<div class="track" role="img" aria-label="{{ s.text }}"><div>{% for name, left in s.marks %}
+<b class="{{ name }}" style="left:{{ left }}%"></b>{% endfor %}</div></div>
+<div class="soft">{{ s.text }}</div></div>{% endfor %}</div>
+<p class="soft">Gap closed: the share of the way from always one method (0%) to the best map of each image (100%);
+negative where following the recommendation is worse than always one method.</p>
 ''',
     'cases': '''
 <h3>The maps whose predicted OA is furthest from the truth</h3>
@@ -647,7 +688,7 @@ that; it is shown here to check the advice.</p>
 {{ legend(shared, wrong) }}
 {% else %}<p>No case was given.</p>{% endif %}
 <div class="cases">{% for case in cases %}
-<div class="case"><h4>{{ case.title }}</h4><div class="soft">{{ case.numbers }}</div>
+<div class="case"><h4>{{ case.title|breakable }}</h4><div class="soft">{{ case.numbers }}</div>
 <div class="four">{% for name, picture in case.pictures %}<figure>
 <img{% if name != 'image' %} class="exact"{% endif %} src="{{ picture.src }}" alt="{{ picture.alt }}">
 <figcaption>{{ name }}</figcaption></figure>
@@ -665,7 +706,7 @@ The values are point estimates: read small differences as ties.</p>
 ''',
 }
 
-# %% ../../nbs/68_viz.report.ipynb #c483c869
+# %% ../../nbs/68_viz.report.ipynb #e72d4304
 CASES = 8 # shown
 SIZES = (240, 180, 128, 96, 64) # pixels of a map; smaller ones where the report would be too large
 QUESTION = 'How good is each map, and which method should be used where nobody has labelled?'
@@ -678,6 +719,7 @@ def _content(sqed, embedding, comparison, facts): # everything but the projectio
     return dict(
         title=facts.get('title', 'RS-SQA report'),
         asked=facts.get('asked', QUESTION),
+        choices=CHOICES,
         found=findings(sqed, always, facts.get('separation')),
         accuracy_text=_accuracy_text(sqed, comparison, ours),
         use_text=_use_text(sqed, comparison, ours, always),
@@ -686,7 +728,8 @@ def _content(sqed, embedding, comparison, facts): # everything but the projectio
         headlines=headlines(sqed, comparison, facts),
         separation=measured(facts.get('separation')),
         drawn=drawn(embedding, PLOT_POINTS),
-        figures=_figures(sqed, facts),
+        figures=_figures(sqed),
+        strips=_choice_strips(sqed, always),
         rivals=dict(name='predictor', head=head, rows=rows),
         methods=_methods_table(sqed),
         datasets=_plain_table('dataset', dataset_quality(sqed, always), DATASET_COLUMNS),
@@ -756,9 +799,15 @@ def _version(name):
     except PackageNotFoundError: return 'unknown'
 
 
+def _breakable(name): # escaped, with places after underscores where a line may break
+    from markupsafe import Markup, escape
+    return Markup(str(escape(name)).replace('_', '_<wbr>'))
+
+
 def _render(content): # -> HTML
     from jinja2 import DictLoader, Environment, StrictUndefined
     environment = Environment(loader=DictLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    environment.filters['breakable'] = _breakable
     return environment.get_template('page').render(content)
 
 # %% ../../nbs/68_viz.report.ipynb #b2892f9a
