@@ -478,7 +478,7 @@ def _case_numbers(case): # text: true OA, predicted OA, error
     if predicted is not None and oa is not None: parts.append(f'error {predicted - oa:+.3f}')
     return ', '.join(parts)
 
-# %% ../../nbs/68_viz.report.ipynb #0a874db3
+# %% ../../nbs/68_viz.report.ipynb #f4b2dd8b
 CSS = '''
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #56606a; --line: #dde2e7; --paper: #fff; --page: #f6f7f9;
   --mark: #0069a6; --tint: #eaf3f9; --on-mark: #fff }
@@ -489,6 +489,7 @@ body { margin: 0; background: var(--page); color: var(--ink); -webkit-text-size-
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif }
 main { max-width: 1120px; margin: 0 auto; padding: 32px 24px 64px }
 h1, h2, h3, h4, p, li, dt, dd, figcaption, summary { overflow-wrap: anywhere }
+h1, h2, h3 { text-wrap: balance }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .3em; letter-spacing: -.01em }
 h2 { font-size: 1.3rem; line-height: 1.3; margin: 2.6em 0 .5em; padding-top: .9em;
   border-top: 1px solid var(--line) }
