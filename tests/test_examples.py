@@ -1,4 +1,4 @@
-"""Example images follow stated rules; pictures of maps and errors have exactly the colours that their legend names."""
+"""Example images follow stated rules; maps and errors have exactly the colours that their legend names."""
 import io
 
 import numpy as np
@@ -63,11 +63,17 @@ def test_the_three_rules():
 
 def test_a_rule_that_no_image_meets_shows_none():
     right = examples.image_choices(table([[.9, .6]] * 3, [[.9, .1]] * 3), 'm0')
-    assert examples.example_images(right) == dict(typical='i0')
+    assert examples.example_images(right) == dict(typical='i0')        # all are equal: the first
     # the image that gains most is also the most wrong one: shown once
     both = examples.image_choices(table([[.5, .1, .9], [.8, .8, .8]], [[.9, .1, .1]] * 2), 'm1')
     assert examples.example_images(both) == dict(typical='i1', gain='i0')
     assert examples.example_images(both.head(1)) == dict(gain='i0')
+
+
+def test_the_typical_image_is_typical_in_accuracy_too():
+    # no recommendation is wrong; mean OA .15, .55, .85
+    t = table([[.2, .1], [.6, .5], [.9, .8]], [[.9, .1]] * 3)
+    assert examples.example_images(examples.image_choices(t, 'm0')) == dict(typical='i1')
 
 
 def test_shrinking_mixes_no_classes():
@@ -122,5 +128,6 @@ def test_a_photograph_is_no_painted_picture():
 def test_the_legend_lists_what_occurs():
     palette = [(1, 1, 1), (2, 2, 2), (3, 3, 3)]
     masks = [np.array([[0, 0]]), np.array([[2, IGNORE]])]
-    assert examples.class_legend(masks, palette, ('sea', 'land', 'ice')) == [('sea', (1, 1, 1)), ('ice', (3, 3, 3))]
+    legend = examples.class_legend(masks, palette, ('sea', 'land', 'ice'))
+    assert legend == [('sea', (1, 1, 1)), ('ice', (3, 3, 3))]
     assert examples.class_legend(masks[:1], palette) == [('class 0', (1, 1, 1))]

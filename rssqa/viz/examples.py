@@ -17,23 +17,25 @@ from ..segment.metrics import IGNORE, single_best
 from .figures import IGNORED, WRONG, png_bytes
 from .figures import _measured, _need, _picks
 
-# %% ../../nbs/67_viz.examples.ipynb #551a8235
+# %% ../../nbs/67_viz.examples.ipynb #243788f0
 def image_choices(
     sqed: pd.DataFrame, # image_id, dataset, method, oa, predicted; images without every method are left out
     always: str | dict | None = None, # as in `figures.follow`
 ) -> pd.DataFrame: # one row an image: dataset, recommended, always, OA of each choice, gain, regret
-    "Compare the recommended map of each image with that of the method best on average, and with the best map."
+    "Compare the recommended map of each image with that of the method best on average and with the best."
     _need(sqed, ['image_id', 'dataset', 'method'], 'a recommendation')
     t, _ = _measured(sqed, ['oa', 'predicted'], 'a recommendation')
     if always is None: always = single_best(t)
     single = always if isinstance(always, dict) else {'': always}
-    parts = [_picks(part, 'predicted', single.get(name, single.get(''))) for name, part in t.groupby('dataset')]
+    parts = []
+    for name, part in t.groupby('dataset', observed=True):
+        parts.append(_picks(part, 'predicted', single.get(name, single.get(''))))
     out = pd.concat(parts).sort_index()
     ordered = t.sort_values(['predicted', 'method'], ascending=[False, True])
     out['recommended'] = ordered.drop_duplicates('image_id').set_index('image_id').method.reindex(out.index)
     return out.assign(gain=out.picked_oa - out.always_oa, regret=out.oracle_oa - out.picked_oa)
 
-# %% ../../nbs/67_viz.examples.ipynb #2f1d80a5
+# %% ../../nbs/67_viz.examples.ipynb #e00660c8
 VISIBLE = .0005 # the least OA difference that three decimals show
 
 
@@ -45,9 +47,15 @@ def example_images(
     if choices.gain.max() >= VISIBLE: chosen['gain'] = choices.gain.idxmax()
     wrong = choices.regret.idxmax()
     if choices.regret.max() >= VISIBLE and wrong not in chosen.values(): chosen['wrong'] = wrong
-    distance = (choices.regret - choices.regret.median()).abs().drop(list(chosen.values()))
-    typical = {'typical': distance.round(9).idxmin()} if len(distance) else {}
+    rest = _distance_from_median(choices).drop(list(chosen.values()))
+    typical = {'typical': rest.index[0]} if len(rest) else {}
     return typical | chosen
+
+
+def _distance_from_median(choices): # one row an image, the most typical first
+    columns = choices[['regret', 'random_oa']]
+    distance = (columns - columns.median()).abs().round(9)
+    return distance.sort_values(['regret', 'random_oa'], kind='stable')
 
 # %% ../../nbs/67_viz.examples.ipynb #93df3fb1
 def shrink(

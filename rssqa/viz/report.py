@@ -8,7 +8,7 @@ __all__ = ['METRIC_SENTENCES', 'OURS', 'INTERVALS', 'RULE_TEXTS', 'MAX_BYTES', '
            'CHOICES', 'CSS', 'SCRIPT', 'PAGE', 'TEMPLATES', 'CASES', 'SIZES', 'QUESTION', 'headlines',
            'interval_columns', 'dataset_quality', 'findings', 'write_report']
 
-# %% ../../nbs/68_viz.report.ipynb #9909fece
+# %% ../../nbs/68_viz.report.ipynb #5591cd0b
 import io, textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 
 from ..core import SchemaError, atomic
-from ..segment.metrics import IGNORE
-from .examples import (UNLABELLED_COLOURS, VISIBLE, WRONG_COLOURS, class_legend, class_name, data_url,
-                                error_picture, exact_png, example_images, free_colour, image_choices, photo_url,
-                                shrink)
 from ..data.datasets import colourise
+from ..segment.metrics import IGNORE
+from .examples import UNLABELLED_COLOURS, VISIBLE, WRONG_COLOURS
+from .examples import (class_legend, class_name, data_url, error_picture, exact_png, example_images,
+                                free_colour, image_choices, photo_url, shrink)
 from .figures import png_bytes
 from .figures import (METRICS, STYLE, best_rows, case_oa, follow, method_shares, plot_calibration,
                                plot_predicted_true, scores)
@@ -91,7 +91,7 @@ def _separation_sentence(numbers): # from rssqa.viz.projection.separation
         f'a skill of {numbers["skill"]:.2f} on a scale from 0 (nothing) to 1 (all).'
     )
 
-# %% ../../nbs/68_viz.report.ipynb #c1318ddd
+# %% ../../nbs/68_viz.report.ipynb #c2bcd10b
 INTERVALS = (('lower', 'upper'), ('low', 'high')) # names that the bounds of an interval may have
 
 
@@ -106,9 +106,9 @@ def interval_columns(
 def dataset_quality(
     sqed: pd.DataFrame, # dataset, image_id, method, oa, predicted and perhaps an interval
     always: str | dict | None = None, # as in `figures.follow`
-) -> pd.DataFrame: # a dataset a row, least trustworthy first: images, oa, predicted, mae, bias, regret, inside
+) -> pd.DataFrame: # a dataset a row, weakest first: images, oa, predicted, mae, bias, regret, inside
     "Measure for each dataset how well OA is predicted and what the recommendation loses."
-    t = sqed[np.isfinite(sqed[['oa', 'predicted']].astype(float)).all(axis=1)]
+    t = _scored(sqed)
     t = t.assign(bias=t.predicted - t.oa, mae=(t.predicted - t.oa).abs())
     if pair := interval_columns(t.columns): t = t.assign(inside=_is_inside(t, pair))
     columns = ['oa', 'predicted', 'mae', 'bias', *(['inside'] if pair else [])]
@@ -116,6 +116,9 @@ def dataset_quality(
     out = groups[columns].mean().assign(images=groups.image_id.nunique())
     out['regret'] = image_choices(t, always).groupby('dataset').regret.mean()
     return out.sort_values('mae', ascending=False)
+
+
+def _scored(sqed): return sqed[np.isfinite(sqed[['oa', 'predicted']].astype(float)).all(axis=1)]
 
 
 def _is_inside(t, pair): # 1 where the interval holds the true OA, 0 where not, NaN without an interval
@@ -170,25 +173,29 @@ def _distrust_finding(quality):
     rest = f'against {quality.mae.iloc[1:].mean():.3f} elsewhere'
     return f'Trust it least on {quality.index[0]}: predicted OA is off by {worst.mae:.3f} there, {rest}'
 
-# %% ../../nbs/68_viz.report.ipynb #a5918c42
+# %% ../../nbs/68_viz.report.ipynb #e7fe75b2
 RULE_TEXTS = dict(
-    typical='Chosen as typical: what the recommendation loses here is closest to the median of {n:,} images.',
+    typical='Chosen as typical: what the recommendation loses here is closest to the median of {n:,} images; '
+            'among equals, the maps are of median accuracy.',
     gain='Chosen because following the recommendation gains more here than in any other of {n:,} images.',
-    wrong='Chosen because the recommended map is further below the best one than in any other of {n:,} images.',
+    wrong='Chosen because the recommended map is further below the best one than in any other of {n:,} '
+          'images.',
 )
 
 
 def _load_examples(sqed, load, always): # -> [what `load` gives, with rule, choice, rows, n, scope]
     if load is None: return []
     choices = image_choices(sqed, always)
+    scored = _scored(sqed)
     examples = []
     for rule, image_id in example_images(choices).items():
-        rows = sqed[sqed.image_id == image_id].sort_values(['predicted', 'method'], ascending=[False, True])
+        rows = scored[scored.image_id == image_id].sort_values(['predicted', 'method'], ascending=[False, True])
         example = dict(load(image_id))
         missing = sorted(set(rows.method.astype(str)) - set(example['maps']))
         if missing:
             found = f'the maps of {", ".join(example["maps"]) or "no method"}, none of {", ".join(missing)}'
-            raise SchemaError(f'cannot show image {image_id}', found, 'load one map for each row of the table')
+            todo = 'load one map for each row of the table'
+            raise SchemaError(f'cannot show image {image_id}', found, todo)
         example.setdefault('title', str(image_id))
         choice = choices.loc[image_id]
         scope = f' on {choice.dataset}' if choices.always.nunique() > 1 else ''
@@ -196,7 +203,7 @@ def _load_examples(sqed, load, always): # -> [what `load` gives, with rule, choi
     return examples
 
 
-def _page_colours(pictures): # examples and cases -> one colour each for wrong pixels and for those without label
+def _page_colours(pictures): # examples and cases -> colours of wrong pixels and of those without label
     used = {tuple(map(int, colour)) for picture in pictures for colour in picture['palette']}
     wrong = free_colour(WRONG_COLOURS, used)
     return dict(wrong=wrong, unlabelled=free_colour(UNLABELLED_COLOURS, used))
@@ -232,7 +239,7 @@ def _error_picture(rgb, truth, mask, colours, what): # -> address and text
     return dict(src=data_url(exact_png(painted), 'png'), alt=alt)
 
 
-def _pixels(picture, maps, size, colours, words): # words: what a map is -> image, truth, legend, maps with errors
+def _pixels(picture, maps, size, colours, words): # words: what a map is -> what is drawn of an image
     masks = {'truth': picture.get('truth')} | maps
     rgb, small = shrink(picture['image'], masks, size)
     legend = _legend(list(small.values()), picture, colours)
@@ -263,7 +270,8 @@ def _example_content(example, size, colours): # what the template shows of one i
     drawn['columns'] = 4 if len(cards) == 4 else 3
     heading = _example_heading(example['rule'], choice)
     why = RULE_TEXTS[example['rule']].format(n=example['n'])
-    return drawn | dict(heading=heading, title=example['title'], why=why, advice=_advice_text(choice, example['scope']))
+    advice = _advice_text(choice, example['scope'])
+    return drawn | dict(heading=heading, title=example['title'], why=why, advice=advice)
 
 
 def _interval(row): # row of one map -> (lower, upper), or None
@@ -295,7 +303,7 @@ def _example_heading(rule, choice):
     return f'The greatest gain: {choice.gain:.3f} OA more than always using {choice.always}'
 
 
-def _advice_text(choice, scope=''): # what following the recommendation brings on this image; scope: ' on coast'
+def _advice_text(choice, scope=''): # what following the recommendation brings here; scope: ' on coast'
     start = f'Recommended is {choice.recommended}, whose true OA is {choice.picked_oa:.3f}.'
     best = f'the method that is best on average{scope}'
     if choice.recommended == choice.always:
@@ -305,7 +313,7 @@ def _advice_text(choice, scope=''): # what following the recommendation brings o
     change = 'gains' if choice.gain > 0 else 'loses'
     return f'{start} {single}: following the advice {change} {abs(choice.gain):.3f}.'
 
-# %% ../../nbs/68_viz.report.ipynb #1dadd46e
+# %% ../../nbs/68_viz.report.ipynb #02560c74
 MAX_BYTES = 3_000_000 # of one report
 LIBRARIES = ('rssqa', 'torch', 'numpy', 'pandas', 'scikit-learn') # whose versions are reported
 PLOT_DPI = 180
@@ -336,11 +344,10 @@ def _legend_below(shown, names): # put a legend with whole names under the axes 
 
 def _figures(sqed): # name -> address, width, text
     import matplotlib
-    measured = sqed[np.isfinite(sqed[['oa', 'predicted']].astype(float)).all(axis=1)]
     with matplotlib.rc_context(STYLE):
         true = plot_predicted_true(sqed, ax=_axes(5.2))
         plots = dict(
-            true=_legend_below(true, set(measured.dataset.astype(str))),
+            true=_legend_below(true, set(_scored(sqed).dataset.astype(str))),
             calibration=plot_calibration(sqed, ax=_axes(5.2)),
         )
         figures = {}
@@ -368,7 +375,7 @@ def _projection_plot(emb, thumbs): # HTML
         thumbs += [None] * (len(emb) - len(thumbs))
     return plane(emb, color, thumbs, room=PLOT_BYTES, max_points=PLOT_POINTS, file='points.csv')
 
-# %% ../../nbs/68_viz.report.ipynb #39b7107f
+# %% ../../nbs/68_viz.report.ipynb #bc7c5bcf
 COUNT_COLUMNS = dict(n_rows='maps', n_images='images')
 
 
@@ -462,7 +469,7 @@ def _case_content(case, size, colours): # what the template shows of one case; s
     return dict(title=title, numbers=_case_numbers(case), pictures=pictures, legend=drawn['legend'])
 
 
-def _shared_legend(cases): # contents of cases -> their legends as one, or [] where the same name has two colours
+def _shared_legend(cases): # contents of cases -> their legends as one, or [] where a name has two colours
     entries = [entry for case in cases for entry in case['legend']]
     distinct = list(dict.fromkeys(entries))
     names = [name for name, _ in distinct]
@@ -478,7 +485,7 @@ def _case_numbers(case): # text: true OA, predicted OA, error
     if predicted is not None and oa is not None: parts.append(f'error {predicted - oa:+.3f}')
     return ', '.join(parts)
 
-# %% ../../nbs/68_viz.report.ipynb #f4b2dd8b
+# %% ../../nbs/68_viz.report.ipynb #87732a16
 CSS = '''
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #56606a; --line: #dde2e7; --paper: #fff; --page: #f6f7f9;
   --mark: #0069a6; --tint: #eaf3f9; --on-mark: #fff }
@@ -497,7 +504,8 @@ header + h2 { margin-top: 1.3em }
 h2 small { display: block; font-size: .875rem; font-weight: 500; color: var(--mark); margin-bottom: .15em }
 h3 { font-size: 1.05rem; line-height: 1.35; margin: 1.8em 0 .2em } .example h3 { margin-top: 0 }
 h4 { font-size: .95rem; line-height: 1.3; margin: 0; font-weight: 600 }
-p { max-width: 76ch; margin: .4em 0 } .soft, figcaption, footer, caption { color: var(--soft); font-size: .875rem }
+p { max-width: 76ch; margin: .4em 0 }
+.soft, figcaption, footer, caption { color: var(--soft); font-size: .875rem }
 figure { margin: 0 } figcaption { margin-top: 3px } img { display: block; max-width: 100% }
 
 .example { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 20px;
@@ -520,7 +528,8 @@ figure { margin: 0 } figcaption { margin-top: 3px } img { display: block; max-wi
 .notes:empty { min-height: 0 }
 .chip { font-size: .75rem; line-height: 1.5; padding: 0 7px; border-radius: 9px; white-space: nowrap;
   color: var(--soft); border: 1px solid var(--line); background: var(--paper) }
-.chip.recommended { color: var(--on-mark); background: var(--mark); border-color: var(--mark); font-weight: 600 }
+.chip.recommended { color: var(--on-mark); background: var(--mark); border-color: var(--mark);
+  font-weight: 600 }
 .numbers { margin: 0; font-size: .875rem; font-variant-numeric: tabular-nums }
 .numbers div { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 8px }
 .numbers dt { color: var(--soft) } .numbers dd { margin: 0; margin-left: auto; font-weight: 600 }
@@ -531,7 +540,8 @@ table { border-collapse: separate; border-spacing: 0; width: 100%; font-variant-
   font-size: .875rem }
 th, td { padding: 7px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 main th:first-child { text-align: left; white-space: normal; min-width: 13em; max-width: 22em;
-  overflow-wrap: anywhere; position: sticky; left: 0; background: var(--paper); border-right: 1px solid var(--line) }
+  overflow-wrap: anywhere; position: sticky; left: 0; background: var(--paper);
+  border-right: 1px solid var(--line) }
 tbody tr:last-child > * { border-bottom: 0 }
 thead th { vertical-align: bottom; font-weight: 600; white-space: normal } tbody th { font-weight: 500 }
 tr.ours > *, main tr.ours th:first-child { background: var(--tint) }
@@ -552,11 +562,13 @@ th[aria-sort=descending] button::after { content: " ▼" }
 .label span:last-child { margin-left: auto; font-weight: 600; font-variant-numeric: tabular-nums }
 .track { height: 22px; padding: 0 9px; background: var(--paper); border: 1px solid var(--line);
   border-radius: 11px; margin: 3px 0 }
-.track div { position: relative; height: 100% } .track b { position: absolute; top: 50%; translate: -50% -50% }
+.track div { position: relative; height: 100% }
+.track b { position: absolute; top: 50%; translate: -50% -50% }
 .track b, .marks b { width: 11px; height: 11px; flex: none; display: block; background: var(--soft) }
 b.picked_oa { background: var(--mark); border-radius: 50%; width: 13px; height: 13px; z-index: 1 }
 b.oracle_oa { background: var(--ink); rotate: 45deg; width: 10px; height: 10px }
-.cases { display: grid; gap: 18px; margin-top: 14px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px), 1fr)) }
+.cases { display: grid; gap: 18px; margin-top: 14px;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px), 1fr)) }
 .case { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 14px }
 .case .four { display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px; margin-top: 8px }
 [hidden] { display: none !important }
@@ -596,7 +608,7 @@ document.querySelectorAll('table.sort').forEach(table => table.querySelectorAll(
 }));
 '''
 
-# %% ../../nbs/68_viz.report.ipynb #b8906bbc
+# %% ../../nbs/68_viz.report.ipynb #42a03ad6
 PAGE = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
@@ -607,7 +619,8 @@ PAGE = '''<!doctype html>
 {%- endmacro %}
 {%- macro legend(entries, error) %}<ul class="legend">
 {% for name, colour in entries %}<li><i style="background:{{ colour }}"></i>{{ name }}</li>{% endfor %}
-{% if error %}<li class="wrong"><i style="background:{{ error }}"></i>wrong pixel (in error pictures)</li>{% endif %}
+{% if error %}<li class="wrong"><i style="background:{{ error }}"></i>wrong pixel (in error pictures)</li>
+{%- endif %}
 </ul>{% endmacro %}
 <header><h1>{{ title }}</h1><p>{{ asked }}</p></header>
 {% include 'examples' %}
@@ -635,47 +648,55 @@ the highest true OA.</p>
 </main><script>{{ script|safe }}</script></body></html>
 '''
 
-# %% ../../nbs/68_viz.report.ipynb #120dcdc0
+# %% ../../nbs/68_viz.report.ipynb #0b416332
 TEMPLATES = {
     'page': PAGE,
     'examples': '''
 <h2><small>One image, all its maps</small>{{ found.images|breakable }}</h2>
-{% if examples %}<p>Maps are in the order of their predicted OA; the first one is recommended. Nobody needs the truth for
-that; it is shown here to check the advice.</p>
+{% if examples %}<p>Maps are in the order of their predicted OA; the first one is recommended. Nobody needs the
+truth for that; it is shown here to check the advice.</p>
 {% else %}<p>No image was given, so no map can be shown.</p>{% endif %}
 {% for e in examples %}
 <section class="example"><h3>{{ e.heading }}</h3><p class="soft">{{ e.title }}. {{ e.why }}</p>
-<div class="top"><figure><img src="{{ e.photo.src }}" alt="{{ e.photo.alt }}"><figcaption>image</figcaption></figure>
+<div class="top"><figure><img src="{{ e.photo.src }}" alt="{{ e.photo.alt }}">
+<figcaption>image</figcaption></figure>
 {% if e.truth %}<figure><img class="exact" src="{{ e.truth.src }}" alt="{{ e.truth.alt }}">
 <figcaption>truth</figcaption></figure>{% endif %}
 <div class="words"><p>{{ e.advice }}</p>{{ legend(e.legend, wrong if e.truth else '') }}</div></div>
-<ol class="maps" style="--columns:{{ e.columns }}">{% for m in e.maps %}<li class="map{% if m.first %} first{% endif %}">
+<ol class="maps" style="--columns:{{ e.columns }}">
+{% for m in e.maps %}<li class="map{% if m.first %} first{% endif %}">
 <div class="name"><h4>{{ m.name|breakable }}</h4>
 {%- if m.first %}<span class="chip recommended">recommended</span>{% endif %}</div>
 <div class="two"><figure><img class="exact" src="{{ m.map.src }}" alt="{{ m.map.alt }}">
 <figcaption>map</figcaption></figure>
 {% if m.error %}<figure><img class="exact error" src="{{ m.error.src }}" alt="{{ m.error.alt }}">
 <figcaption>wrong pixels</figcaption></figure>{% endif %}</div>
-<dl class="numbers">{% for name, text in m.numbers %}<div><dt>{{ name }}</dt><dd>{{ text }}</dd></div>{% endfor %}</dl>
-<div class="notes">{% for note in m.notes %}<span class="chip">{{ note }}</span>{% endfor %}</div></li>{% endfor %}</ol></section>
+<dl class="numbers">
+{% for name, text in m.numbers %}<div><dt>{{ name }}</dt><dd>{{ text }}</dd></div>{% endfor %}</dl>
+<div class="notes">{% for note in m.notes %}<span class="chip">{{ note }}</span>{% endfor %}</div></li>
+{% endfor %}</ol></section>
 {% endfor %}
 ''',
     'table': '''
 <div class="scroll"><table class="sort"><caption hidden>By {{ table.name }}</caption>
 <thead><tr><th scope="col"><button>{{ table.name }}</button></th>
-{% for h in table.head %}<th scope="col" title="{{ h.what }}"><button>{{ h.name }}</button><small>{{ h.note }}</small></th>
+{% for h in table.head %}<th scope="col" title="{{ h.what }}">
+<button>{{ h.name }}</button><small>{{ h.note }}</small></th>
 {%- endfor %}</tr></thead>
 <tbody>
-{% for row in table.rows %}<tr{% if row.ours %} class="ours"{% endif %}><th scope="row">{{ row.name|breakable }}</th>
+{% for row in table.rows %}<tr{% if row.ours %} class="ours"{% endif %}>
+<th scope="row">{{ row.name|breakable }}</th>
 {% for c in row.cells %}<td data-n="{{ c.number }}"{% if c.best %} class="best"{% endif %}>{{ c.text }}
 {%- if c.best %}<span title="best of the column">*</span>{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 ''',
     'strips': '''
 <h3>What following the recommendation brings, in mean OA</h3>
-<ul class="legend marks">{% for name, label in choices.items() %}<li><b class="{{ name }}"></b>{{ label }}</li>{% endfor %}</ul>
+<ul class="legend marks">
+{% for name, label in choices.items() %}<li><b class="{{ name }}"></b>{{ label }}</li>{% endfor %}</ul>
 <div class="strips">{% for s in strips %}<div class="strip">
-<div class="label"><h4>{{ s.name|breakable }}</h4><span class="soft">{{ s.n }} images</span><span>{{ s.gap }}</span></div>
+<div class="label"><h4>{{ s.name|breakable }}</h4><span class="soft">{{ s.n }} images</span>
+<span>{{ s.gap }}</span></div>
 <div class="track" role="img" aria-label="{{ s.text }}"><div>{% for name, left in s.marks %}
 <b class="{{ name }}" style="left:{{ left }}%"></b>{% endfor %}</div></div>
 <div class="soft">{{ s.text }}</div></div>{% endfor %}</div>
@@ -703,7 +724,8 @@ negative where following the recommendation is worse than always one method.</p>
 <p class="soft">* best of the column. A click on a column's name sorts.
 {% for h in rivals.head if h.what %}<b>{{ h.name }}</b>: {{ h.what }}. {% endfor %}
 The values are point estimates: read small differences as ties.</p>
-<dl class="made">{% for name, value in made %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl></details>
+<dl class="made">{% for name, value in made %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>
+</details>
 ''',
 }
 
@@ -811,7 +833,7 @@ def _render(content): # -> HTML
     environment.filters['breakable'] = _breakable
     return environment.get_template('page').render(content)
 
-# %% ../../nbs/68_viz.report.ipynb #b2892f9a
+# %% ../../nbs/68_viz.report.ipynb #d9c05726
 def write_report(
     path, # where the HTML file goes
     sqed: pd.DataFrame, # image_id, dataset, method, oa, predicted, perhaps lower and upper; scored rows only
@@ -820,7 +842,7 @@ def write_report(
     cases: list = (), # dicts with image, truth or None, mask, palette, title, perhaps predicted; 8 are shown
     facts: dict | None = None, # title, asked, ours, always, separation, confidence (0..1); others are listed
     thumbs=(), # images of the embedding's first rows, or a dict image_id -> image; shown at the pointer
-    load: Callable | None = None, # image_id -> dict: image, truth or None, maps (method -> mask), palette, classes
+    load: Callable | None = None, # image_id -> image, truth or None, maps (method: mask), palette, classes
 ) -> Path:
     "Write one self-contained HTML file: example images, what to use, what to distrust, how it was made."
     facts = facts or {}
