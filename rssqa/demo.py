@@ -136,7 +136,7 @@ def _fit_and_save(plan, table, store, semantic, networks, board, seed):
     write_pack(plan.home, networks, 'model', plan.encoder)
     write_json(cache_dir('demo')/'latest.json', dict(pack=str(plan.home)))
 
-# %% ../nbs/90_demo.ipynb #32615761
+# %% ../nbs/90_demo.ipynb #750f8b1b
 PROTOCOL_WORDS = '5-fold cross-validation by scene'
 
 
@@ -168,11 +168,11 @@ def run_demo(
     with _stage(plan, 'writing the report'):
         emb, separation = _project(table, store, semantic, seed)
         facts = _report_facts(plan, table, seed, start) | dict(separation=separation)
-        cases = _worst_cases(table, tiles, class_tables, store)
-        _write_report(out/'report.html', table, emb, board, cases, facts, tiles)
+        pixels = _pixel_loader(table, tiles, class_tables, store)
+        _write_report(out/'report.html', table, emb, board, pixels, facts, tiles)
     return board
 
-# %% ../nbs/90_demo.ipynb #9b84631b
+# %% ../nbs/90_demo.ipynb #b1dbd0fd
 def _project(table, store, semantic, seed): # the plane, and how well it separates OA
     from rssqa.viz.projection import project, separation
     features = known_without_labels(table, store, semantic)
@@ -182,21 +182,28 @@ def _project(table, store, semantic, seed): # the plane, and how well it separat
     return emb, separation(features, table.oa, table.dataset, table.scene, uv=uv, seed=seed)
 
 
-def _worst_cases(table, tiles, class_tables, store, n=8): # dicts for write_report
-    from rssqa.viz.figures import worst
+def _pixel_loader(table, tiles, class_tables, store): # image_id -> image, truth, maps and classes
     tile_of = tiles.set_index('image_id')
+
+    def load(image_id):
+        tile = tile_of.loc[image_id]
+        rows = table[table.image_id == image_id]
+        spec = class_tables[tile.dataset]
+        maps = {row.method: stored_mask(store, image_id, row.method_fp) for row in rows.itertuples()}
+        title = f'{rows.dataset.iloc[0]}, {Path(str(tile.path)).stem}'
+        return dict(image=read_image(tile), truth=read_mask(tile, spec), maps=maps, palette=spec.palette,
+                    classes=spec.classes, title=title)
+
+    return load
+
+
+def _worst_cases(table, load, n=8): # dicts for write_report
+    from rssqa.viz.figures import worst
     cases = []
     for row in worst(table, n).itertuples():
-        tile = tile_of.loc[row.image_id]
-        spec = class_tables[tile.dataset]
-        cases.append(dict(
-            image=read_image(tile),
-            truth=read_mask(tile, spec),
-            mask=stored_mask(store, row.image_id, row.method_fp),
-            palette=spec.palette,
-            title=f'{row.dataset} · {row.method}',
-            predicted=row.predicted,
-        ))
+        pixels = load(row.image_id)
+        title = f'{pixels["title"]}, map by {row.method}'
+        cases.append(pixels | dict(mask=pixels['maps'][row.method], title=title, predicted=row.predicted))
     return cases
 
 
@@ -230,11 +237,11 @@ def _command(): # as typed, without the folders of this machine
     return ' '.join(['rssqa', *words])
 
 
-def _write_report(path, table, emb, board, cases, facts, tiles):
+def _write_report(path, table, emb, board, load, facts, tiles): # load: from _pixel_loader
     from rssqa.viz.report import write_report
     tile_of = tiles.set_index('image_id')
     thumbs = [read_image(tile_of.loc[image_id]) for image_id in emb.image_id.head(400)]
-    write_report(path, table, emb, board, cases, facts, thumbs)
+    write_report(path, table, emb, board, _worst_cases(table, load), facts, thumbs, load)
 
 # %% ../nbs/90_demo.ipynb #f899d8fb
 MEASURE_LABELS = dict(

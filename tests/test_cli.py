@@ -48,6 +48,7 @@ def test_demo_writes_report_table_and_pack(demo):
     assert {'protocol', 'data', 'seed', 'commit', 'command'} <= set(saved)
     assert set(saved.predictor) == set(board.index)
     html = (home/'out'/'report.html').read_text()
+    assert 0 < html.index('class="map first"') < html.index('<table') and '% vegetation' in html
     assert 'two scene types' in html and 'src="http' not in html and 'href="http' not in html
     assert json.loads((cache_dir('demo')/'latest.json').read_text())['pack'] == str(plan.home)
 
