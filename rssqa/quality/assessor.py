@@ -80,7 +80,7 @@ class Semantics:
         with torch.inference_mode(): out = self.encoder.encode_image(torch.as_tensor(image)[None])
         return out.dense[0].float().cpu().numpy(), out.pooled[0].float().cpu().numpy()
 
-# %% ../../nbs/58_quality.assessor.ipynb #2ba1d795
+# %% ../../nbs/58_quality.assessor.ipynb #2780db3d
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 
 
@@ -204,7 +204,7 @@ class Assessor:
         return Assessment(shown, advice, report, self.name, read, table.names, posterior, fused)
 
     def _refuse(self, read, table, report):
-        if not report.findings:
+        if not report.refused:
             report.findings.append(Finding('no overlap', 'refuse', 'a map has no value where the image has data'))
         rows = pd.DataFrame(dict(name=[m.name for m in read]))
         rows = rows.assign(predicted=np.nan, lower=np.nan, upper=np.nan, as_good=False, recommended=False)

@@ -192,7 +192,7 @@ def points_of_grid(
     p = (grid.p.astype(np.float32) + grid.flip) / 510
     return PointMaps(list(grid.methods), grid.pred, p, np.ones(len(p), bool), neighbours)
 
-# %% ../../nbs/57_quality.posterior.ipynb #fbb6c9d4
+# %% ../../nbs/57_quality.posterior.ipynb #5d79e0cd
 OWN_FEATURES = 7 # of a map, at a point, for a class
 SHARED_FEATURES = 15 # of all maps, at a point, for a class
 MAP_STATISTICS = 14 # of a map
@@ -277,8 +277,11 @@ def _mean_agreement(pred, valid): # (M,): mean share of points at which another 
 
 def _majority_agreement(votes, pred, valid): # (M,): share of points with the class that most other maps have
     if len(pred) < 2: return torch.full((1,), 0.5)
-    majority = (votes.sum(0) - votes).argmax(1)
-    return _mean_where((pred == majority).float(), valid)
+    others = votes.sum(0) - votes                                                  # (M,K,h,w)
+    most = others.amax(1)
+    tied = (others == most[:, None]).sum(1)
+    own = others.gather(1, pred.clamp_max(others.shape[1] - 1)[:, None])[:, 0]
+    return _mean_where((own == most) / tied, valid)
 
 
 def edge_density(pred, valid): # (M,h,w), (M,h,w) bool -> (M,): share of neighbouring pairs that differ
