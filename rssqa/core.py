@@ -8,7 +8,7 @@ __all__ = ['segmenters', 'encoders', 'fusions', 'datasets', 'MAX_PIXELS', 'PIL_F
            'unknown', 'digest', 'file_id', 'state_digest', 'as_image', 'check_file', 'check_size', 'file_faults',
            'decode_image', 'is_tiff', 'decode_picture', 'upright_size', 'open_tiff', 'read_bands', 'stretch',
            'pick_device', 'seed_all', 'cache_dir', 'real_dir', 'bundled', 'atomic', 'write_json', 'read_json',
-           'progress', 'say']
+           'load_tensors', 'weight_digests', 'load_recorded', 'model_faults', 'progress', 'say']
 
 # %% ../nbs/00_core.ipynb #d2b22c24
 import difflib, hashlib, importlib.metadata, json, os, random, re, sys, uuid
@@ -471,6 +471,58 @@ def read_json(path) -> Any:
     except OSError as e: raise SchemaError(what, e.strerror, 'check the path and its permissions') from e
     except (ValueError, RecursionError) as e:
         raise SchemaError(what, f'not valid JSON ({e})', 'restore the file') from e
+
+# %% ../nbs/00_core.ipynb #1c38db47
+def load_tensors(
+    path, # safetensors file
+    framework: str = 'torch', # or 'numpy'
+    todo: str = 'copy or download it again', # the next step for a damaged file
+) -> dict: # name -> tensor, or array
+    "Read a safetensors file; a missing or damaged one is a Problem."
+    if not Path(path).is_file(): raise DataNotFound(f'no weights {path}', '', 'check the path')
+    read = importlib.import_module(f'safetensors.{framework}').load_file
+    try: return read(path)
+    except Exception as e:
+        first_line = (str(e) or type(e).__name__).splitlines()[0]
+        raise Incompatible(f'cannot read weights {path}', f'not a safetensors file ({first_line[:120]})', todo) from e
+
+
+def weight_digests(
+    folder, # of a model
+    *names: str, # weight files in it
+) -> dict[str, str]: # name -> digest
+    "Digest weight files, for the JSON file beside them."
+    return {name: file_id(Path(folder)/name) for name in names}
+
+
+def load_recorded(
+    folder, # of a model
+    name: str, # weight file in it
+    digests: dict | None, # made by weight_digests; None: of a time when none were recorded
+    framework: str = 'torch', # or 'numpy'
+) -> dict: # name -> tensor, or array
+    "Read a weight file if it is the one that was recorded."
+    path = Path(folder)/name
+    if digests is None: return load_tensors(path, framework)
+    if not path.is_file(): raise DataNotFound(f'no weights {path}', 'its JSON file is there', 'copy the whole folder')
+    found = file_id(path)
+    expected = digests.get(name, 'none')
+    if found == expected: return load_tensors(path, framework)
+    raise Incompatible(f'the weights {path} are not the ones that were saved',
+                       f'found digest {found}, expected {expected}', 'copy the whole folder again')
+
+
+@contextmanager
+def model_faults(
+    folder, # of a model
+):
+    "Turn the errors of files that do not belong together into a Problem."
+    try: yield
+    except Problem: raise
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e:
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()] or ['no details']
+        found = f'its files do not fit together ({type(e).__name__}: {lines[min(1, len(lines) - 1)][:120]})'
+        raise Incompatible(f'cannot read the model in {folder}', found, 'copy the whole folder again') from e
 
 # %% ../nbs/00_core.ipynb #922fdb18
 def progress(

@@ -7,13 +7,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 from hostile import sparse_tiff
 from rssqa import core
 from rssqa.core import (
     BadImage, DataNotFound, DownloadError, Incompatible, LeakError, MissingFeatures, Problem, Registry,
-    SchemaError, UnknownName, as_image, atomic, cache_dir, digest, file_id, open_tiff, pick_device, progress,
-    read_json, real_dir, say, seed_all, state_digest, stretch, unknown, write_json,
+    SchemaError, UnknownName, as_image, atomic, cache_dir, digest, file_id, load_recorded, load_tensors,
+    model_faults, open_tiff, pick_device, progress, read_json, real_dir, say, seed_all, state_digest, stretch,
+    unknown, weight_digests, write_json,
 )
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -739,6 +741,43 @@ def test_failed_json_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):  # keys that cannot be sorted
         write_json(tmp_path/'x.json', {1: 'a', 'b': 2})
     assert read_json(tmp_path/'x.json') == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+# ---- weight files
+
+@quick
+@given(st.binary(max_size=200), st.sampled_from(['torch', 'numpy']))
+def test_bytes_that_are_no_weights_never_raise_a_foreign_error(tmp_path, data, framework):
+    (tmp_path/'w.safetensors').write_bytes(data)
+    try: assert load_tensors(tmp_path/'w.safetensors', framework) is not None
+    except Incompatible as e: assert 'w.safetensors' in str(e) and e.found and e.todo
+
+
+@quick
+@given(st.integers(0, 10**6), st.integers(0, 7))
+def test_any_flipped_bit_of_recorded_weights_is_refused(tmp_path, at, bit):
+    path = tmp_path/'w.safetensors'
+    save_file(dict(a=torch.arange(40.)), path)
+    digests = weight_digests(tmp_path, path.name)
+    assert torch.equal(load_recorded(tmp_path, path.name, digests)['a'], torch.arange(40.))
+    data = bytearray(path.read_bytes())
+    data[at % len(data)] ^= 1 << bit
+    path.write_bytes(data)
+    refused(Incompatible, lambda: load_recorded(tmp_path, path.name, digests), 'w.safetensors', 'Found digest')
+
+
+def test_weights_that_were_not_recorded_are_refused_beside_recorded_ones(tmp_path):
+    save_file(dict(a=torch.ones(2)), tmp_path/'w.safetensors')
+    assert load_recorded(tmp_path, 'w.safetensors', None)['a'].sum() == 2
+    refused(Incompatible, lambda: load_recorded(tmp_path, 'w.safetensors', {}), 'expected none')
+    refused(DataNotFound, lambda: load_recorded(tmp_path, 'gone.safetensors', {}), 'gone.safetensors')
+
+
+@pytest.mark.parametrize('error', [KeyError('classes'), TypeError('x'), RuntimeError('size\n\tmismatch'), ValueError()])
+def test_files_that_do_not_fit_together_are_named(error):
+    def load():
+        with model_faults('models/town'): raise error
+    refused(Incompatible, load, 'models/town', type(error).__name__, 'whole folder')
 
 
 # ---- progress
