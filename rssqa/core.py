@@ -472,7 +472,7 @@ def read_json(path) -> Any:
     except (ValueError, RecursionError) as e:
         raise SchemaError(what, f'not valid JSON ({e})', 'restore the file') from e
 
-# %% ../nbs/00_core.ipynb #1c38db47
+# %% ../nbs/00_core.ipynb #355c27f3
 def load_tensors(
     path, # safetensors file
     framework: str = 'torch', # or 'numpy'
@@ -484,7 +484,8 @@ def load_tensors(
     try: return read(path)
     except Exception as e:
         first_line = (str(e) or type(e).__name__).splitlines()[0]
-        raise Incompatible(f'cannot read weights {path}', f'not a safetensors file ({first_line[:120]})', todo) from e
+        found = f'not a safetensors file ({first_line[:120]})'
+        raise Incompatible(f'cannot read weights {path}', found, todo) from e
 
 
 def weight_digests(
@@ -504,7 +505,8 @@ def load_recorded(
     "Read a weight file if it is the one that was recorded."
     path = Path(folder)/name
     if digests is None: return load_tensors(path, framework)
-    if not path.is_file(): raise DataNotFound(f'no weights {path}', 'its JSON file is there', 'copy the whole folder')
+    if not path.is_file():
+        raise DataNotFound(f'no weights {path}', 'its JSON file is there', 'copy the whole folder')
     found = file_id(path)
     expected = digests.get(name, 'none')
     if found == expected: return load_tensors(path, framework)

@@ -773,7 +773,10 @@ def test_weights_that_were_not_recorded_are_refused_beside_recorded_ones(tmp_pat
     refused(DataNotFound, lambda: load_recorded(tmp_path, 'gone.safetensors', {}), 'gone.safetensors')
 
 
-@pytest.mark.parametrize('error', [KeyError('classes'), TypeError('x'), RuntimeError('size\n\tmismatch'), ValueError()])
+MISFITS = [KeyError('classes'), TypeError('x'), RuntimeError('size\n\tmismatch'), ValueError()]
+
+
+@pytest.mark.parametrize('error', MISFITS)
 def test_files_that_do_not_fit_together_are_named(error):
     def load():
         with model_faults('models/town'): raise error

@@ -406,6 +406,17 @@ def test_a_flipped_byte_of_the_newest_manifest_never_raises_a_foreign_error(stor
     assert refused and len(store.get('t')) == 3
 
 
+def test_a_table_that_another_writer_makes_meanwhile_is_no_damage(store, monkeypatch):
+    import lance
+    opened = lance.dataset
+    def make_first(uri):
+        monkeypatch.setattr(lance, 'dataset', opened)
+        try: return opened(uri)
+        finally: Store(store.root).put('t', frame('ab', v=[1, 2]))
+    monkeypatch.setattr(lance, 'dataset', make_first)
+    assert values(store) == dict(a=1, b=2)
+
+
 def test_a_creation_that_was_interrupted_is_no_damage(store):
     store.put('t', frame('a', v=[1]))
     shutil.rmtree(Path(store.root, 't.lance/_versions'))                   # as before the first commit

@@ -17,7 +17,7 @@ import pandas as pd
 from ..core import Incompatible, MissingFeatures, Problem, SchemaError, progress, read_json, unknown
 from ..data.datasets import read_image
 
-# %% ../../nbs/40_tables.store.ipynb #fe47a6a4
+# %% ../../nbs/40_tables.store.ipynb #73890727
 class Store:
     "Lance tables below one folder or object-store prefix, each with a column `key`."
     def __init__(self, root):
@@ -29,14 +29,12 @@ class Store:
         return f'{self.root}/{name}.lance'
 
     def _open(self, name): # Lance dataset, or None where the table was never written
-        import lance
         folder = Path(self._uri(name))
         newest = _newest_version(folder) # before opening: another writer may add versions meanwhile
-        try:
-            with _table_faults(folder): data = lance.dataset(self._uri(name))
+        try: data = _open_lance(self._uri(name))
         except SchemaError as e:
             if 'was not found' in str(e.__cause__) and not _was_written(folder): return None
-            raise
+            data = _open_lance(self._uri(name)) # another writer may have made it since
         if newest is not None and data.version < newest:
             raise _damaged(folder, f'found version {data.version}, expected {newest}')
         return data
@@ -120,6 +118,11 @@ class Store:
     def __repr__(self):
         tables = ', '.join(f'{name} ({self._count(name)})' for name in self.names())
         return f'Store {Path(self.root).name}: {tables or "empty"}'
+
+
+def _open_lance(uri):
+    import lance
+    with _table_faults(uri): return lance.dataset(uri)
 
 
 def _check_table_name(name, root): # folders are joined by '/', and none may lead out of the store

@@ -208,7 +208,7 @@ def _build(method: str, classes: int, recipe: Recipe):
     net.pretrained = weights is not None
     return net
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #03532acd
+# %% ../../../nbs/25_segment.methods.training.ipynb #2aa8b3f0
 CHECKPOINT_SECONDS = 30 # between checkpoints
 
 
@@ -220,12 +220,17 @@ def _save_checkpoint(folder, step, net, optimiser, schedule):
 
 def _load_checkpoint(folder, net, optimiser, schedule) -> int: # step to go on from
     import torch
-    if not (folder/'checkpoint.pt').exists(): return 0
-    state = torch.load(folder/'checkpoint.pt', weights_only=True, map_location='cpu')
-    net.load_state_dict(state['net'])
-    optimiser.load_state_dict(state['optimiser'])
-    schedule.load_state_dict(state['schedule'])
-    return state['step']
+    path = folder/'checkpoint.pt'
+    if not path.exists(): return 0
+    try:
+        state = torch.load(path, weights_only=True, map_location='cpu')
+        net.load_state_dict(state['net'])
+        optimiser.load_state_dict(state['optimiser'])
+        schedule.load_state_dict(state['schedule'])
+        return state['step']
+    except Exception as e: # torch would advise to open it without its guard against foreign code
+        found = f'found no checkpoint of this training ({type(e).__name__})'
+        raise Incompatible(f'cannot go on from {path}', found, 'delete it to train from the start') from e
 
 
 def _fit(
