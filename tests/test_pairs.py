@@ -543,7 +543,8 @@ def test_a_caption_names_the_classes_of_its_mask_and_no_others(seed, weights):
     assert caption == caption_from_mask(mask, classes, np.random.default_rng(seed))
     assert [c in caption for c in classes] == [bool(s > 0.002) for s in shares] or not caption
     assert ('mostly' in caption) == (shares.max() >= 0.5)
-    if 'mostly' in caption: assert f'mostly {_plural(classes[shares.argmax()])}' in caption
+    largest = [c for c, share in zip(classes, shares) if share == shares.max()] # two, where they are equal
+    assert 'mostly' not in caption or any(f'mostly {_plural(c)}' in caption for c in largest)
 
 
 def test_classes_without_meaning_are_not_named_and_others_get_common_names():
