@@ -400,7 +400,7 @@ def degradation_command(
     command = f'rssqa bench degradation --turns {turns}'
     if out: write_results(stamp(table, command, seed=0, threads=1), out)
 
-# %% ../nbs/91_cli.ipynb #2142416c
+# %% ../nbs/91_cli.ipynb #f907b088
 def apps() -> dict[str, Path]: # name -> notebook
     "Find the packaged notebooks, in an installation or in a checkout."
     import rssqa
@@ -423,17 +423,47 @@ def app_command(
     browser: Annotated[bool, typer.Option(help='Open a browser.')] = True,
 ):
     "Show a widget as a page in the browser."
-    import importlib.util, subprocess
+    import importlib.util, secrets, subprocess
     known = apps()
     if name not in known: raise unknown('app', name, known)
     if data and not data.exists(): raise Incompatible(f'no file or folder {data}', '', 'check the path')
     if not importlib.util.find_spec('voila'):
         raise Incompatible('cannot start an app', 'Voila is not installed', 'run pip install "rssqa[apps]"')
-    print(f'http://127.0.0.1:{port}  (stop with Ctrl-C)', flush=True)
-    command = [sys.executable, '-m', 'voila', str(known[name]), f'--port={port}', '--Voila.ip=127.0.0.1']
-    if not browser: command.append('--no-browser')
-    done = subprocess.run(command, env=_app_environment(dict(data=data, out=out, pack=pack), dataset))
+    _check_port(port)
+    token = secrets.token_urlsafe(24)
+    address = f'http://127.0.0.1:{port}/?token={token}'
+    print(f'{address}  (stop with Ctrl-C)', flush=True)
+    if browser: _open_when_served(port, address)
+    environment = _app_environment(dict(data=data, out=out, pack=pack), dataset) | dict(JUPYTER_TOKEN=token)
+    # beside the notebook, because Voila and Python run what they find in the current folder
+    done = subprocess.run(_voila_command(known[name], port), env=environment, cwd=known[name].parent)
     raise typer.Exit(done.returncode)
+
+
+def _voila_command(notebook, port): # the token comes from the environment, which other users cannot read
+    return [
+        sys.executable, '-m', 'voila', str(notebook), '--no-browser', '--Voila.ip=127.0.0.1',
+        f'--port={port}', '--Voila.port_retries=0',
+        '--Voila.auto_token=True',
+        "--Voila.tornado_settings={'allow_remote_access': False}", # refuses other names in the Host header
+    ]
+
+
+def _check_port(port):
+    import socket
+    with socket.socket() as s:
+        if s.connect_ex(('127.0.0.1', port)): return
+    raise Incompatible('cannot start an app', f'port {port} is in use', 'choose another with --port')
+
+
+def _open_when_served(port, address): # in a thread that ends with the program
+    import socket, threading, time, webbrowser
+    def wait():
+        for _ in range(300):
+            with socket.socket() as s:
+                if not s.connect_ex(('127.0.0.1', port)): return webbrowser.open(address)
+            time.sleep(0.2)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _app_environment(paths, dataset):

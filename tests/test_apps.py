@@ -1,5 +1,7 @@
 """An app is a packaged notebook that Voila shows: it renders, reacts to buttons and keys, and saves."""
 import base64
+import http.client
+import importlib.util
 import io
 import os
 import signal
@@ -7,8 +9,10 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -20,6 +24,7 @@ from rssqa.cli import apps, main
 from rssqa.clip.encoders import load_encoder
 from rssqa.tables.store import Store, extract
 from rssqa.viz.explorer import save_run
+from rssqa.viz.widgets import app_settings
 from trained import trained_setup
 
 # Voila says so while it loads extensions of JupyterLab that it does not use
@@ -41,10 +46,15 @@ def wait_for(condition, seconds=30, process=None):
     pytest.fail(f'nothing after {seconds} s')
 
 
-def answers(address):
-    try: return urllib.request.urlopen(address + '/static/', timeout=1).status
-    except urllib.error.HTTPError: return True
-    except OSError: return False
+def status(address, host=None): # of the answer, without following a redirection; 0 where nobody listens
+    where = urlsplit(address)
+    connection = http.client.HTTPConnection(where.hostname, where.port, timeout=60)
+    path = where.path or '/'
+    try:
+        connection.request('GET', f'{path}?{where.query}', headers=dict(Host=host or where.netloc))
+        return connection.getresponse().status
+    except OSError: return 0
+    finally: connection.close()
 
 
 def saved_ratings(path):
@@ -53,10 +63,13 @@ def saved_ratings(path):
 
 
 def start_app(folder, port, options):
-    program = [sys.executable, '-c', 'from rssqa.cli import main; main()']
+    program = [sys.executable, '-P', '-c', 'from rssqa.cli import main; main()']
     command = [*program, 'app', *options, '--port', str(port), '--no-browser']
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return subprocess.Popen(command, cwd=folder, start_new_session=True, **quiet)
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(command, cwd=folder, start_new_session=True, **streams)
+    address = process.stdout.readline().split()[0]
+    Thread(target=process.stdout.read, daemon=True).start()
+    return process, address
 
 
 def stop_app(process): # the command, Voila and its kernel
@@ -68,22 +81,30 @@ def stop_app(process): # the command, Voila and its kernel
 
 
 @contextmanager
+def running(folder, *options):
+    "The address that `rssqa app` prints, once it is served."
+    port = free_port()
+    process, address = start_app(folder, port, options)
+    try:
+        wait_for(lambda: status(f'http://127.0.0.1:{port}/voila/static/'), process=process)
+        yield address
+    finally: stop_app(process)
+
+
+@contextmanager
 def served(chromium, folder, *options):
     "The page of an app, as `rssqa app` shows it."
-    port = free_port()
-    process = start_app(folder, port, options)
-    try:
-        wait_for(lambda: answers(f'http://127.0.0.1:{port}'), process=process)
+    with running(folder, *options) as address:
+        base = address.partition('/?')[0]
         page = record_faults(chromium.new_page(viewport=dict(width=1500, height=1000)), ignored=(VOILA_NOISE,))
         page.set_default_timeout(90_000)
         # Voila asks for an icon font
-        def is_outside(url): return f'127.0.0.1:{port}' not in url and url.startswith('http')
+        def is_outside(url): return not url.startswith(base) and url.startswith('http')
         page.route(is_outside, lambda route: route.fulfill(status=200, body='', content_type='text/css'))
-        page.goto(f'http://127.0.0.1:{port}', wait_until='commit')
+        page.goto(address, wait_until='commit')
         yield page
         assert page.faults == []
         page.close()
-    finally: stop_app(process)
 
 
 def test_the_pair_reviewer_runs_as_an_app(chromium, tmp_path):
@@ -133,6 +154,60 @@ def test_the_explorer_opens_a_run_as_an_app(chromium, tmp_path):
     assert len(pd.read_csv(tmp_path/'selection.csv')) == n
 
 
+def listening_addresses(port): # where a port is open, hexadecimal, as Linux lists it
+    lines = Path('/proc/net/tcp').read_text().splitlines() + Path('/proc/net/tcp6').read_text().splitlines()
+    local = [line.split()[1] for line in lines if line.split()[3] == '0A']
+    return {address for address, number in (text.split(':') for text in local) if int(number, 16) == port}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('voila'), reason='Voila is not installed')
+def test_an_app_answers_only_to_its_token_under_a_name_of_this_machine(tmp_path):
+    planted = tmp_path/'planted'
+    for name in ('voila.py', 'json.py'): (tmp_path/name).write_text(f'open({str(planted)!r}, "w")\n')
+    with running(tmp_path, 'pairs') as address:
+        base, _, token = address.partition('/?token=')
+        port = int(base.rpartition(':')[2])
+        assert len(token) >= 32
+        for path in ('/', '/?token=', '/?token=guess', f'/?token={token[:-1]}'):
+            assert status(base + path) in (302, 403), path
+        for host in ('evil.example', f'evil.example:{port}', '192.0.2.1', '127.0.0.1.evil.example'):
+            assert status(address, host) == 403, host
+            assert status(f'{base}/api/kernels/0-0-0-0-0?token={token}', host) == 403, host
+        for host in (f'127.0.0.1:{port}', f'localhost:{port}'): assert status(address, host) == 200, host
+        if sys.platform == 'linux': assert listening_addresses(port) == {'0100007F'}
+    assert not planted.exists(), 'a file of the folder was run'
+
+
+def test_an_app_imports_nothing_from_the_folder_it_is_called_in(tmp_path, monkeypatch):
+    (tmp_path/'planted_module.py').write_text('')
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setattr(sys, 'path', ['', *sys.path])
+    monkeypatch.setenv('RSSQA_APP_HERE', str(tmp_path))
+    app_settings()
+    assert Path.cwd() == tmp_path and importlib.util.find_spec('planted_module') is None
+
+
+def test_two_apps_have_different_tokens_and_none_on_the_command_line(monkeypatch, capsys):
+    calls = []
+    def run(command, env, cwd):
+        calls.append((command, env['JUPYTER_TOKEN'], Path(cwd)))
+        return subprocess.CompletedProcess(command, 0)
+    monkeypatch.setattr(subprocess, 'run', run)
+    for _ in range(2):
+        with pytest.raises(SystemExit): main(['app', 'pairs', '--no-browser', '--port', str(free_port())])
+    (command, first, cwd), (_, second, _) = calls
+    assert first != second and first in capsys.readouterr().out
+    assert first not in ' '.join(command) and cwd == apps()['pairs'].parent
+
+
+def test_a_port_in_use_is_said(capsys):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        s.listen()
+        with pytest.raises(SystemExit) as stop: main(['app', 'pairs', '--port', str(s.getsockname()[1])])
+    assert stop.value.code == 2 and '--port' in capsys.readouterr().err
+
+
 def test_apps_are_found():
     assert {'degradation', 'explorer', 'pairs', 'recommender'} <= set(apps())
     assert all(path.is_file() for path in apps().values())
@@ -144,7 +219,6 @@ def test_apps_are_found():
     (['recommender', '--data', 'no such folder'], 'check the path'),
 ])
 def test_mistakes_are_explained(capsys, monkeypatch, arguments, message):
-    import importlib.util
     real = importlib.util.find_spec
     def without_voila(name, *args): return None if name == 'voila' else real(name, *args)
     monkeypatch.setattr(importlib.util, 'find_spec', without_voila)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from sklearn.base import clone
 
-from rssqa.core import DataNotFound, MissingFeatures
+from hostile import flip_bit
+from rssqa.core import DataNotFound, Incompatible, MissingFeatures, read_json, write_json
 from rssqa.quality import consensus as consensus_module
 from rssqa.quality.baselines import ColumnBaseline, MeanBaseline
 from rssqa.quality.consensus import (
@@ -277,6 +278,21 @@ def test_a_saved_ensemble_gives_the_same_posterior(tmp_path):
     # members that datasets share are written once
     assert loaded.members_of('town')[0] is loaded.members_of('field')[0]
     with pytest.raises(DataNotFound, match='no consensus.json'): load_consensus(tmp_path)
+
+
+@pytest.mark.parametrize('at', [3, 200, -1])
+def test_one_flipped_bit_of_the_weights_is_refused(at, tmp_path):
+    grids = simulate_grids(3)
+    folder = save_consensus(train_ensemble(sample_points(grids, METHODS, 20), METHODS, **SMALL), tmp_path)
+    assert load_consensus(folder)
+    flip_bit(folder/'consensus.safetensors', at)
+    with pytest.raises(Incompatible, match='not the ones that were saved') as caught: load_consensus(folder)
+    assert 'digest' in caught.value.found and caught.value.todo
+    config = read_json(folder/'consensus.json')
+    write_json(folder/'consensus.json', config | dict(width=7, digests=None))
+    with pytest.raises(Incompatible): load_consensus(folder)
+    write_json(folder/'consensus.json', {})
+    with pytest.raises(Incompatible): load_consensus(folder)
 
 
 @pytest.mark.parametrize('name', ['potsdam.v2', 'training', 'keys', 'forward', 'a b'])

@@ -7,12 +7,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
+from hostile import sparse_tiff
 from rssqa import core
 from rssqa.core import (
     BadImage, DataNotFound, DownloadError, Incompatible, LeakError, MissingFeatures, Problem, Registry,
-    SchemaError, UnknownName, as_image, atomic, cache_dir, digest, file_id, pick_device, progress, read_json,
-    real_dir, say, seed_all, state_digest, stretch, unknown, write_json,
+    SchemaError, UnknownName, as_image, atomic, cache_dir, digest, file_id, load_recorded, load_tensors,
+    model_faults, open_tiff, pick_device, progress, read_json, real_dir, say, seed_all, state_digest, stretch,
+    unknown, weight_digests, write_json,
 )
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -311,6 +314,8 @@ def test_palette_tiff_arrives_in_its_colours(tmp_path):
     (4, 'uint8', '4 bands'),
     (2, 'uint8', '2 bands'),
     (8, 'uint8', '8 bands'),
+    (12, 'uint16', '12 bands'),
+    (3, 'complex64', 'complex64'),
     (3, 'uint16', 'uint16'),
     (1, 'int16', 'int16'),
     (3, 'float32', '0..143'),
@@ -345,7 +350,11 @@ def test_sixteen_bit_png_of_every_colour_type_is_refused(tmp_path, channels, col
     (np.ones((5, 6), bool), 'bool'),
     (np.full((5, 6, 3), 1.01), '1.01'),
     (np.full((5, 6, 3), -.01), '-0.01'),
-    (np.full((5, 6, 3), np.nan, np.float32), '0..1'),
+    (np.full((5, 6, 3), np.nan, np.float32), 'NaN values'),
+    (np.where(np.eye(6), np.nan, .5), 'NaN values'),
+    (np.ones((5, 6), np.complex64), 'complex64'),
+    (np.full((5, 6), 'a'), '<U1'),
+    (np.full((5, 6), None), 'object'),
     (np.full((5, 6), np.inf), 'inf'),
     (np.zeros((5, 6, 2), np.uint8), '2 bands'),
     (np.zeros((6, 5, 7), np.uint8), '7 bands'),
@@ -414,10 +423,169 @@ def test_folders(tmp_path, name):
     refused(BadImage, lambda: as_image(tmp_path/name), name, 'folder')
 
 
-def test_images_with_too_many_pixels_are_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize('ext', ['png', 'jpg', 'webp', 'bmp', 'tif'])
+@pytest.mark.parametrize('limit_of_pil', [None, 10**9])
+def test_images_with_too_many_pixels_are_refused_before_decoding(tmp_path, monkeypatch, ext, limit_of_pil):
+    path = tmp_path/f'big.{ext}'
+    Image.new('RGB', (40, 41)).save(path)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', limit_of_pil)
+    monkeypatch.setattr(core, 'MAX_PIXELS', 1639)
+    refused(BadImage, lambda: as_image(path), f'big.{ext}', 'tiles', '40x41', '1,639')
+    monkeypatch.setattr(core, 'MAX_PIXELS', 1640)
+    assert as_image(path).shape == (3, 41, 40)
+
+
+def test_a_lower_limit_of_pil_is_kept_and_named(tmp_path, monkeypatch):
     Image.new('L', (40, 40)).save(tmp_path/'big.png')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
-    refused(BadImage, lambda: as_image(tmp_path/'big.png'), 'big.png', 'tiles')
+    refused(BadImage, lambda: as_image(tmp_path/'big.png'), 'big.png', 'tiles', '200 pixels')
+
+
+def test_a_sparse_tiff_of_ten_thousand_megapixels_is_refused(tmp_path):
+    sparse_tiff(tmp_path/'huge.tif')
+    assert (tmp_path/'huge.tif').stat().st_size < 100_000
+    refused(BadImage, lambda: as_image(tmp_path/'huge.tif'), 'huge.tif', '100000x100000', 'tiles')
+
+
+def test_a_tiff_whose_single_block_is_too_large_is_refused(tmp_path, monkeypatch):
+    geotiff(tmp_path/'strip.tif', 1, compress='deflate', blockysize=6)
+    monkeypatch.setattr(core, 'MAX_PIXELS', 40)
+    refused(BadImage, lambda: open_tiff(tmp_path/'strip.tif').__enter__(), 'a block of', '8x6')
+
+
+# ---- hostile paths and files
+
+VRT = """<VRTDataset rasterXSize="8" rasterYSize="6"><VRTRasterBand dataType="Byte" band="1"><SimpleSource>
+<SourceFilename relativeToVRT="0">{source}</SourceFilename><SourceBand>1</SourceBand></SimpleSource></VRTRasterBand>
+</VRTDataset>"""
+
+
+@pytest.mark.parametrize('source', ['secret.tif', '/vsicurl/http://127.0.0.1:9/x.tif'])
+@pytest.mark.parametrize('ext', ['tif', 'TIFF'])
+def test_a_text_that_names_another_file_is_no_tiff(tmp_path, source, ext):
+    geotiff(tmp_path/'secret.tif', 1)
+    named = tmp_path/source if source == 'secret.tif' else source
+    (tmp_path/f'x.{ext}').write_text(VRT.format(source=named))
+    refused(BadImage, lambda: as_image(tmp_path/f'x.{ext}'), f'x.{ext}', 'TIFF', 'VRT')
+
+
+@pytest.mark.parametrize('kind', ['png', 'bmp', 'gif'])
+def test_another_format_named_tif_is_not_handed_to_another_driver(tmp_path, kind):
+    Image.new('L', (8, 6)).save(tmp_path/f'x.{kind}')
+    (tmp_path/f'x.{kind}').rename(tmp_path/'x.tif')
+    refused(BadImage, lambda: as_image(tmp_path/'x.tif'), 'x.tif', 'TIFF')
+
+
+@pytest.mark.parametrize('named', ['x.tif', 'GTIFF_DIR:1:x.tif', 'zip:x.tif', 'a!b.tif', 'http:x.tif'])
+def test_a_name_is_never_read_as_an_instruction(tmp_path, monkeypatch, named):
+    a = geotiff(tmp_path/'x.tif', 1)
+    (tmp_path/'x.tif').rename(tmp_path/named)
+    monkeypatch.chdir(tmp_path)
+    assert np.allclose(as_image(named)[0] * 255, a[0])
+
+
+def test_files_beside_a_tiff_have_no_influence(tmp_path):
+    import rasterio
+    path = tmp_path/'x.tif'
+    geotiff(path, 4, photometric='RGB', alpha='YES')
+    before = as_image(path)
+    interpretation = ''.join(f'<PAMRasterBand band="{i}"><ColorInterp>Undefined</ColorInterp></PAMRasterBand>'
+                             for i in range(1, 5))
+    metadata = '<Metadata><MDI key="planted">yes</MDI></Metadata>'
+    (tmp_path/'x.tif.aux.xml').write_text(f'<PAMDataset>{metadata}{interpretation}</PAMDataset>')
+    (tmp_path/'x.tfw').write_text('7\n0\n0\n-7\n100\n200\n')
+    geotiff(tmp_path/'x.tif.ovr', 4)
+    geotiff(tmp_path/'x.tif.msk', 1)
+    with rasterio.open(path) as f: assert f.tags().get('planted') == 'yes' and f.transform.a == 7
+    with open_tiff(path) as f:
+        assert 'planted' not in f.tags() and f.transform.a == 1 and f.overviews(1) == []
+        assert [Path(name).name for name in f.files] == ['x.tif']
+    assert np.array_equal(as_image(path), before)
+
+
+@pytest.mark.parametrize('path, words', [
+    ('https://example.org/tile.png', 'This is a URL'),
+    ('http://example.org/tile.tif', 'This is a URL'),
+    ('s3://bucket/tile.tif', 'This is a URL'),
+    ('ftp://example.org/a.jpg', 'This is a URL'),
+    (Path('https://example.org/tile.png'), 'This is a URL'),
+    ('/vsicurl/http://127.0.0.1:9/x.tif', 'virtual path'),
+    ('/vsimem/x.tif', 'virtual path'),
+    ('/vsizip//data/a.zip/x.png', 'virtual path'),
+])
+def test_addresses_are_no_files(path, words):
+    problem = refused(BadImage, lambda: as_image(path), words)
+    assert problem.todo
+
+
+def test_a_device_or_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path/'pipe.png')
+    for path in (tmp_path/'pipe.png', '/dev/zero'): refused(BadImage, lambda: as_image(path), 'pipe')
+
+
+def test_a_link_that_leads_nowhere_is_said(tmp_path):
+    (tmp_path/'x.png').symlink_to(tmp_path/'gone.png')
+    refused(DataNotFound, lambda: as_image(tmp_path/'x.png'), 'x.png', 'link')
+
+
+def test_no_picture_starts_another_program(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *args: started.append(args))
+    (tmp_path/'x.png').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n')
+    refused(BadImage, lambda: as_image(tmp_path/'x.png'), 'x.png')
+    assert not started
+
+
+@pytest.mark.parametrize('name', ['lat\udcfcin.tif', 'lat\udcfcin.png'])
+def test_names_that_are_no_text_never_raise_their_own_error(tmp_path, name):
+    with pytest.raises(DataNotFound) as caught: as_image(tmp_path/name)
+    assert str(caught.value).encode()
+    Image.new('L', (8, 6)).save(tmp_path/f'x{name[-4:]}')
+    (tmp_path/f'x{name[-4:]}').rename(tmp_path/name)
+    try: assert as_image(tmp_path/name).shape == (3, 6, 8)
+    except BadImage as e: assert 'rename' in str(e).lower() and str(e).encode()
+
+
+@pytest.mark.parametrize('ext', ['png', 'tif'])
+def test_too_little_memory_is_said(tmp_path, monkeypatch, ext):
+    def fail(*args, **options): raise MemoryError
+    Image.new('L', (8, 6)).save(tmp_path/f'x.{ext}')
+    monkeypatch.setattr(core, 'decode_picture' if ext == 'png' else 'read_bands', fail)
+    refused(BadImage, lambda: as_image(tmp_path/f'x.{ext}'), f'x.{ext}', 'memory', 'tiles')
+
+
+@quick
+@given(st.text() | st.sampled_from(['', '.', '/', '\0', 'a' * 5000, 'C:/x.png', 'file:///etc/passwd']))
+def test_any_text_as_path_gives_a_problem(text):
+    with pytest.raises(Problem) as caught: as_image(text + '.no image')
+    assert str(caught.value).encode() and caught.value.todo
+
+
+# ---- photographs held sideways
+
+@pytest.mark.parametrize('ext', ['jpg', 'png', 'webp'])
+@pytest.mark.parametrize('orientation', range(10))
+def test_photographs_are_turned_upright(tmp_path, ext, orientation):
+    from PIL import ImageOps
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    corner = np.zeros((24, 40, 3), np.uint8)
+    corner[:8, :8] = 255
+    path = tmp_path/f'x.{ext}'
+    Image.fromarray(corner).save(path, exif=exif, **(dict(lossless=True) if ext == 'webp' else {}))
+    with Image.open(path) as im:
+        expected = np.asarray(ImageOps.exif_transpose(im).convert('RGB'))
+        assert core.upright_size(im) == expected.shape[1::-1]
+    assert as_image(path).shape == (3, *((40, 24) if 5 <= orientation <= 8 else (24, 40)))
+    assert np.allclose(as_image(path), as_image(expected), atol=.02)
+
+
+@quick
+@given(st.binary(max_size=60))
+def test_damaged_exif_does_not_lose_the_image(tmp_path, data):
+    Image.new('RGB', (6, 4)).save(tmp_path/'x.jpg', exif=b'Exif\0\0' + data)
+    assert as_image(tmp_path/'x.jpg').size == 72
 
 
 @quick
@@ -561,11 +729,58 @@ def test_read_json_names_missing_and_broken_files(tmp_path):
         refused(SchemaError, lambda: read_json(tmp_path/'x.json'), 'x.json')
 
 
+def test_read_json_of_a_folder_and_of_a_thousand_brackets(tmp_path):
+    refused(SchemaError, lambda: read_json(tmp_path), str(tmp_path))
+    (tmp_path/'deep.json').write_text('[' * 100_000)
+    refused(SchemaError, lambda: read_json(tmp_path/'deep.json'), 'deep.json')
+    refused(DataNotFound, lambda: file_id(tmp_path), str(tmp_path))
+
+
 def test_failed_json_leaves_the_old_file(tmp_path):
     write_json(tmp_path/'x.json', 1)
     with pytest.raises(TypeError):  # keys that cannot be sorted
         write_json(tmp_path/'x.json', {1: 'a', 'b': 2})
     assert read_json(tmp_path/'x.json') == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+# ---- weight files
+
+@quick
+@given(st.binary(max_size=200), st.sampled_from(['torch', 'numpy']))
+def test_bytes_that_are_no_weights_never_raise_a_foreign_error(tmp_path, data, framework):
+    (tmp_path/'w.safetensors').write_bytes(data)
+    try: assert load_tensors(tmp_path/'w.safetensors', framework) is not None
+    except Incompatible as e: assert 'w.safetensors' in str(e) and e.found and e.todo
+
+
+@quick
+@given(st.integers(0, 10**6), st.integers(0, 7))
+def test_any_flipped_bit_of_recorded_weights_is_refused(tmp_path, at, bit):
+    path = tmp_path/'w.safetensors'
+    save_file(dict(a=torch.arange(40.)), path)
+    digests = weight_digests(tmp_path, path.name)
+    assert torch.equal(load_recorded(tmp_path, path.name, digests)['a'], torch.arange(40.))
+    data = bytearray(path.read_bytes())
+    data[at % len(data)] ^= 1 << bit
+    path.write_bytes(data)
+    refused(Incompatible, lambda: load_recorded(tmp_path, path.name, digests), 'w.safetensors', 'Found digest')
+
+
+def test_weights_that_were_not_recorded_are_refused_beside_recorded_ones(tmp_path):
+    save_file(dict(a=torch.ones(2)), tmp_path/'w.safetensors')
+    assert load_recorded(tmp_path, 'w.safetensors', None)['a'].sum() == 2
+    refused(Incompatible, lambda: load_recorded(tmp_path, 'w.safetensors', {}), 'expected none')
+    refused(DataNotFound, lambda: load_recorded(tmp_path, 'gone.safetensors', {}), 'gone.safetensors')
+
+
+MISFITS = [KeyError('classes'), TypeError('x'), RuntimeError('size\n\tmismatch'), ValueError()]
+
+
+@pytest.mark.parametrize('error', MISFITS)
+def test_files_that_do_not_fit_together_are_named(error):
+    def load():
+        with model_faults('models/town'): raise error
+    refused(Incompatible, load, 'models/town', type(error).__name__, 'whole folder')
 
 
 # ---- progress

@@ -10,8 +10,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
+from hostile import sparse_tiff
+from rssqa import core
 from rssqa.data.catalog import isprs, snap
-from rssqa.core import BadImage, DataNotFound, Incompatible, SchemaError, UnknownName, datasets, file_id
+from rssqa.core import (
+    BadImage, DataNotFound, Incompatible, Problem, SchemaError, UnknownName, datasets, file_id,
+)
 from rssqa.data.datasets import (
     IGNORE,
     ByColour,
@@ -686,3 +690,47 @@ def test_real_class_fractions_agree_with_the_folder(name):
     balance = class_fractions(scan(root))
     for split, shares in about['class_fraction'].items():
         assert np.allclose(balance.loc[split, list(shares)], list(shares.values()), atol=2e-5)
+
+
+# ---- hostile files in a folder
+
+PLAIN = make_spec('plain', ['field'], masks=None)
+
+
+def test_a_huge_sparse_tiff_is_scanned_and_cut_but_never_read_whole(tmp_path):
+    (tmp_path/'images').mkdir()
+    sparse_tiff(tmp_path/'images/huge.tif')
+    table = scan(tmp_path, PLAIN)
+    row = table.iloc[0]
+    assert (row.w, row.h) == (100_000, 100_000)
+    with pytest.raises(BadImage, match='tiles'): read_image(row)
+    one_tile = row.copy()
+    one_tile[['x', 'y', 'w', 'h']] = 99_000, 50_000, 1000, 64
+    assert read_image(one_tile).shape == (3, 64, 1000)
+
+
+@pytest.mark.parametrize('name', ['vrt.tif', 'link.png', 'lat\udcfcin.png', 'big.png'])
+def test_one_hostile_file_does_not_lose_the_folder(tmp_path, monkeypatch, name):
+    (tmp_path/'images').mkdir()
+    Image.new('RGB', (8, 6), (1, 2, 3)).save(tmp_path/'images/good.png')
+    path = tmp_path/'images'/name
+    if name == 'vrt.tif': path.write_text('<VRTDataset rasterXSize="8" rasterYSize="6"></VRTDataset>')
+    elif name == 'link.png': path.symlink_to('gone.png')
+    else:
+        Image.new('RGB', (9, 6)).save(tmp_path/'images/x.png')
+        (tmp_path/'images/x.png').rename(path)
+    if name == 'big.png': monkeypatch.setattr(core, 'MAX_PIXELS', 50)
+    with pytest.raises(Problem) as caught: scan(tmp_path, PLAIN)
+    assert str(caught.value).encode() and caught.value.todo
+    assert list(scan(tmp_path, PLAIN, bad='skip').path) == ['images/good.png']
+
+
+@pytest.mark.parametrize('orientation', [1, 3, 6, 8])
+def test_a_sideways_photograph_has_the_size_it_is_read_with(tmp_path, orientation):
+    (tmp_path/'images').mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new('RGB', (40, 24)).save(tmp_path/'images/x.jpg', exif=exif)
+    row = scan(tmp_path, PLAIN).iloc[0]
+    assert (row.w, row.h) == ((40, 24) if orientation < 5 else (24, 40))
+    assert read_image(row).shape == (3, row.h, row.w) and read_valid(row).all()

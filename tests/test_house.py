@@ -166,6 +166,10 @@ def test_readme_is_current():
     )
 
 
+def test_digests_of_committed_weights_are_current():
+    assert not load_tool('digests').main(check=True), 'run `uv run python tools/digests.py`'
+
+
 def test_readme_gives_the_command_that_ci_runs():
     commands = re.findall(
         r'^(pip install -q uv && uv run \S+(?: \S+)*?)(?:\s{2,}#.*)?$',

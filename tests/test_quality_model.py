@@ -9,8 +9,9 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GroupKFold, cross_val_score
 
+from hostile import flip_bit
 from rssqa.segment.confidence import AGREEMENT
-from rssqa.core import MissingFeatures, Problem, SchemaError
+from rssqa.core import DataNotFound, Incompatible, MissingFeatures, Problem, SchemaError, read_json, write_json
 from rssqa.segment.metrics import srocc
 from rssqa.quality.features import FeatureExtractor, Prior, Reducer, Scaler
 from rssqa.data.splits import validation_rows
@@ -210,6 +211,54 @@ def test_missing_columns_are_named(plain, new):
     with pytest.raises(SchemaError, match='nope'): QualityModel(target='nope').fit(new)
 
 
+LABELS = dict(
+    nan=(lambda oa: oa.where(oa.index != 3), 'NaN'),
+    infinite=(lambda oa: oa.where(oa.index != 3, np.inf), 'infinite'),
+    percent=(lambda oa: oa * 100, 'percent'),
+    negative=(lambda oa: oa - 1, '0..1'),
+    words=(lambda oa: oa.map('{:.1f} %'.format), 'no numbers'),
+)
+
+
+@pytest.mark.parametrize('labels', LABELS)
+@pytest.mark.parametrize('as_y', [False, True])
+def test_labels_that_are_no_accuracies_are_refused(labels, as_y, table, plain, new):
+    change, word = LABELS[labels]
+    oa = change(table.oa)
+    arguments = (table, oa.to_numpy()) if as_y else (table.assign(oa=oa),)
+    with pytest.raises(SchemaError, match=word) as caught: QualityModel(**FAST).fit(*arguments)
+    assert caught.value.found and caught.value.todo
+    with pytest.raises(SchemaError, match=word): plain.score(*arguments)
+
+
+def test_labels_of_another_length_are_refused(table):
+    with pytest.raises(SchemaError, match='one value a row'): QualityModel(**FAST).fit(table, table.oa[:-1])
+
+
+TABLES = dict(
+    numpy=(lambda t: t.select_dtypes('number').to_numpy(), 'ndarray'),
+    dictionary=(lambda t: t.to_dict('list'), 'dict'),
+    no_method=(lambda t: t.drop(columns='method'), 'no column method'),
+    no_names=(lambda t: t.drop(columns=['image_id', 'dataset']), 'no column image_id, dataset'),
+    unknown_columns=(lambda t: pd.DataFrame(dict(a=[1.0], oa=[.5])), 'no column image_id'),
+    empty=(lambda t: t[:0], 'no rows'),
+    twice=(lambda t: pd.concat([t, t[:2]], ignore_index=True), '2 rows whose image_id and method'),
+    unnamed=(lambda t: t.assign(method=t.method.where(t.index != 1, None)), '1 rows without'),
+)
+
+
+@pytest.mark.parametrize('change', TABLES)
+def test_tables_of_another_form_are_refused_in_fit_and_predict(change, table, plain, new):
+    make, words = TABLES[change]
+    for use in (lambda: QualityModel(**FAST).fit(make(table)), lambda: plain.predict(make(new))):
+        with pytest.raises(SchemaError, match=words) as caught: use()
+        assert caught.value.found and caught.value.todo
+
+
+def test_text_where_numbers_are_expected_is_refused(plain, new):
+    with pytest.raises(SchemaError, match='conf_t'): plain.predict(new.assign(conf_t=new.conf_t.astype(str)))
+
+
 def test_features_that_were_never_extracted_are_named(table, store, model, new):
     with pytest.raises(MissingFeatures, match='sem/toy@2'):
         QualityModel(semantic='sem/toy@2', store=store, **FAST).fit(table)
@@ -325,6 +374,30 @@ def test_missing_and_torn_files_are_named(plain, tmp_path):
     with pytest.raises(Problem, match='nowhere'): load_model(tmp_path/'nowhere')
     (save_model(plain, tmp_path/'m')/'config.json').write_text('{"kind": ')
     with pytest.raises(Problem, match='config.json'): load_model(tmp_path/'m')
+
+
+@pytest.mark.parametrize('at', [3, 200, -1])
+def test_one_flipped_bit_of_the_weights_is_refused(at, plain, new, tmp_path):
+    folder = save_model(plain, tmp_path/'m')
+    flip_bit(folder/'weights.safetensors', at)
+    with pytest.raises(Incompatible, match='not the ones that were saved') as caught: load_model(folder)
+    assert 'digest' in caught.value.found and caught.value.todo
+
+
+def test_a_model_of_the_time_before_digests_is_read_and_its_faults_are_named(plain, new, tmp_path):
+    folder = save_model(plain, tmp_path/'m')
+    config = read_json(folder/'config.json')
+    del config['digests']
+    write_json(folder/'config.json', config)
+    assert np.allclose(load_model(folder).predict(new), plain.predict(new))
+    write_json(folder/'config.json', config | dict(params=config['params'] | dict(dim=7)))
+    with pytest.raises(Incompatible, match='do not fit together'): load_model(folder)
+    write_json(folder/'config.json', dict(kind='QualityModel'))
+    with pytest.raises(Incompatible, match='do not fit together'): load_model(folder)
+    (folder/'weights.safetensors').write_bytes(b'<html>')
+    with pytest.raises(Incompatible, match='(?i)not a safetensors file'): load_model(folder)
+    (folder/'weights.safetensors').unlink()
+    with pytest.raises(DataNotFound, match='weights.safetensors'): load_model(folder)
 
 
 def test_explain_names_the_blocks(model, plain, new):

@@ -1,5 +1,6 @@
 """Tables on disk that are complete or absent, found by key, and never computed twice."""
-import subprocess, sys
+import shutil, subprocess, sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from rssqa.core import Incompatible, MissingFeatures, SchemaError, UnknownName
+from hostile import flip_bit
+from rssqa.core import Incompatible, MissingFeatures, Problem, SchemaError, UnknownName
 from rssqa.tables.store import (
     Store, chunks, extract, feature_table, get_vectors, index_vectors, missing_tiles, nearest, put_vectors
 )
@@ -313,3 +315,117 @@ def test_impossible_queries_say_why(store):
     with pytest.raises(Incompatible, match='3 numbers.*expected 2'): nearest(store, 'v', [1, 0, 0])
     with pytest.raises(Incompatible, match='1 of them finite'): nearest(store, 'v', [1, np.nan])
     with pytest.raises(UnknownName, match='Did you mean cosine'): nearest(store, 'v', [1, 0], metric='cosin')
+
+
+# ---- names and damage
+
+BAD_NAMES = [
+    '', '.', '..', '../x', 'a/../../x', '/etc/x', 'a//b', 'a/', './a', '..\\x', 'a\0b', 'a\nb', 's3://x/y', None, 3,
+]
+
+
+@pytest.mark.parametrize('name', BAD_NAMES)
+def test_names_that_lead_out_of_the_store_are_refused(store, tmp_path, name):
+    for use in (lambda: store.put(name, frame('a')), lambda: store.get(name), lambda: store.keys(name),
+                lambda: store.take(name, ['a']), lambda: store.tidy(name), lambda: store.missing(name, ['a'])):
+        with pytest.raises(Incompatible, match='leads out') as caught: use()
+        assert caught.value.todo
+    assert not list(tmp_path.rglob('*.lance'))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(alphabet='a./\\~: ', max_size=8))
+def test_whatever_the_name_nothing_is_written_outside(tmp_path_factory, name):
+    home = tmp_path_factory.mktemp('h')
+    store = Store(home/'in/store')
+    try: store.put(name, frame('a'))
+    except Incompatible: return
+    assert values(store) == {} or name == 't'
+    assert all(path.is_relative_to(home/'in/store') for path in home.rglob('*.lance'))
+
+
+def test_a_store_without_folder_is_refused():
+    with pytest.raises(Incompatible, match='without folder'): Store('').get('t')
+
+
+def versions_of(store): return sorted(Path(store.root, 't.lance/_versions').glob('*.manifest')) # newest first
+def tear(path): path.write_bytes(path.read_bytes()[:20])
+def empty(path): path.write_bytes(b'')
+def invert(path): path.write_bytes(bytes(255 - b for b in path.read_bytes()))
+
+
+DAMAGES = dict(
+    torn=lambda store: tear(versions_of(store)[0]),
+    emptied=lambda store: empty(versions_of(store)[0]),
+    inverted=lambda store: invert(versions_of(store)[0]),
+    newest_gone=lambda store: versions_of(store)[0].unlink(),
+    all_gone=lambda store: [path.unlink() for path in versions_of(store)],
+    versions_gone=lambda store: shutil.rmtree(Path(store.root, 't.lance/_versions')),
+    data_gone=lambda store: next(Path(store.root, 't.lance/data').iterdir()).unlink(),
+    data_inverted=lambda store: [invert(path) for path in Path(store.root, 't.lance/data').iterdir()],
+)
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_damaged_table_is_an_error_and_never_empty(store, damage):
+    for i, key in enumerate('abc'): store.put('t', frame(key, v=[i]))
+    DAMAGES[damage](store)
+    files = sorted(path for path in Path(store.root).rglob('*') if path.is_file())
+    for use in (lambda: store.get('t'), lambda: store.keys('t'), lambda: store.missing('t', ['a']),
+                lambda: store.take('t', ['a', 'b', 'c'])):
+        with pytest.raises(SchemaError, match='t.lance is damaged') as caught: use()
+        assert caught.value.found and 'go back' in caught.value.todo
+    assert 'damaged' in repr(store)
+    if not damage.startswith('data'):
+        with pytest.raises(SchemaError): store.put('t', frame('d', v=[9]))
+    assert set(files) <= {path for path in Path(store.root).rglob('*') if path.is_file()}
+
+
+@pytest.mark.parametrize('damage', ['torn', 'emptied', 'inverted', 'newest_gone'])
+def test_the_advice_goes_back_by_one_version(store, damage):
+    for i, key in enumerate('abc'): store.put('t', frame(key, v=[i]))
+    newest = versions_of(store)[0]
+    DAMAGES[damage](store)
+    newest.unlink(missing_ok=True)
+    (newest.parent/'latest_version_hint.json').unlink()
+    assert values(store) == dict(a=0, b=1)
+    store.put('t', frame('c', v=[2]))
+    assert values(store) == dict(a=0, b=1, c=2)
+
+
+def test_a_flipped_byte_of_the_newest_manifest_never_raises_a_foreign_error(store):
+    for i, key in enumerate('abc'): store.put('t', frame(key, v=[i]))
+    newest = versions_of(store)[0]
+    whole = newest.read_bytes()
+    refused = 0
+    for at in range(0, len(whole), 23):
+        flip_bit(newest, at)
+        try: store.get('t')
+        except Problem: refused += 1
+        newest.write_bytes(whole)
+    assert refused and len(store.get('t')) == 3
+
+
+def test_a_table_that_another_writer_makes_meanwhile_is_no_damage(store, monkeypatch):
+    import lance
+    opened = lance.dataset
+    def make_first(uri):
+        monkeypatch.setattr(lance, 'dataset', opened)
+        try: return opened(uri)
+        finally: Store(store.root).put('t', frame('ab', v=[1, 2]))
+    monkeypatch.setattr(lance, 'dataset', make_first)
+    assert values(store) == dict(a=1, b=2)
+
+
+def test_a_creation_that_was_interrupted_is_no_damage(store):
+    store.put('t', frame('a', v=[1]))
+    shutil.rmtree(Path(store.root, 't.lance/_versions'))                   # as before the first commit
+    assert store.missing('t', ['a']) == ['a']
+    store.put('t', frame('b', v=[2]))
+    assert values(store) == dict(b=2)
+
+
+def test_an_unknown_column_is_suggested(store):
+    store.put('t', frame('a', value=[1]))
+    for use in (lambda: store.get('t', ['valu']), lambda: store.take('t', ['a'], ['valu'])):
+        with pytest.raises(UnknownName, match='value'): use()

@@ -1,4 +1,5 @@
 """Training that can be killed, and networks that never label what they learned from."""
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hostile import flip_bit
 from rssqa.core import DataNotFound, Incompatible, LeakError, Problem, read_json, write_json
 from rssqa.data.datasets import folder_spec, scan
 from rssqa.segment.methods import training
@@ -53,6 +55,14 @@ def test_killed_and_resumed_gives_the_same_weights(kills, whole, tiles, tmp_path
     assert folder.name == whole.name and equal(weights(folder), weights(whole))
     assert read_json(folder / 'config.json') == read_json(whole / 'config.json')
     assert not (folder / 'checkpoint.pt').exists()
+
+
+@pytest.mark.parametrize('content', [b'', b'<html>', pickle.dumps(print), pickle.dumps(dict(step=1))])
+def test_a_checkpoint_that_is_none_is_named_and_never_run(content, tmp_path):
+    (tmp_path/'checkpoint.pt').write_bytes(content)
+    with pytest.raises(Incompatible, match='checkpoint.pt') as caught:
+        training._load_checkpoint(tmp_path, torch.nn.Linear(1, 1), None, None)
+    assert 'weights_only' not in str(caught.value) and 'delete it' in caught.value.todo
 
 
 def test_killed_without_a_checkpoint_starts_again(whole, tiles, tmp_path):
@@ -142,7 +152,43 @@ def test_tampered_weights_are_refused(whole, tmp_path):
     key = next(k for k in state if state[k].is_floating_point())
     state[key].view(-1)[0] += 1e-3
     save_file(state, bad/'model.safetensors')
+    with pytest.raises(Incompatible, match='not the ones that were saved'): load_segmenter(bad)
+    without = read_json(bad/'config.json')
+    del without['digests']
+    write_json(bad/'config.json', without)
     with pytest.raises(Incompatible, match='not the ones that were trained'): load_segmenter(bad)
+
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'reference.safetensors'])
+@pytest.mark.parametrize('share', [0.0, 0.4, 0.99])
+def test_one_flipped_bit_of_any_weight_file_is_refused(name, share, whole, tmp_path):
+    bad = copy(whole, tmp_path/'bad')
+    flip_bit(bad/name, int(share * (bad/name).stat().st_size))
+    with pytest.raises(Incompatible, match=f'{name} are not the ones') as caught: load_segmenter(bad)
+    assert 'digest' in caught.value.found and 'copy' in caught.value.todo
+
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'reference.safetensors'])
+def test_networks_of_the_time_before_digests_are_read_and_torn_files_named(name, whole, tmp_path):
+    old = copy(whole, tmp_path/'old')
+    config = read_json(old/'config.json')
+    del config['digests']
+    write_json(old/'config.json', config)
+    assert torch.equal(load_segmenter(old).reference, load_segmenter(whole).reference)
+    (old/name).write_bytes((old/name).read_bytes()[:100])
+    with pytest.raises(Incompatible, match='(?i)not a safetensors file'): load_segmenter(old)
+    (old/name).unlink()
+    with pytest.raises(DataNotFound, match=name): load_segmenter(old)
+
+
+@pytest.mark.parametrize('key', ['method', 'recipe', 'temperature', 'classes', 'digests'])
+def test_a_json_file_that_lost_a_key_is_named(key, whole, tmp_path):
+    bad = copy(whole, tmp_path/'bad')
+    config = read_json(bad/'config.json')
+    config[key] = None
+    write_json(bad/'config.json', config | ({} if key != 'digests' else dict(digests={})))
+    with pytest.raises(Problem, match='bad') as caught: load_segmenter(bad)
+    assert caught.value.todo
 
 
 def test_changed_temperature_is_refused(whole, tmp_path):

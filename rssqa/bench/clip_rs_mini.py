@@ -8,7 +8,7 @@ __all__ = ['NET', 'IMAGENET', 'STAGES', 'PROMPT_WORDS', 'MASK_SOURCES', 'RECIPE'
            'mask_captions', 'keep_fine', 'find_variant', 'variant_recipe', 'training_table', 'average_weights',
            'train_variant', 'measure_encoder', 'bench_clip', 'pivot_variants', 'probe_tiles']
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #2919ac8d
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #8e2b58df
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +19,14 @@ import pandas as pd
 from ..provenance import stamp
 from ..clip.evaluate import dense_probe, evaluate_clip
 from ..clip.train import ClipRecipe, start_clip, new_clip, save_clip, train_clip
-from ..core import DataNotFound, atomic, say, unknown
+from ..core import DataNotFound, atomic, load_tensors, say, unknown
 from ..data.datasets import folder_spec, read_image, read_mask, scan
 from ..clip.encoders import load_encoder
 from ..clip.cached_stem import StemViews, cut_stem
 from ..data.pairs import read_pairs, to_frame
 from ..clip.purify import apply_decisions, inject_noise, purify
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #717770b2
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #23d81116
 NET = dict(
     embed_dim=256,
     custom_text=True,
@@ -55,12 +55,10 @@ def first_net(
     net: dict = NET, # open_clip model config
 ): # encoder to be trained
     "Begin with an image tower that was trained on ImageNet, and a fresh or a given text tower."
-    from safetensors.torch import load_file
     encoder = new_clip(net, folder, IMAGENET, seed)
     file = Path(weights)/'mobilenetv2_100_imagenet.safetensors'
-    if not file.is_file(): raise DataNotFound(f'no weights {file}', '', 'name the folder that holds them')
     trunk = encoder.net.visual.trunk
-    imagenet = load_file(file)
+    imagenet = load_tensors(file)
     trunk.load_state_dict({name: imagenet.get(name, values) for name, values in trunk.state_dict().items()})
     if start: _take_over_text(encoder, Path(weights)/'clip_rs_mini')
     return encoder

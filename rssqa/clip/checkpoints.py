@@ -6,13 +6,13 @@
 __all__ = ['WEIGHT_SUFFIXES', 'FORMATS', 'read_weights', 'detect_format', 'write_safetensors', 'strip_checkpoint', 'clip_shape',
            'fitting_architectures', 'misfit_hint', 'is_long', 'long_masks', 'lengthen']
 
-# %% ../../nbs/30_clip.checkpoints.ipynb #3ff076c4
+# %% ../../nbs/30_clip.checkpoints.ipynb #e8e39cb6
 import functools, json, re
 from pathlib import Path
 
-from ..core import DataNotFound, DownloadError, Incompatible, atomic, say
+from ..core import DataNotFound, DownloadError, Incompatible, atomic, load_tensors, say
 
-# %% ../../nbs/30_clip.checkpoints.ipynb #ad219b13
+# %% ../../nbs/30_clip.checkpoints.ipynb #2287b154
 WEIGHT_SUFFIXES = '.safetensors', '.bin', '.pt', '.pth'
 
 
@@ -35,12 +35,9 @@ def _unpickling_error(path, e): # the error of torch.load as one of ours, with a
 
 
 def _read(path): # raw contents: a state dict, or a checkpoint around one
-    import safetensors, safetensors.torch
+    if Path(path).suffix == '.safetensors': return load_tensors(path)
     if not Path(path).is_file(): raise DataNotFound(f'no weights {path}', '', 'check the path')
-    if Path(path).suffix != '.safetensors': return _unpickle(path)
-    try: return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as e:
-        raise Incompatible(f'cannot read weights {path}', str(e), 'download it again') from e
+    return _unpickle(path)
 
 # %% ../../nbs/30_clip.checkpoints.ipynb #a646d478
 FORMATS = dict(

@@ -7,7 +7,7 @@ __all__ = ['SemOutput', 'SemanticEncoder', 'resize', 'build_net', 'build_net_in_
            'OpenClipEncoder', 'spec_from_folder', 'spec_from_hub', 'spec_from_tag', 'load_encoder', 'encode',
            'BackboneEncoder', 'check_encoder']
 
-# %% ../../nbs/33_clip.encoders.ipynb #925e2916
+# %% ../../nbs/33_clip.encoders.ipynb #18903bc9
 import copy, itertools, os, shutil, tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +19,7 @@ import numpy as np
 from .checkpoints import WEIGHT_SUFFIXES, detect_format, fitting_architectures, is_long, long_masks
 from .checkpoints import misfit_hint, read_weights
 from ..core import BadImage, DataNotFound, DownloadError, Incompatible
-from ..core import as_image, bundled, cache_dir, digest, encoders, file_id, pick_device, progress
+from ..core import as_image, bundled, cache_dir, digest, encoders, file_id, load_tensors, pick_device, progress
 from ..core import read_json, real_dir, say, state_digest, unknown, write_json
 from .towers import dense_map, long_clip, read_text, text_tokens
 from .specs import CLIP_MEAN, CLIP_STD, EncoderSpec
@@ -770,7 +770,7 @@ def encode(
         dense.append((out.dense if grid is None else adaptive_avg_pool2d(out.dense, grid)).cpu())
     return SemOutput(torch.cat(pooled), torch.cat(dense))
 
-# %% ../../nbs/33_clip.encoders.ipynb #e9eeef7a
+# %% ../../nbs/33_clip.encoders.ipynb #f6161ab3
 class BackboneEncoder:
     "Use a convolutional backbone of timm through rssqa's interface; it has no text tower."
     def __init__(self,
@@ -779,12 +779,11 @@ class BackboneEncoder:
         image_size: int = 224, # side that images are resized to, pixels
     ):
         import timm
-        from safetensors.torch import load_file
         self.name = architecture
         self.image_size = image_size
         net = timm.create_model(architecture, pretrained=weights == 'timm', num_classes=0)
         self.net = net.eval().requires_grad_(False)
-        if weights != 'timm': _load_backbone(self.net, load_file(weights), weights)
+        if weights != 'timm': _load_backbone(self.net, load_tensors(weights), weights)
         out = self.encode_image(np.full((1, 3, 8, 8), 0.5, np.float32))
         self.dim = out.pooled.shape[1]
         self.dense_dim = out.dense.shape[1]

@@ -7,7 +7,7 @@ __all__ = ['IGNORE', 'Archive', 'DatasetSpec', 'ById', 'ByColour', 'colourise', 
            'make_spec', 'folder_spec', 'spec_of', 'as_table', 'summary', 'scan', 'read_image', 'read_mask',
            'read_valid', 'tile', 'class_fractions']
 
-# %% ../../nbs/11_data.datasets.ipynb #1f564046
+# %% ../../nbs/11_data.datasets.ipynb #a8757967
 import colorsys, os, posixpath
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +20,9 @@ import numpy as np
 import pandas as pd
 
 from rssqa.core import (
-    BadImage, DataNotFound, Incompatible, Problem, SchemaError,
-    as_image, datasets, decode_image, file_id, open_tiff, progress, read_json, say,
+    PIL_FORMATS, BadImage, DataNotFound, Incompatible, Problem, SchemaError, as_image, check_file, check_size,
+    datasets, decode_image, file_faults, file_id, is_tiff, open_tiff, progress, read_bands, read_json, say,
+    upright_size,
 )
 
 # %% ../../nbs/11_data.datasets.ipynb #4b2fba00
@@ -304,42 +305,37 @@ def _folder_spec(root, changed): return folder_spec(root)     # changed: time of
 for _name in ('vaihingen', 'potsdam', 'loveda', 'uavid', 'floodnet'):
     datasets.register(_name, f'rssqa.data.catalog:{_name}', replace=True)
 
-# %% ../../nbs/11_data.datasets.ipynb #0b197b8f
-def _is_tiff(path): return Path(path).suffix.lower() in ('.tif', '.tiff')
-
-
-def _read_bands(f, path, box): # an open TIFF; box left, top, right, bottom -> (h,w) or (h,w,3)
-    alpha = f.count == 4 and f.colorinterp[3].name == 'alpha'
-    if f.count not in (1, 3) and not alpha:
-        raise BadImage(f'cannot use {path}', f'found {f.count} bands, expected 1 or 3',
-                       'select bands, for example gdal_translate -b 1 -b 2 -b 3')
-    left, top, right, bottom = box
-    x = f.read(window=((top, bottom), (left, right)))
-    return x[0] if f.count == 1 else np.moveaxis(x[:3], 0, -1)
-
-# %% ../../nbs/11_data.datasets.ipynb #d80be31c
+# %% ../../nbs/11_data.datasets.ipynb #993d182c
 _END_MARKS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND\xaeB`\x82'}
 
 
-def _size(path, mask=False): # (w, h) in pixels
+def _size(path, mask=False): # (w, h) in pixels, upright
     from PIL import Image
-    if _is_tiff(path):
+    check_file(path)
+    _check_text(path)
+    if is_tiff(path):
         with open_tiff(path) as f:
             # one pixel shows bands and depth
-            if not mask: as_image(_read_bands(f, path, (0, 0, 1, 1)), str(path))
+            if not mask: as_image(read_bands(f, path, (0, 0, 1, 1)), str(path))
             return f.width, f.height
-    try:
-        with Image.open(path) as im: size, mode, kind = im.size, im.mode, im.format
+    with file_faults(path), Image.open(path, formats=PIL_FORMATS) as im:
+        check_size(path, *im.size)
+        size = upright_size(im)
+        mode = im.mode
+        kind = im.format
         start, end = _read_ends(path)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        decode_image(path)      # raises a Problem that names the fault
-        raise
     is_deep = mode[0] in 'IF' or kind == 'PNG' and start[24] == 16
     if is_deep and not mask:
         raise BadImage(f'cannot use {path} as an image', 'found 16 or 32 bits a channel, expected 8',
                        'rescale with stretch(image) and save the result')
     if _END_MARKS.get(kind, b'') not in end: decode_image(path)
     return size
+
+
+def _check_text(path): # tables on disk hold text, and a file name may hold other bytes
+    try: str(path).encode()
+    except UnicodeEncodeError as e:
+        raise BadImage(f'cannot use {path}', 'its name is not valid UTF-8', 'rename the file') from e
 
 
 def _read_ends(path): # first 25 and last 16 bytes
@@ -349,10 +345,10 @@ def _read_ends(path): # first 25 and last 16 bytes
         f.seek(-min(16, length), 2)
         return start, f.read()
 
-# %% ../../nbs/11_data.datasets.ipynb #de34e405
+# %% ../../nbs/11_data.datasets.ipynb #3ff3a420
 def _read_window(path, row, mask_mode=''): # pixels in the file, array or PIL image; mask_mode None or 'RGB': a mask
-    if _is_tiff(path):
-        with open_tiff(path) as f: return _read_bands(f, path, _clip(path, row, f.width, f.height))
+    if is_tiff(path):
+        with open_tiff(path) as f: return read_bands(f, path, _clip(path, row, f.width, f.height))
     im = decode_image(path)
     im = im.crop(_clip(path, row, *im.size))
     if mask_mode == '': return im

@@ -6,7 +6,7 @@
 __all__ = ['CONTEXT', 'corpora', 'COUNTS', 'COLUMNS', 'PairRecord', 'BadSample', 'token_count', 'is_overlong', 'image_format',
            'image_bytes', 'open_image', 'Corpus', 'read_pairs', 'to_frame', 'audit', 'write_shards']
 
-# %% ../../nbs/14_data.pairs.ipynb #c8891d52
+# %% ../../nbs/14_data.pairs.ipynb #98ea73cc
 import importlib.util, inspect, io, json, os, tarfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -19,8 +19,8 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 
-from ..core import BadImage, DataNotFound, Incompatible, Problem, Registry
-from ..core import as_image, atomic, read_json, say, write_json
+from ..core import PIL_FORMATS, BadImage, DataNotFound, Incompatible, Problem, Registry
+from ..core import as_image, atomic, decode_picture, file_faults, read_json, say, write_json
 
 # %% ../../nbs/14_data.pairs.ipynb #8464287a
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def is_overlong(
     if _is_plain(caption) and len(caption) <= CONTEXT - 2: return False
     return token_count(caption) > CONTEXT
 
-# %% ../../nbs/14_data.pairs.ipynb #40796356
+# %% ../../nbs/14_data.pairs.ipynb #ef24cbd8
 _MAGIC = (
     (b'\xff\xd8\xff', 'jpg'), (b'\x89PNG\r\n\x1a\n', 'png'), (b'GIF8', 'gif'), (b'BM', 'bmp'),
     (b'II*\0', 'tif'), (b'MM\0*', 'tif'), (b'II+\0', 'tif'), (b'MM\0+', 'tif'),
@@ -127,20 +127,13 @@ def image_bytes(
 
 @contextmanager
 def _decoded(data, name): # a PIL image whose pixels have been read
-    from PIL import Image, UnidentifiedImageError
-    what = f'cannot read {name}'
+    from PIL import Image
     todo = 'fetch it again, or leave it out'
-    if not image_format(data[:16]): raise BadImage(what, f'no image: it starts with {data[:12]!r}', todo)
-    too_large = Image.DecompressionBombError
-    errors = (UnidentifiedImageError, too_large, OSError, SyntaxError, ValueError, EOFError)
-    try:
-        with Image.open(io.BytesIO(data)) as im: im.verify()
-        with Image.open(io.BytesIO(data)) as im:
-            im.load()
-            yield im
-    except errors as e:
-        if isinstance(e, Problem): raise
-        raise BadImage(what, f'the image is damaged ({e})', todo) from e
+    if not image_format(data[:16]):
+        raise BadImage(f'cannot read {name}', f'no image: it starts with {data[:12]!r}', todo)
+    with file_faults(name, todo):
+        with Image.open(io.BytesIO(data), formats=PIL_FORMATS) as im: im.verify()
+        yield decode_picture(io.BytesIO(data), name)
 
 
 def _image_of(record):

@@ -8,7 +8,7 @@ __all__ = ['VOTE_WINDOW', 'MEAN_WINDOWS', 'SHARED_FEATURES', 'CONSENSUS_COLUMNS'
            'consensus_table', 'ConsensusModel', 'pool_image_level', 'LevelPooledEnsemble', 'save_consensus',
            'load_consensus']
 
-# %% ../../nbs/53_quality.consensus.ipynb #ead933a6
+# %% ../../nbs/53_quality.consensus.ipynb #b05c1fde
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,10 @@ from sklearn.base import BaseEstimator, RegressorMixin, clone
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from ..core import DataNotFound, MissingFeatures, atomic, read_json, seed_all, write_json
+from rssqa.core import (
+    DataNotFound, MissingFeatures, atomic, load_recorded, model_faults, read_json, seed_all, weight_digests,
+    write_json,
+)
 from ..tables.grid import PredictionGrid, limit_grid, prediction_grids
 from ..tables.store import Store
 
@@ -368,7 +371,7 @@ class LevelPooledEnsemble(RegressorMixin, BaseEstimator):
         others = [member.predict(X) for member in self.members_]
         return pool_image_level(self.consensus_.predict(X), others, X.image_id)
 
-# %% ../../nbs/53_quality.consensus.ipynb #8baa8a95
+# %% ../../nbs/53_quality.consensus.ipynb #d1cf53b8
 def save_consensus(
     ensemble: ConsensusEnsemble,
     folder: str | Path, # made if missing
@@ -389,6 +392,7 @@ def save_consensus(
         width=nets[0].mlp[0].out_features,
         class_counts=[{d: len(bias) for d, bias in net.class_bias.items()} for net in nets],
         members={d: list(map(nets.index, members)) for d, members in ensemble.members.items()},
+        digests=weight_digests(folder, 'consensus.safetensors'),
     )
     write_json(folder/'consensus.json', config)
     return folder
@@ -396,13 +400,16 @@ def save_consensus(
 
 def load_consensus(folder: str | Path) -> ConsensusEnsemble:
     "Read an ensemble from a folder written by save_consensus."
-    from safetensors.torch import load_file
     folder = Path(folder)
     if not (folder/'consensus.json').exists():
         todo = 'write one with save_consensus'
         raise DataNotFound(f'no consensus in {folder}', 'found no consensus.json', todo)
     config = read_json(folder/'consensus.json')
-    weights = load_file(folder/'consensus.safetensors')
+    with model_faults(folder): return _build_ensemble(folder, config)
+
+
+def _build_ensemble(folder, config):
+    weights = load_recorded(folder, 'consensus.safetensors', config.get('digests'))
     methods = config['methods']
     nets = []
     for i, class_counts in enumerate(config['class_counts']):

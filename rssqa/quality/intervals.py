@@ -6,7 +6,7 @@
 __all__ = ['scene_quantile', 'scenes_needed', 'ShiftCheck', 'Intervals', 'coverage', 'row_intervals', 'cross_intervals',
            'expect_errors', 'save_intervals', 'load_intervals']
 
-# %% ../../nbs/55_quality.intervals.ipynb #d21f7a06
+# %% ../../nbs/55_quality.intervals.ipynb #e5b85e95
 import math, warnings
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pandas as pd
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
-from ..core import Incompatible, LeakError, SchemaError, atomic, digest, read_json, write_json
+from ..core import Incompatible, LeakError, SchemaError, atomic, digest, load_tensors, read_json, write_json
 
 # %% ../../nbs/55_quality.intervals.ipynb #eadd6222
 def scene_quantile(
@@ -401,7 +401,7 @@ def _fit_error_trees(rows, columns, trees, seed): # each scene weighs the same
     forest = ExtraTreesRegressor(trees, min_samples_leaf=20, max_features=0.3, random_state=seed)
     return forest.fit(_float_columns(rows, columns), (rows.oa - rows.predicted).abs(), weight)
 
-# %% ../../nbs/55_quality.intervals.ipynb #d19262a4
+# %% ../../nbs/55_quality.intervals.ipynb #b2a08196
 def save_intervals(
     intervals: Intervals, # fitted
     folder, # made if missing
@@ -449,8 +449,7 @@ def load_intervals(
 
 
 def _load_shift(check, stored, path): # the check with its state from both files
-    from safetensors.numpy import load_file
-    arrays = load_file(path)
+    arrays = load_tensors(path, 'numpy')
     check.rows = arrays['rows']
     check.scene = arrays['scene']
     check.mean = arrays['mean']

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK_NAMES', 'plcc_loss', 'rank_loss', 'QualityModel', 'explain', 'save_model', 'load_model']
 
-# %% ../../nbs/52_quality.model.ipynb #c1995703
+# %% ../../nbs/52_quality.model.ipynb #f88c1a9f
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,9 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
 from .features import FeatureExtractor
-from ..core import SchemaError, atomic, read_json, seed_all, write_json
+from rssqa.core import (
+    SchemaError, atomic, load_recorded, model_faults, read_json, seed_all, weight_digests, write_json,
+)
 from ..data.splits import validation_rows
 from ..segment.metrics import evaluate, within
 
@@ -49,7 +51,7 @@ def rank_loss(
     if not pairs.any(): return predicted.sum() * 0
     return (true_gap - predicted_gap)[pairs].clamp_min(0).mean()
 
-# %% ../../nbs/52_quality.model.ipynb #05ade63b
+# %% ../../nbs/52_quality.model.ipynb #0d3b29ab
 class QualityModel(RegressorMixin, BaseEstimator):
     "Predict the accuracy of segmentations from label-free columns, network features and scene semantics."
     def __init__(self,
@@ -95,6 +97,7 @@ class QualityModel(RegressorMixin, BaseEstimator):
 
     def fit(self, X: pd.DataFrame, y=None) -> 'QualityModel':
         "Train on rows of an SQED table X; y defaults to the target column."
+        _check_rows(X, ('image_id', 'method', 'dataset', 'scene'))
         X = X.assign(oa=_true_values(X, y, self.target))
         self.features_ = FeatureExtractor(**_feature_settings(self)).fit(X)
         blocks = self.features_.transform(X, training=True)
@@ -112,6 +115,7 @@ class QualityModel(RegressorMixin, BaseEstimator):
     ) -> np.ndarray: # (n,) 0..1, in the order of X
         "Predict overall accuracy."
         check_is_fitted(self)
+        _check_rows(X, ('image_id', 'method', 'dataset'), self.features_.columns)
         return _mean_prediction(self, self.features_.transform(X, semantic, intermediate))
 
     def score(self, X: pd.DataFrame, y=None, sample_weight=None) -> float:
@@ -133,13 +137,43 @@ class QualityModel(RegressorMixin, BaseEstimator):
     def _with_prediction(self, X, y=None):
         return X.assign(oa=_true_values(X, y, self.target), predicted=self.predict(X))
 
-# %% ../../nbs/52_quality.model.ipynb #2fe78646
-def _true_values(X, y, target): # y, or the target column where y is None
-    if y is not None: return np.asarray(y, float)
-    if target not in X:
+# %% ../../nbs/52_quality.model.ipynb #89eefb8e
+def _true_values(X, y, target): # (n,) 0..1: y, or the target column where y is None
+    if y is None and target not in X:
         found = f'found {", ".join(map(str, X.columns[:8]))} …'
         raise SchemaError(f'cannot fit on column {target!r}', found, 'choose target="oa" or "miou"')
-    return X[target].astype(float)
+    what = f'cannot use these values of {target!r}'
+    try: values = np.asarray(X[target] if y is None else y, float)
+    except (TypeError, ValueError) as e:
+        raise SchemaError(what, f'found no numbers ({e})', 'pass accuracies 0..1') from e
+    if values.shape != (len(X),):
+        raise SchemaError(what, f'found shape {values.shape}, expected ({len(X)},)', 'pass one value a row')
+    unlabelled = int((~np.isfinite(values)).sum())
+    if unlabelled:
+        found = f'found {unlabelled} of {len(X)} that are NaN or infinite'
+        raise SchemaError(what, found, f'keep rows with labels: table[table.{target}.notna()]')
+    if len(values) and (values.min() < 0 or values.max() > 1):
+        found = f'found {values.min():.3g}..{values.max():.3g}, expected 0..1'
+        raise SchemaError(what, found, 'divide percent by 100')
+    return values
+
+
+def _check_rows(X, names, numbers=()): # names: columns that say what a row is; numbers: columns that are read
+    what = 'cannot use this table'
+    todo = 'pass a table made by build_sqed'
+    if not isinstance(X, pd.DataFrame):
+        found = f'found {type(X).__name__}, expected a DataFrame with columns {", ".join(names)}, …'
+        raise SchemaError(what, found, todo)
+    if missing := [name for name in names if name not in X]:
+        raise SchemaError(what, f'found no column {", ".join(missing)}', todo)
+    if not len(X): raise SchemaError(what, 'found no rows', 'check how they were selected')
+    if unnamed := int(X[list(names)].isna().any(axis=1).sum()):
+        raise SchemaError(what, f'found {unnamed} rows without {" or ".join(names)}', 'fill in these columns')
+    if twice := int(X.duplicated(['image_id', 'method']).sum()):
+        found = f'found {twice} rows whose image_id and method come again'
+        raise SchemaError(what, found, 'keep one row for each: drop_duplicates(["image_id", "method"])')
+    text = [name for name in numbers if name in X and not pd.api.types.is_numeric_dtype(X[name])]
+    if text: raise SchemaError(what, f'found no numbers in column {", ".join(text[:4])}', todo)
 
 
 def _feature_settings(model): # of FeatureExtractor
@@ -271,7 +305,7 @@ def explain(
         parts[name] = predicted - _mean_prediction(model, replace(blocks, **{name: average}))
     return pd.DataFrame(parts, index=X.index)
 
-# %% ../../nbs/52_quality.model.ipynb #c5b9785d
+# %% ../../nbs/52_quality.model.ipynb #38f956e7
 def save_model(
     model: QualityModel, # fitted
     folder, # made if missing
@@ -288,8 +322,13 @@ def save_model(
     arrays = {name: np.ascontiguousarray(v, np.float32) for name, v in arrays.items()}
     folder = Path(folder)
     with atomic(folder/'weights.safetensors') as tmp: save_file(arrays, tmp)
-    params = model.get_params() | dict(store='')
-    write_json(folder/'config.json', dict(kind='QualityModel', params=params, facts=facts) | config)
+    about = dict(
+        kind='QualityModel',
+        params=model.get_params() | dict(store=''),
+        facts=facts,
+        digests=weight_digests(folder, 'weights.safetensors'),
+    )
+    write_json(folder/'config.json', about | config)
     return folder
 
 
@@ -298,9 +337,12 @@ def load_model(
     store: str = '', # folder of the store with features of new tables
 ) -> QualityModel:
     "Read a fitted model."
-    from safetensors.numpy import load_file
     config = read_json(Path(folder)/'config.json')
-    arrays = load_file(Path(folder)/'weights.safetensors')
+    with model_faults(folder): return _build_model(folder, config, store)
+
+
+def _build_model(folder, config, store):
+    arrays = load_recorded(folder, 'weights.safetensors', config.get('digests'), 'numpy')
     model = QualityModel(**config['params'] | dict(store=store))
     model.features_ = FeatureExtractor.from_state(config | arrays, **_feature_settings(model))
     model.nets_ = [_load_net(model, arrays, f'net{i}.') for i in range(model.members)]

@@ -6,30 +6,38 @@
 __all__ = ['FLOAT16_MAX', 'EXACT_ROWS', 'MIN_INDEXED', 'OPENED_CELLS', 'Store', 'put_vectors', 'get_vectors', 'index_vectors',
            'nearest', 'feature_table', 'chunks', 'missing_tiles', 'extract', 'read_published']
 
-# %% ../../nbs/40_tables.store.ipynb #99451cd0
-import re
-from contextlib import nullcontext
+# %% ../../nbs/40_tables.store.ipynb #b8681bfb
+import json, re
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core import Incompatible, MissingFeatures, SchemaError, progress, read_json, unknown
+from ..core import Incompatible, MissingFeatures, Problem, SchemaError, progress, read_json, unknown
 from ..data.datasets import read_image
 
-# %% ../../nbs/40_tables.store.ipynb #bc365063
+# %% ../../nbs/40_tables.store.ipynb #73890727
 class Store:
     "Lance tables below one folder or object-store prefix, each with a column `key`."
     def __init__(self, root):
         self.root = str(root).rstrip('/')
         self._keys = {}                  # table -> (version, keys)
 
-    def _uri(self, name): return f'{self.root}/{name}.lance'
+    def _uri(self, name):
+        _check_table_name(name, self.root)
+        return f'{self.root}/{name}.lance'
 
-    def _open(self, name):
-        import lance
-        try: return lance.dataset(self._uri(name))
-        except (ValueError, FileNotFoundError): return None
+    def _open(self, name): # Lance dataset, or None where the table was never written
+        folder = Path(self._uri(name))
+        newest = _newest_version(folder) # before opening: another writer may add versions meanwhile
+        try: data = _open_lance(self._uri(name))
+        except SchemaError as e:
+            if 'was not found' in str(e.__cause__) and not _was_written(folder): return None
+            data = _open_lance(self._uri(name)) # another writer may have made it since
+        if newest is not None and data.version < newest:
+            raise _damaged(folder, f'found version {data.version}, expected {newest}')
+        return data
 
     def _creation_lock(self, name): # on disk, while a table may have to be created; object stores have no lock
         if '://' in self.root or self._open(name) is not None: return nullcontext()
@@ -59,7 +67,8 @@ class Store:
         "Read a table; an absent one is an empty frame with a key."
         data = self._open(name)
         if data is None: return pd.DataFrame(dict(key=pd.Series(dtype=str)))
-        return data.to_table(columns=columns).to_pandas()
+        _check_columns(name, data, columns)
+        with _table_faults(self._uri(name)): return data.to_table(columns=columns).to_pandas()
 
     def keys(self, name: str) -> pd.Index:
         "Return the keys of a table in row order, remembered until the table changes."
@@ -67,7 +76,8 @@ class Store:
         if data is None: return pd.Index([], dtype=str)
         version, keys = self._keys.get(name, (None, None))
         if version != data.version:
-            keys = pd.Index(data.to_table(columns=['key'])['key'].to_pandas())
+            with _table_faults(self._uri(name)): column = data.to_table(columns=['key'])['key']
+            keys = pd.Index(column.to_pandas())
             self._keys[name] = (data.version, keys)
         return keys
 
@@ -79,7 +89,10 @@ class Store:
             what = f'{name} has no rows for {int(absent.sum())} of {len(positions)} keys'
             first = list(keys)[int(absent.argmax())]
             raise MissingFeatures(what, f'first missing: {first}', 'extract them first')
-        return self._open(name).take(positions, columns=columns)
+        data = self._open(name)
+        if data is None: raise MissingFeatures(f'no table {name}', 'it has no rows yet', 'extract them first')
+        _check_columns(name, data, columns)
+        with _table_faults(self._uri(name)): return data.take(positions, columns=columns)
 
     def missing(self, name: str, keys) -> list:
         "List the keys that a table has no row for, in the order given."
@@ -98,9 +111,58 @@ class Store:
         folders = [path for path in Path(self.root).rglob('*.lance') if path.is_dir()]
         return sorted(str(path.relative_to(self.root).with_suffix('')) for path in folders)
 
+    def _count(self, name):
+        try: return len(self.keys(name))
+        except SchemaError: return 'damaged'
+
     def __repr__(self):
-        tables = ', '.join(f'{name} ({len(self.keys(name))})' for name in self.names())
+        tables = ', '.join(f'{name} ({self._count(name)})' for name in self.names())
         return f'Store {Path(self.root).name}: {tables or "empty"}'
+
+
+def _open_lance(uri):
+    import lance
+    with _table_faults(uri): return lance.dataset(uri)
+
+
+def _check_table_name(name, root): # folders are joined by '/', and none may lead out of the store
+    parts = name.split('/') if isinstance(name, str) else ['']
+    bad = [part for part in parts if part in ('', '.', '..') or re.search(r'[\\\x00-\x1f]', part)]
+    if not bad and root: return
+    where = root or 'a store without folder'
+    found = 'found a name that leads out of the store, or none'
+    todo = "choose names such as 'rows' or 'sem/tiny-clip', and a folder for the store"
+    raise Incompatible(f'cannot use table {name!r} of {where}', found, todo)
+
+
+def _check_columns(name, data, columns):
+    for column in columns or ():
+        if column not in data.schema.names: raise unknown(f'column of {name}', column, data.schema.names)
+
+
+@contextmanager
+def _table_faults(folder): # whatever Lance raises while it reads, its panics included, as a SchemaError
+    try: yield
+    except (KeyboardInterrupt, SystemExit, MemoryError, Problem): raise
+    except BaseException as e:
+        first_line = (str(e) or type(e).__name__).splitlines()[0]
+        raise _damaged(folder, first_line[:160]) from e
+
+
+def _damaged(folder, found):
+    back = 'move its newest manifest and latest_version_hint.json out of _versions to go back by one version'
+    todo = f'restore it from a copy; or {back}; or delete it, and its rows are computed again'
+    return SchemaError(f'table {folder} is damaged', found, todo)
+
+
+def _newest_version(folder): # number that Lance noted at its last commit, None where it noted nothing
+    try: return int(json.loads((folder/'_versions'/'latest_version_hint.json').read_text())['version'])
+    except (OSError, ValueError, KeyError, TypeError): return None
+
+
+def _was_written(folder): # a creation that was interrupted leaves files, but no version
+    if _newest_version(folder) is not None or any(folder.glob('_versions/*.manifest')): return True
+    return any(not path.name.startswith('0-') for path in folder.glob('_transactions/*.txn'))
 
 # %% ../../nbs/40_tables.store.ipynb #8466bb79
 FLOAT16_MAX = 65504 # the largest finite half-precision number

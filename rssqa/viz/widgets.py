@@ -7,8 +7,8 @@ __all__ = ['RANKING_COLUMNS', 'CHOICE_COLUMNS', 'BORDER', 'GREY', 'LAST_CHOICES'
            'REMOVED', 'ADDED', 'EXTRA_TEXT', 'read_table', 'Recommender', 'class_table', 'view_recommender',
            'PairReviewer', 'marked', 'view_reviewer', 'app_settings', 'example_review']
 
-# %% ../../nbs/67_viz.widgets.ipynb #0c9ae3c9
-import html, os
+# %% ../../nbs/67_viz.widgets.ipynb #5b97cfd8
+import html, os, sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -654,10 +654,13 @@ def _pair_text(row): # HTML of one decision
     if row.rating: parts.append(_paragraph('your rating', f'<b>{html.escape(str(row.rating))}</b>'))
     return ''.join(parts)
 
-# %% ../../nbs/67_viz.widgets.ipynb #6a384055
+# %% ../../nbs/67_viz.widgets.ipynb #80920e3e
 def app_settings() -> dict: # data, pack, dataset, out; None where nothing was given
     "Read what `rssqa app` was asked for, and go where it was called, so that files are saved there."
-    os.chdir(os.environ.get('RSSQA_APP_HERE', '.'))                        # Voila starts beside the notebook
+    if here := os.environ.get('RSSQA_APP_HERE'):
+        # a folder of data is no place to import from, and the kernel imports from where it is
+        sys.path[:] = [folder for folder in sys.path if folder not in ('', '.')]
+        os.chdir(here) # Voila starts beside the notebook
     names = ('data', 'pack', 'dataset', 'out')
     return {name: os.environ.get(f'RSSQA_APP_{name.upper()}') or None for name in names}
 

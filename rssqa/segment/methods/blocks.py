@@ -8,7 +8,7 @@ __all__ = ['MIN_FOUND', 'conv_bn', 'resize', 'safe_norms', 'Pyramid', 'timm_enco
            'WindowAttention', 'cross_mean', 'GlobalLocalBlock', 'WeightedSum', 'Refine', 'GlobalLocalDecoder',
            'outline']
 
-# %% ../../../nbs/23_segment.methods.blocks.ipynb #ba43b57f
+# %% ../../../nbs/23_segment.methods.blocks.ipynb #6d5772ac
 import re
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...core import DataNotFound, Incompatible
+from ...core import DataNotFound, Incompatible, load_tensors
 
 # %% ../../../nbs/23_segment.methods.blocks.ipynb #2c874226
 def conv_bn(
@@ -125,7 +125,7 @@ def conv_stem(
     second = nn.Conv2d(width//2, width, 3, 2, 1)
     return nn.Sequential(first, nn.BatchNorm2d(width//2), nn.ReLU(inplace=True), second)
 
-# %% ../../../nbs/23_segment.methods.blocks.ipynb #22c08128
+# %% ../../../nbs/23_segment.methods.blocks.ipynb #6cf1c66e
 MIN_FOUND = 0.9 # share of the tensors of an encoder that its file must hold
 
 
@@ -148,14 +148,10 @@ def load_encoder_weights(
 
 
 def _read_tensors(path):
-    from safetensors.torch import load_file
     if not Path(path).is_file():
         expected = "expected None, 'timm' or a safetensors file"
         raise DataNotFound(f'no encoder weights {path}', expected, 'check the path')
-    try: return load_file(path)
-    except Exception as e:
-        todo = 'convert it with safetensors.torch.save_file'
-        raise Incompatible(f'cannot read {path}', f'not a safetensors file ({e})', todo) from e
+    return load_tensors(path, todo='convert it with safetensors.torch.save_file')
 
 
 def _flat_name(key): # timm names stage 0 'layers.0' in a classifier and 'layers_0' in a feature network

@@ -6,7 +6,7 @@
 __all__ = ['WEIGHT_KEYS', 'DEPTHS', 'read_state', 'load_weights', 'fill', 'strip_prefix', 'load_smp', 'resnet_v1c', 'PSPHead',
            'Separable', 'ASPPHead', 'mmseg_name', 'load_mmseg']
 
-# %% ../../../nbs/24_segment.methods.checkpoints.ipynb #af005eb0
+# %% ../../../nbs/24_segment.methods.checkpoints.ipynb #5f0e2bfe
 import re
 from collections import Counter
 from pathlib import Path
@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...core import DataNotFound, Incompatible, read_json
+from ...core import DataNotFound, Incompatible, load_tensors, read_json
 from .blocks import EncoderDecoder, conv_bn, finish, resize, timm_encoder
 
-# %% ../../../nbs/24_segment.methods.checkpoints.ipynb #12b7527a
+# %% ../../../nbs/24_segment.methods.checkpoints.ipynb #194d8415
 WEIGHT_KEYS = ('state_dict', 'model_state_dict', 'model_state', 'model', 'net', 'weights')
 
 
@@ -38,10 +38,8 @@ def read_state(
 
 
 def _open(path):
-    from safetensors.torch import load_file
-    try:
-        if path.suffix == '.safetensors': return load_file(path)
-        return torch.load(path, map_location='cpu', weights_only=True)
+    if path.suffix == '.safetensors': return load_tensors(path)
+    try: return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         reason = str(e).strip().split('\n')[0][:120]
         found = f'not a checkpoint of plain tensors ({type(e).__name__}: {reason})'

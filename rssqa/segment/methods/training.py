@@ -7,7 +7,7 @@ __all__ = ['REFERENCE_TILES', 'CHECKPOINT_SECONDS', 'MANIFEST_COLUMNS', 'Recipe'
            'train_joint', 'small_weights', 'full_weights', 'small_copies', 'load_segmenter', 'ignore_interrupt',
            'cross_fit', 'manifest']
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #c175670f
+# %% ../../../nbs/25_segment.methods.training.ipynb #997d6b18
 import math, os, time
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -18,8 +18,8 @@ import pandas as pd
 
 from ..confidence import fit_temperature, pool_features
 from rssqa.core import (
-    DataNotFound, Incompatible, LeakError, atomic, digest, file_id, pick_device, progress, read_json,
-    seed_all, unknown, write_json,
+    DataNotFound, Incompatible, LeakError, atomic, digest, file_id, load_recorded, load_tensors, model_faults,
+    pick_device, progress, read_json, seed_all, unknown, weight_digests, write_json,
 )
 from ...data.datasets import DatasetSpec, read_image, read_mask
 from ...data.splits import calibration_rows
@@ -208,7 +208,7 @@ def _build(method: str, classes: int, recipe: Recipe):
     net.pretrained = weights is not None
     return net
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #03532acd
+# %% ../../../nbs/25_segment.methods.training.ipynb #2aa8b3f0
 CHECKPOINT_SECONDS = 30 # between checkpoints
 
 
@@ -220,12 +220,17 @@ def _save_checkpoint(folder, step, net, optimiser, schedule):
 
 def _load_checkpoint(folder, net, optimiser, schedule) -> int: # step to go on from
     import torch
-    if not (folder/'checkpoint.pt').exists(): return 0
-    state = torch.load(folder/'checkpoint.pt', weights_only=True, map_location='cpu')
-    net.load_state_dict(state['net'])
-    optimiser.load_state_dict(state['optimiser'])
-    schedule.load_state_dict(state['schedule'])
-    return state['step']
+    path = folder/'checkpoint.pt'
+    if not path.exists(): return 0
+    try:
+        state = torch.load(path, weights_only=True, map_location='cpu')
+        net.load_state_dict(state['net'])
+        optimiser.load_state_dict(state['optimiser'])
+        schedule.load_state_dict(state['schedule'])
+        return state['step']
+    except Exception as e: # torch would advise to open it without its guard against foreign code
+        found = f'found no checkpoint of this training ({type(e).__name__})'
+        raise Incompatible(f'cannot go on from {path}', found, 'delete it to train from the start') from e
 
 
 def _fit(
@@ -263,7 +268,7 @@ def _check_finite(loss, step, folder):
     found = f'found loss {loss} at step {step}'
     raise Incompatible(f'training in {folder} diverged', found, 'lower lr in the recipe')
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #f7a11c85
+# %% ../../../nbs/25_segment.methods.training.ipynb #f1dbc89e
 def model_folder(
     out, # folder of models
     method: str, # registry name
@@ -380,6 +385,7 @@ def _finish(folder, net, head, pixels, device, method, fold, recipe, learned_fro
         logits=logits,
         logits_in_all=head.total,
         learned_from=learned_from,
+        digests=weight_digests(folder, 'model.safetensors', 'reference.safetensors'),
     )
     write_json(folder/'config.json', config)
 
@@ -390,7 +396,7 @@ def _save_weights(folder, net, segmenter):
     with atomic(folder/'model.safetensors') as tmp: save_file(state, tmp)
     with atomic(folder/'reference.safetensors') as tmp: save_file(dict(features=segmenter.reference), tmp)
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #63153d1d
+# %% ../../../nbs/25_segment.methods.training.ipynb #458789a8
 def small_weights(
     state: dict, # name -> tensor
 ) -> dict: # name -> tensor; names ending in ' scale' belong to the bytes before them
@@ -427,11 +433,11 @@ def small_copies(
     out, # folder of a pack
 ) -> list[Path]: # one folder a dataset, below out/networks
     "Copy a trained network with small weights, stored once."
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
     out = Path(out)
     first = Path(folders[0])
     method = read_json(first/'config.json')['method']
-    stored = small_weights(load_file(first/'model.safetensors'))
+    stored = small_weights(load_tensors(first/'model.safetensors'))
     with atomic(out/'weights'/f'{method}.safetensors') as tmp: save_file(stored, tmp)
     return [_small_copy(Path(f), out, stored) for f in folders]
 
@@ -444,8 +450,10 @@ def _small_copy(folder, out, stored):
     copy = out/'networks'/config['dataset']/method
     copy.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder/'reference.safetensors', copy/'reference.safetensors')
+    weights = f'../../../weights/{method}.safetensors'
     changes = dict(
-        weights=f'../../../weights/{method}.safetensors',
+        weights=weights,
+        digests=weight_digests(copy, weights, 'reference.safetensors'),
         trained_as=config['fingerprint'],
         fingerprint=segmenter.fingerprint,
     )
@@ -465,27 +473,27 @@ def _build_segmenter(folder, config, stored, device): # stored: name -> tensor, 
     name = f'{method}.{config["dataset"]}'
     return _segmenter(net, name, config['classes'], config.get('logits'), total, **options)
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #68241d8c
+# %% ../../../nbs/25_segment.methods.training.ipynb #9c5f2e49
 def load_segmenter(
     folder, # made by train
     device: str = 'auto',
 ) -> TorchSegmenter: # with .config
     "Open a trained segmenter; refuse weights that are torn, changed or of another method."
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
     folder = Path(folder)
     config = read_json(folder/'config.json')
-    try: stored = load_file(folder/config.get('weights', 'model.safetensors'))
-    except SafetensorError as e:
-        todo = 'copy them again, or train it again'
-        raise Incompatible(f'cannot read the weights in {folder}', str(e), todo) from e
-    segmenter = _build_segmenter(folder, config, stored, pick_device(device))
+    with model_faults(folder): return _open_segmenter(folder, config, pick_device(device))
+
+
+def _open_segmenter(folder, config, device):
+    digests = config.get('digests')
+    stored = load_recorded(folder, config.get('weights', 'model.safetensors'), digests)
+    segmenter = _build_segmenter(folder, config, stored, device)
     if segmenter.fingerprint != config['fingerprint']:
         what = f'the weights in {folder} are not the ones that were trained'
         found = f'found fingerprint {segmenter.fingerprint}, expected {config["fingerprint"]}'
         raise Incompatible(what, found, 'train it again')
     segmenter.config = config
-    segmenter.reference = load_file(folder/'reference.safetensors')['features']
+    segmenter.reference = load_recorded(folder, 'reference.safetensors', digests)['features']
     return segmenter
 
 # %% ../../../nbs/25_segment.methods.training.ipynb #4c56d823
