@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['ARRAY_SUFFIXES', 'ClassTable', 'class_table', 'Map', 'map_from_ids', 'map_from_scores', 'read_map']
 
-# %% ../../nbs/56_quality.maps.ipynb #95cb6ffd
+# %% ../../nbs/56_quality.maps.ipynb #f85f1b29
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..core import BadImage, DataNotFound, Incompatible, SchemaError, decode_image, open_tiff, read_json
+from rssqa.core import (
+    BadImage, DataNotFound, Incompatible, SchemaError, check_size, decode_image, is_tiff, open_tiff, read_json,
+)
 from ..data.datasets import IGNORE
 
 # %% ../../nbs/56_quality.maps.ipynb #90a9d325
@@ -226,11 +228,11 @@ def _run_segmenter(segmenter, table, name, image):
     p = out.probs(getattr(segmenter, 'temperature', 1.0))[0]
     return map_from_scores(_to_numpy(p), table, name, tuple(image.shape[1:]))
 
-# %% ../../nbs/56_quality.maps.ipynb #6da543d1
+# %% ../../nbs/56_quality.maps.ipynb #a0572c6b
 def _read_file(path, table, name, shape):
     suffix = path.suffix.lower()
     if suffix in ARRAY_SUFFIXES: return _from_array(_read_array(path, name), table, name, shape)
-    if suffix in ('.tif', '.tiff'): return _read_geotiff(path, table, name, shape)
+    if is_tiff(path): return _read_geotiff(path, table, name, shape)
     pixels = decode_image(path)
     values = np.asarray(pixels if pixels.mode in ('P', 'L', 'I', 'I;16', '1') else pixels.convert('RGB'))
     return map_from_ids(values, table, name) if values.ndim == 2 else _from_colours(values, table, name)
@@ -250,6 +252,7 @@ def _read_array(path, name): # the only array of a .npy or .npz file
 
 def _read_geotiff(path, table, name, shape):
     with open_tiff(path) as f:
+        check_size(path, f.width, f.height)
         values = f.read()
         nodata = f.nodata
     if len(values) == 1: return map_from_ids(values[0], table, name, nodata)

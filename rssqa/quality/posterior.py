@@ -8,18 +8,16 @@ __all__ = ['NEIGHBOURS', 'BLOCKS', 'SCALES', 'DENSE_DIRECTIONS', 'WINDOW', 'OWN_
            'probabilities_of_ids', 'point_maps', 'image_neighbours', 'points_of_grid', 'PointFeatures',
            'point_features', 'margin', 'edge_density', 'PosteriorNet', 'map_posterior', 'Expected',
            'posterior_accuracy', 'expected_accuracy', 'Sample', 'draw_samples', 'train_posterior', 'posterior_loss',
-           'save_posteriors', 'load_posteriors']
+           'posterior_weights', 'build_posteriors']
 
-# %% ../../nbs/57_quality.posterior.ipynb #5c67c273
-import json
+# %% ../../nbs/57_quality.posterior.ipynb #9c1511b7
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..core import atomic, seed_all
+from ..core import seed_all
 from ..data.datasets import IGNORE
 from ..tables.grid import PredictionGrid, limit_points, subsample
 from .maps import Map
@@ -534,28 +532,29 @@ def _accuracy_loss(expected, actual): # (n,M), (n,M) -> ()
     within = smooth(expected - level[:, None], actual - actual_level[:, None], beta=0.05)
     return 4 * within + smooth(level, actual_level, beta=0.1)
 
-# %% ../../nbs/57_quality.posterior.ipynb #e3317b7d
-def save_posteriors(nets: list[PosteriorNet], path: str | Path) -> Path:
-    "Write networks that are averaged, all of one width and with the same methods."
-    from safetensors.torch import save_file
+# %% ../../nbs/57_quality.posterior.ipynb #4cb562a5
+def posterior_weights(
+    nets: list[PosteriorNet], # all of one width, with the same methods
+) -> tuple[dict, dict]: # settings, JSON-able; name -> tensor
+    "Take networks apart for saving."
     weights = {}
     for i, net in enumerate(nets):
         weights |= {f'{i}.{name}': v.contiguous() for name, v in net.state_dict().items()}
     first = nets[0]
     settings = dict(
-        nets=len(nets), methods=first.methods, width=first.attention.in_features,
+        nets=len(nets),
+        methods=first.methods,
+        width=first.attention.in_features,
         method_width=first.method_vectors.embedding_dim,
     )
-    with atomic(path) as tmp: save_file(weights, tmp, metadata=dict(posterior=json.dumps(settings)))
-    return Path(path)
+    return settings, weights
 
 
-def load_posteriors(path: str | Path) -> list[PosteriorNet]:
-    "Read networks written by save_posteriors."
-    from safetensors import safe_open
-    with safe_open(path, 'pt') as f:
-        settings = json.loads(f.metadata()['posterior'])
-        weights = {name: f.get_tensor(name) for name in f.keys()}
+def build_posteriors(
+    settings: dict, # from posterior_weights
+    weights: dict, # from posterior_weights
+) -> list[PosteriorNet]:
+    "Build networks from what was saved."
     nets = []
     for i in range(settings['nets']):
         net = PosteriorNet(tuple(settings['methods']), settings['width'], settings['method_width'])
