@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANY_CALIBRATION_IMAGES', 'WEIGHTS', 'CALIBRATION', 'TrainingImage', 'Semantics', 'Assessor', 'points_right']
 
-# %% ../../nbs/58_quality.assessor.ipynb #258b51c7
+# %% ../../nbs/58_quality.assessor.ipynb #f58c6e92
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from rssqa.core import (
 from ..data.datasets import IGNORE
 from .assessment import Assessment, give_advice
 from rssqa.quality.bounds import (
-    CALIBRATION_INPUTS, Bounds, LevelShift, disagreements, fit_shift, gain_shortfalls, input_kind,
+    CALIBRATION_INPUTS, KNOWN, MANY_MAPS, Bounds, LevelShift, disagreements, fit_shift, gain_shortfalls, input_kind,
 )
 from rssqa.quality.domain import (
     DomainReport, Finding, StatisticRanges, find_nodata, image_findings, image_statistics,
@@ -30,8 +30,8 @@ from rssqa.quality.domain import (
 from .intervals import ShiftCheck
 from .maps import ClassTable, Map, class_table, read_map
 from rssqa.quality.posterior import (
-    PointMaps, build_posteriors, draw_samples, expected_accuracy, image_neighbours, map_posterior, point_features,
-    point_maps, points_of_grid, posterior_weights, train_posterior,
+    PointMaps, agreement_weight, build_posteriors, draw_samples, expected_accuracy, image_neighbours, map_posterior,
+    point_features, point_maps, points_of_grid, posterior_weights, train_posterior,
 )
 from ..segment.protocol import MIN_SIDE
 from ..tables.grid import PredictionGrid
@@ -80,7 +80,7 @@ class Semantics:
         with torch.inference_mode(): out = self.encoder.encode_image(torch.as_tensor(image)[None])
         return out.dense[0].float().cpu().numpy(), out.pooled[0].float().cpu().numpy()
 
-# %% ../../nbs/58_quality.assessor.ipynb #8b1e3964
+# %% ../../nbs/58_quality.assessor.ipynb #1c9b47c4
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 
 
@@ -116,13 +116,17 @@ class Assessor:
                 raise Incompatible(f'encoder {self.encoder} is not the one of this assessor', found, todo)
         return self._semantics
 
-    def fit(self, images: Iterable[TrainingImage]) -> 'Assessor':
+    def fit(self,
+        images: Iterable[TrainingImage],
+        learn_from: tuple = (), # datasets that the networks learn from; () for all; the others calibrate only
+    ) -> 'Assessor':
         "Train the networks, then calibrate intervals by leaving out one dataset at a time."
         prepared = [self._prepare(image) for image in progress(images, 'reading images', unit='image')]
         if not prepared: raise MissingFeatures('cannot fit an assessor', 'found no training image', 'pass some')
         self.encoder_fingerprint = self.semantics.fingerprint
         self.methods = tuple(sorted({name for image in prepared for name in image.grid.methods}))
-        samples = self._draw(prepared)
+        samples = self._draw([image for image in prepared if not learn_from or image.dataset in learn_from])
+        if not samples: raise MissingFeatures('cannot fit an assessor', 'found no labelled point', 'add masks')
         self.nets = self._train(samples, self.members)
         self.calibration = self.cross_assess(prepared, samples)
         self.bounds = Bounds(self.confidence).fit(*_split_calibration(self.calibration))
@@ -158,18 +162,21 @@ class Assessor:
     def cross_assess(self,
         prepared: list, # training images
         samples: list, # drawn from them
-        known_methods: bool = False, # tell the networks which methods made the maps
     ) -> pd.DataFrame: # a row a map and kind of input: kind, dataset, scene, image_id, method, oa, predicted, shortfall
         "Assess each dataset by a network that learned from the others."
         rows = []
         for dataset in progress(sorted({image.dataset for image in prepared}), 'calibrating', unit='dataset'):
-            others = [sample for sample in samples if sample.group != dataset]
-            nets = self._train(others or samples, 1)
+            nets = self._train_without(dataset, samples)
             rng = np.random.default_rng(self.seed)
             own = [image for image in prepared if image.dataset == dataset]
             for i in rng.permutation(len(own))[:MANY_CALIBRATION_IMAGES]:
-                rows += _calibration_rows(nets, own[i], rng, known_methods)
+                rows += _calibration_rows(nets, own[i], rng)
         return pd.DataFrame(rows)
+
+    def _train_without(self, dataset, samples): # networks that never saw the dataset; all where there is no other
+        others = [sample for sample in samples if sample.group != dataset]
+        if len(others) in (0, len(samples)): return self.nets
+        return self._train(others, 1)
 
     def assess(self,
         image, # anything as_image takes
@@ -195,7 +202,7 @@ class Assessor:
         maps = point_maps(read, x, len(table.names), dense)
         features = point_features(maps)
         posterior = torch.stack([map_posterior(net, maps, features) for net in self.nets]).mean(0)
-        expected = expected_accuracy(posterior, features)
+        expected = expected_accuracy(posterior, features, agreement_weight(self.nets[0], maps))
         answer = self._table(expected, maps, report, table, labels, read)
         recommended, advice = give_advice(answer, usual)
         answer['recommended'] = answer.name == recommended
@@ -225,14 +232,15 @@ class Assessor:
         return findings
 
     def _table(self, expected, maps, report, table, labels, read): # best first
-        kind = input_kind(len(maps.names), maps.has_probabilities.any())
+        known = self.nets[0].method_numbers(maps.names) > 0
+        kind = input_kind(len(known), maps.has_probabilities.any(), float(known.float().mean()))
         predicted = self.shift.apply(expected.oa)
         bounds = self.bounds
         spread = self.shift.spread
         if labels is not None:
             right = points_right(read, labels, table)
             repeated = np.repeat(predicted[None], len(right), 0)
-            shift = fit_shift(repeated, right, bounds.logit_spread[kind] * spread)
+            shift = fit_shift(repeated, right, bounds.prior_spread(kind) * spread)
             predicted = shift.apply(predicted)
             spread = spread * shift.spread
         lower, upper = bounds.interval(predicted, kind, report.widening)
@@ -348,21 +356,20 @@ def _fit_shift_check(prepared): # None without an encoder
     return ShiftCheck().fit(np.stack([image.semantics for image in prepared]), scenes)
 
 
-def _calibration_rows(nets, image, rng, known_methods): # of all kinds of input
+def _calibration_rows(nets, image, rng): # of all kinds of input
     rows = []
+    m = len(image.grid.methods)
     for kind, (count, ids_only) in CALIBRATION_INPUTS.items():
-        m = len(image.grid.methods)
-        at = np.sort(rng.choice(m, min(count or m, m), replace=False))
-        if kind == 'few' and m < 3: continue
+        if m < (count or MANY_MAPS): continue
+        at = np.sort(rng.choice(m, count or m, replace=False))
         maps = image.maps.select(at)
-        names = maps.names
         if ids_only: maps = maps.drop_probabilities(np.ones(len(at), bool))
-        if not known_methods: maps = replace(maps, names=[''] * len(at))
-        oa = image.oa[at]
-        features = point_features(maps)
-        posterior = torch.stack([map_posterior(net, maps, features) for net in nets]).mean(0)
-        predicted = expected_accuracy(posterior, features).oa
-        rows += _rows_of(kind, image, names, oa, predicted, maps.pred)
+        for suffix, names in (('', [''] * len(at)), (KNOWN, maps.names)):
+            named = replace(maps, names=names)
+            features = point_features(named)
+            posterior = torch.stack([map_posterior(net, named, features) for net in nets]).mean(0)
+            predicted = expected_accuracy(posterior, features, agreement_weight(nets[0], named)).oa
+            rows += _rows_of(kind + suffix, image, maps.names, image.oa[at], predicted, maps.pred)
     return rows
 
 

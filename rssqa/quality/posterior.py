@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NEIGHBOURS', 'BLOCKS', 'SCALES', 'DENSE_DIRECTIONS', 'WINDOW', 'OWN_CLASS', 'OWN_FEATURES', 'SHARED_FEATURES',
-           'MAP_STATISTICS', 'describe_points', 'add_dense', 'find_neighbours', 'PointMaps', 'window_mean', 'one_hot',
-           'probabilities_of_ids', 'point_maps', 'image_neighbours', 'points_of_grid', 'PointFeatures',
-           'point_features', 'margin', 'edge_density', 'PosteriorNet', 'map_posterior', 'Expected',
-           'posterior_accuracy', 'expected_accuracy', 'Sample', 'draw_samples', 'train_posterior', 'posterior_loss',
-           'posterior_weights', 'build_posteriors']
+           'MAP_STATISTICS', 'AGREEMENT_SHARE', 'describe_points', 'add_dense', 'find_neighbours', 'PointMaps',
+           'window_mean', 'one_hot', 'probabilities_of_ids', 'point_maps', 'image_neighbours', 'points_of_grid',
+           'PointFeatures', 'point_features', 'margin', 'edge_density', 'PosteriorNet', 'map_posterior', 'Expected',
+           'posterior_accuracy', 'agreement_weight', 'expected_accuracy', 'Sample', 'draw_samples', 'train_posterior',
+           'posterior_loss', 'posterior_weights', 'build_posteriors']
 
 # %% ../../nbs/57_quality.posterior.ipynb #9c1511b7
 from dataclasses import dataclass, replace
@@ -349,7 +349,7 @@ def map_posterior(
     q = net(own, shared, statistics, number).softmax(-1)                             # (n,K)
     return q.T.reshape(maps.classes, *maps.shape)
 
-# %% ../../nbs/57_quality.posterior.ipynb #9d639daf
+# %% ../../nbs/57_quality.posterior.ipynb #bcb29847
 @dataclass
 class Expected:
     "What the posterior says about the maps of one image."
@@ -369,14 +369,29 @@ def posterior_accuracy(
     return _mean_where(probability, pred != IGNORE)
 
 
+AGREEMENT_SHARE = 0.75 # for class ids of methods that were not in training
+
+
+def agreement_weight(
+    net: PosteriorNet,
+    maps: PointMaps,
+) -> float: # 0..0.75
+    "Weigh agreement against the posterior in the order of maps."
+    unknown = net.method_numbers(maps.names).numpy() == 0
+    return AGREEMENT_SHARE * float((unknown & ~maps.has_probabilities).mean())
+
+
 def expected_accuracy(
     posterior: torch.Tensor, # (K,h,w)
     features: PointFeatures,
+    weight: float = 0.0, # of agreement in the differences within the image, see agreement_weight
 ) -> Expected:
     "Compute expected accuracy and IoU of each map."
     expected = posterior_accuracy(posterior, features.pred)
     level = expected.mean()
     change = _pool_level(level, features.statistics) - level
+    agreement = features.statistics[:, 0]
+    expected = level + (1 - weight) * (expected - level) + weight * (agreement - agreement.mean())
     oa = (expected + change).clamp(0, 1)
     iou = _expected_iou(posterior, features.pred)
     statistics = features.statistics[:, :6].numpy()
