@@ -6,7 +6,7 @@
 __all__ = ['SMALL_SOURCES', 'SCENES', 'PROTOCOL_WORDS', 'MEASURE_LABELS', 'Plan', 'synthetic_plan', 'real_plan', 'run_demo',
            'leaderboard_text', 'demo_summary']
 
-# %% ../nbs/90_demo.ipynb #749ad295
+# %% ../nbs/90_demo.ipynb #805d8a7c
 import os, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ import pandas as pd
 
 from .bench.protocol import RS_SQA, VIEWS, compare, comparison_summary
 from .provenance import save_results
-from .core import DataNotFound, cache_dir, digest, real_dir, say, write_json
+from .core import DataNotFound, cache_dir, digest, real_dir, say
 from .data.datasets import folder_spec, read_image, read_mask, scan
 from .data.splits import folds
 from .viz.explorer import known_without_labels, save_run
@@ -96,7 +96,7 @@ def _find_weights(data): # folder, or None
     for folder in (real_dir('weights'), data.parent/'weights'):
         if folder and folder.is_dir(): return str(folder)
 
-# %% ../nbs/90_demo.ipynb #bfd0520e
+# %% ../nbs/90_demo.ipynb #c0d27bd8
 @contextmanager
 def _stage(plan, name):
     say(f'── {name}')
@@ -133,8 +133,7 @@ def _fit_and_save(plan, table, store, semantic, networks, board, seed):
     model = QualityModel(store=str(store.root), semantic=semantic, seed=seed).fit(table)
     facts = {measure: float(board.loc[RS_SQA, measure]) for measure in VIEWS}
     save_model(model, plan.home/'model', **facts, data=plan.title, rows=len(table), seed=seed)
-    write_pack(plan.home, networks, 'model', plan.encoder)
-    write_json(cache_dir('demo')/'latest.json', dict(pack=str(plan.home)))
+    write_pack(plan.home, networks, 'model', plan.encoder, name=f'demo: {plan.title}')
 
 # %% ../nbs/90_demo.ipynb #750f8b1b
 PROTOCOL_WORDS = '5-fold cross-validation by scene'
@@ -243,7 +242,7 @@ def _write_report(path, table, emb, board, load, facts, tiles): # load: from _pi
     thumbs = [read_image(tile_of.loc[image_id]) for image_id in emb.image_id.head(400)]
     write_report(path, table, emb, board, _worst_cases(table, load), facts, thumbs, load)
 
-# %% ../nbs/90_demo.ipynb #f899d8fb
+# %% ../nbs/90_demo.ipynb #7a07754d
 MEASURE_LABELS = dict(
     srocc_image='SROCC within image',
     srocc_dataset='SROCC within dataset',
@@ -282,4 +281,5 @@ def demo_summary(
         single,
         f'{minutes:.1f} minutes. Report: {Path(out)/"report.html"}',
         f'Look around: rssqa app explorer --data {out}',
+        f'Use these networks: rssqa score IMAGE --pack {plan.home}',
     ])

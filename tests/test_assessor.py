@@ -10,7 +10,9 @@ import torch
 from rssqa.core import BadImage, DataNotFound, Incompatible, Problem, SchemaError, UnknownName
 from rssqa.data.synthetic import CLASSES, scene
 from rssqa.quality.assessor import Assessor, TrainingImage, points_right
-from rssqa.quality.bounds import MANY_MAPS, disagreements, gain_shortfalls, input_kind
+from rssqa.quality.bounds import (
+    CALIBRATION_INPUTS, KNOWN_METHODS, KNOWN_SOURCE, MANY_MAPS, disagreements, gain_shortfalls, input_kind,
+)
 from rssqa.quality.maps import Map, class_table
 from rssqa.quality.posterior import (
     find_neighbours, image_neighbours, map_posterior, point_features, point_maps, posterior_loss, train_posterior
@@ -259,6 +261,16 @@ def test_a_gain_is_never_above_the_disagreement():
 def test_kinds_of_input():
     assert [input_kind(n, True) for n in (1, 2, MANY_MAPS - 1, MANY_MAPS)] == ['one', 'few', 'few', 'many']
     assert [input_kind(n, False) for n in (1, 2, MANY_MAPS)] == ['one, ids only', 'few', 'many, ids only']
+    assert input_kind(2, True, 0.5) == 'few, known methods' and input_kind(2, True, 0.4, True) == 'few'
+    assert input_kind(9, True, 1.0, True) == 'many, known source'
+
+
+def test_a_known_source_is_used_where_it_is_named(assessor, new, maps, answer):
+    known = assessor.assess(new.image, maps, CLASSES, source='a')
+    assert not np.allclose(predicted(known), predicted(answer))
+    with pytest.raises(UnknownName, match='no source named'): assessor.assess(new.image, maps, CLASSES, source='c')
+    with pytest.raises(Incompatible, match='as maps of a'):
+        assessor.assess(new.image, maps, [*CLASSES, 'more'], source='a')
 
 
 # ---------------------------------------------------------------- labelled points
@@ -354,7 +366,9 @@ def test_another_encoder_is_refused(assessor, new, maps):
 
 def test_calibration_leaves_the_dataset_out(assessor):
     t = assessor.calibration
-    assert set(t.dataset) == {'a', 'b'} and {'many', 'few', 'one', 'one, ids only', 'many, ids only'} == set(t.kind)
+    assert set(t.dataset) == {'a', 'b'}
+    suffixes = ('', KNOWN_METHODS, KNOWN_SOURCE)
+    assert set(t.kind) == {kind + suffix for kind in CALIBRATION_INPUTS for suffix in suffixes}
     assert t.oa.between(0, 1).all() and t.predicted.between(0, 1).all()
     covered = assessor.bounds.interval(t.predicted.to_numpy(), 'many')
     assert len(covered[0]) == len(t)

@@ -1,5 +1,5 @@
 """The command line as a person meets it: verbs, typos, bad files, and the demo from pixels to report."""
-import json, os, pickle, subprocess, sys
+import os, pickle, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +9,9 @@ from filelock import FileLock
 from PIL import Image
 
 from rssqa.cli import main
-from rssqa.core import cache_dir
 from rssqa.data.synthetic import scene, write_scenes
 from rssqa.demo import RS_SQA, Plan, demo_summary, leaderboard_text, real_plan, run_demo
+from rssqa.quality.recommend import Pack, bundled_pack, default_pack
 from rssqa.segment.methods.training import Recipe
 
 
@@ -50,7 +50,7 @@ def test_demo_writes_report_table_and_pack(demo):
     html = (home/'out'/'report.html').read_text()
     assert 0 < html.index('class="map first"') < html.index('<table') and '% vegetation' in html
     assert 'two scene types' in html and 'src="http' not in html and 'href="http' not in html
-    assert json.loads((cache_dir('demo')/'latest.json').read_text())['pack'] == str(plan.home)
+    assert Pack(plan.home).name.startswith('demo') and default_pack() == bundled_pack()
 
 
 def test_demo_reports_every_predictor_beside_ours(demo):

@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from rssqa.core import BadImage, DataNotFound, Incompatible, read_json, write_json
+from rssqa.core import BadImage, DataNotFound, Incompatible, SchemaError, read_json, write_json
 from rssqa.data.datasets import read_image
 from rssqa.quality.consensus import ConsensusEnsemble, ConsensusNet, save_consensus
 from rssqa.quality.recommend import (
-    SUFFIXES, Pack, bundled_pack, default_pack, open_pack, rank, recommend, score, write_pack
+    SUFFIXES, Pack, bundled_pack, default_pack, open_pack, rank, recommend, score, use_pack, write_pack
 )
 from rssqa.segment.protocol import TorchSegmenter
 from trained import METHODS, trained_setup
@@ -38,10 +38,9 @@ def folder(tmp_path):
 def pack_with(tmp_path, **change):
     "A pack in another folder, with the networks and the model of trained_setup and a changed configuration."
     home = trained_setup().home
-    networks = {}
-    for dataset, paths in read_json(home/'pack.json')['networks'].items():
-        networks[dataset] = {method: str(home/path) for method, path in paths.items()}
-    config = dict(networks=networks, model=str(home/'model'), encoder='')
+    for path in home.iterdir():
+        if path.is_dir() and not (tmp_path/path.name).exists(): (tmp_path/path.name).symlink_to(path)
+    config = dict(networks=read_json(home/'pack.json')['networks'], model='model', encoder='')
     write_json(tmp_path/'pack.json', config | change)
     return Pack(tmp_path)
 
@@ -63,17 +62,39 @@ def test_missing_packs_are_named(tmp_path, monkeypatch, image):
     with pytest.raises(DataNotFound, match='gone'): recommend(tmp_path)
 
 
-def test_default_pack(monkeypatch, tmp_path, image):
+def test_a_pack_is_used_only_where_it_is_chosen(monkeypatch, tmp_path, image):
     monkeypatch.delenv('RSSQA_PACK', raising=False)
     monkeypatch.setenv('RSSQA_CACHE', str(tmp_path))
     assert default_pack() == bundled_pack()
-    (tmp_path/'demo').mkdir(exist_ok=True)
-    write_json(tmp_path/'demo'/'latest.json', dict(pack=str(trained_setup().home)))
-    assert default_pack() == trained_setup().home and 0 < score(image, 'pspnet') < 1
-    write_json(tmp_path/'demo'/'latest.json', dict(pack=str(tmp_path/'deleted since')))
-    assert default_pack() == bundled_pack()
+    assert use_pack(trained_setup().home) == default_pack() == trained_setup().home
+    assert 0 < score(image, 'pspnet') < 1
+    with pytest.raises(DataNotFound, match='no pack in'): use_pack(tmp_path/'none')
+    assert default_pack() == trained_setup().home
     monkeypatch.setenv('RSSQA_PACK', 'elsewhere')
     assert str(default_pack()) == 'elsewhere'
+    monkeypatch.delenv('RSSQA_PACK')
+    assert use_pack() == default_pack() == bundled_pack()
+
+
+@pytest.mark.parametrize('change', [
+    dict(networks=None), dict(networks={}), dict(networks=[]), dict(networks={'town': {}}), dict(networks={'town': 3}),
+    dict(networks={'town': {'unet': '/etc'}}), dict(networks={'town': {'unet': '../outside'}}),
+    dict(networks={'town': {'unet': 'a/../../outside'}}), dict(networks={'town': {'unet': 7}}),
+    dict(model='/etc'), dict(consensus='../x'), dict(assessor=3),
+])
+def test_a_pack_of_wrong_shape_or_that_leaves_its_folder(tmp_path, change):
+    config = dict(networks={'town': {'unet': 'networks/unet'}}, model='model', encoder='')
+    write_json(tmp_path/'pack.json', config)
+    Pack(tmp_path)
+    write_json(tmp_path/'pack.json', config | change)
+    with pytest.raises(SchemaError, match='cannot use the pack in') as e: Pack(tmp_path)
+    assert e.value.found and e.value.todo
+
+
+@pytest.mark.parametrize('content', ['[]', '3', '"x"', 'null'])
+def test_a_pack_that_is_no_table(tmp_path, content):
+    (tmp_path/'pack.json').write_text(content)
+    with pytest.raises(SchemaError, match='cannot use the pack in'): Pack(tmp_path)
 
 
 def test_open_pack_takes_a_folder_a_pack_or_nothing(pack, monkeypatch):
@@ -99,7 +120,7 @@ def test_bundled_pack_scores_any_photo(image):
 def test_consensus_is_used_only_where_most_of_its_methods_are_present(tmp_path, image):
     ensemble = ConsensusEnsemble([*METHODS, 'unet'], {'': [ConsensusNet(3, {})]})
     save_consensus(ensemble, tmp_path/'consensus')
-    with_consensus = pack_with(tmp_path, consensus=str(tmp_path/'consensus'))
+    with_consensus = pack_with(tmp_path, consensus='consensus')
     plain = Pack(trained_setup().home)
     # one of three methods: no consensus
     one = rank(image, with_consensus, methods=['pspnet']).predicted[0]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANY_CALIBRATION_IMAGES', 'WEIGHTS', 'CALIBRATION', 'TrainingImage', 'Semantics', 'Assessor', 'points_right']
 
-# %% ../../nbs/58_quality.assessor.ipynb #f58c6e92
+# %% ../../nbs/58_quality.assessor.ipynb #f1d156b3
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +20,10 @@ from rssqa.core import (
     model_faults, progress, read_json, unknown, weight_digests, write_json,
 )
 from ..data.datasets import IGNORE
+from ..data.splits import scene_folds
 from .assessment import Assessment, give_advice
 from rssqa.quality.bounds import (
-    CALIBRATION_INPUTS, KNOWN, MANY_MAPS, Bounds, LevelShift, disagreements, fit_shift, gain_shortfalls, input_kind,
+    CALIBRATION_INPUTS, KNOWN_METHODS, KNOWN_SOURCE, MANY_MAPS, Bounds, LevelShift, disagreements, fit_shift, gain_shortfalls, input_kind,
 )
 from rssqa.quality.domain import (
     DomainReport, Finding, StatisticRanges, find_nodata, image_findings, image_statistics,
@@ -80,7 +81,7 @@ class Semantics:
         with torch.inference_mode(): out = self.encoder.encode_image(torch.as_tensor(image)[None])
         return out.dense[0].float().cpu().numpy(), out.pooled[0].float().cpu().numpy()
 
-# %% ../../nbs/58_quality.assessor.ipynb #1c9b47c4
+# %% ../../nbs/58_quality.assessor.ipynb #1d082ad8
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 
 
@@ -151,7 +152,7 @@ class Assessor:
     def _draw(self, prepared): # samples of all images
         samples = []
         for i, image in enumerate(progress(prepared, 'drawing points', unit='image')):
-            options = dict(points=self.points, seed=1000 * self.seed + i)
+            options = dict(scene=image.scene, points=self.points, seed=1000 * self.seed + i)
             samples += draw_samples(image.maps, image.grid.truth, image.dataset, self.methods, **options)
         return samples
 
@@ -163,15 +164,30 @@ class Assessor:
         prepared: list, # training images
         samples: list, # drawn from them
     ) -> pd.DataFrame: # a row a map and kind of input: kind, dataset, scene, image_id, method, oa, predicted, shortfall
-        "Assess each dataset by a network that learned from the others."
+        "Assess each dataset, then each third of the scenes, by networks that did not learn from it."
         rows = []
         for dataset in progress(sorted({image.dataset for image in prepared}), 'calibrating', unit='dataset'):
-            nets = self._train_without(dataset, samples)
-            rng = np.random.default_rng(self.seed)
             own = [image for image in prepared if image.dataset == dataset]
-            for i in rng.permutation(len(own))[:MANY_CALIBRATION_IMAGES]:
-                rows += _calibration_rows(nets, own[i], rng)
+            nets = self._train_without(dataset, samples)
+            rows += self._assess_some(nets, own, _NEW_SOURCE)
+        learned = _with_several_scenes([image for image in prepared if image.dataset in self.nets[0].sources])
+        fold = _scene_folds(learned)
+        for k in progress(np.unique(fold), 'calibrating', unit='fold'):
+            kept = {(image.dataset, image.scene) for image, f in zip(learned, fold) if f != k}
+            part = [sample for sample in samples if (sample.group, sample.scene) in kept]
+            nets = self._train(part, 1) if part else self.nets
+            own = [image for image, f in zip(learned, fold) if f == k]
+            rows += self._assess_some(nets, own, _KNOWN_SOURCE)
         return pd.DataFrame(rows)
+
+    def _assess_some(self, nets, images, naming): # rows of some images of each dataset
+        rng = np.random.default_rng(self.seed)
+        rows = []
+        for dataset in sorted({image.dataset for image in images}):
+            own = [image for image in images if image.dataset == dataset]
+            for i in rng.permutation(len(own))[:MANY_CALIBRATION_IMAGES]:
+                rows += _calibration_rows(nets, own[i], rng, naming)
+        return rows
 
     def _train_without(self, dataset, samples): # networks that never saw the dataset; all where there is no other
         others = [sample for sample in samples if sample.group != dataset]
@@ -184,9 +200,11 @@ class Assessor:
         classes, # class table of the maps: anything class_table takes
         usual: str = '', # name of the map that would be used otherwise
         labels: pd.DataFrame = None, # labelled points of this image: x, y (pixels from the upper left), class
+        source: str = '', # dataset of the image, if it is one of those in training: its class table, its sensor
     ) -> Assessment:
         "Assess the maps of an image."
         table = class_table(classes)
+        self._check_source(source, table)
         x = as_image(image)
         _check_size(x)
         read = [read_map(source, table, name, x) for name, source in _named(maps).items()]
@@ -201,14 +219,25 @@ class Assessor:
         if report.refused: return self._refuse(read, table, report)
         maps = point_maps(read, x, len(table.names), dense)
         features = point_features(maps)
-        posterior = torch.stack([map_posterior(net, maps, features) for net in self.nets]).mean(0)
+        posterior = self._posterior(maps, features, source)
         expected = expected_accuracy(posterior, features, agreement_weight(self.nets[0], maps))
-        answer = self._table(expected, maps, report, table, labels, read)
+        answer = self._table(expected, maps, report, table, labels, read, source)
         recommended, advice = give_advice(answer, usual)
         answer['recommended'] = answer.name == recommended
         fused = min(max(float(posterior.amax(0).mean()) + expected.level_change, 0), 1)
         shown = answer.drop(columns='gain_lower')
         return Assessment(shown, advice, report, self.name, read, table.names, posterior, fused)
+
+    def _posterior(self, maps, features, source): # (K,h,w), mean over the networks
+        return torch.stack([map_posterior(net, maps, features, source) for net in self.nets]).mean(0)
+
+    def _check_source(self, source, table):
+        if not source: return
+        sources = self.nets[0].sources
+        if source not in sources: raise unknown('source', source, sources)
+        if sources[source] == len(table.names): return
+        found = f'found {len(table.names)} classes, {source} has {sources[source]}'
+        raise Incompatible(f'cannot assess these maps as maps of {source}', found, 'leave out source=')
 
     def _refuse(self, read, table, report):
         if not report.refused:
@@ -231,9 +260,10 @@ class Assessor:
             findings.append(Finding('one map', 'note', reason))
         return findings
 
-    def _table(self, expected, maps, report, table, labels, read): # best first
+    def _table(self, expected, maps, report, table, labels, read, source): # best first
         known = self.nets[0].method_numbers(maps.names) > 0
-        kind = input_kind(len(known), maps.has_probabilities.any(), float(known.float().mean()))
+        share = float(known.float().mean())
+        kind = input_kind(len(known), maps.has_probabilities.any(), share, bool(source))
         predicted = self.shift.apply(expected.oa)
         bounds = self.bounds
         spread = self.shift.spread
@@ -356,7 +386,22 @@ def _fit_shift_check(prepared): # None without an encoder
     return ShiftCheck().fit(np.stack([image.semantics for image in prepared]), scenes)
 
 
-def _calibration_rows(nets, image, rng): # of all kinds of input
+_NEW_SOURCE = {'': (False, False), KNOWN_METHODS: (True, False)}
+_KNOWN_SOURCE = {KNOWN_SOURCE: (True, True)} # suffix of the kind -> whether methods, source are given
+
+
+def _with_several_scenes(images): # those whose dataset has two scenes or more
+    scenes = {}
+    for image in images: scenes.setdefault(image.dataset, set()).add(image.scene)
+    return [image for image in images if len(scenes[image.dataset]) > 1]
+
+
+def _scene_folds(images, k=3): # (n,) fold of each image
+    rows = [(image.grid.image_id, image.dataset, image.scene) for image in images]
+    return scene_folds(pd.DataFrame(rows, columns=['image_id', 'dataset', 'scene']), k)
+
+
+def _calibration_rows(nets, image, rng, naming): # of all kinds of input
     rows = []
     m = len(image.grid.methods)
     for kind, (count, ids_only) in CALIBRATION_INPUTS.items():
@@ -364,13 +409,17 @@ def _calibration_rows(nets, image, rng): # of all kinds of input
         at = np.sort(rng.choice(m, count or m, replace=False))
         maps = image.maps.select(at)
         if ids_only: maps = maps.drop_probabilities(np.ones(len(at), bool))
-        for suffix, names in (('', [''] * len(at)), (KNOWN, maps.names)):
-            named = replace(maps, names=names)
-            features = point_features(named)
-            posterior = torch.stack([map_posterior(net, named, features) for net in nets]).mean(0)
-            predicted = expected_accuracy(posterior, features, agreement_weight(nets[0], named)).oa
+        for suffix, (methods, source) in naming.items():
+            named = maps if methods else replace(maps, names=[''] * len(at))
+            predicted = _expected_by(nets, named, image.dataset if source else '')
             rows += _rows_of(kind + suffix, image, maps.names, image.oa[at], predicted, maps.pred)
     return rows
+
+
+def _expected_by(nets, maps, source): # (M,)
+    features = point_features(maps)
+    posterior = torch.stack([map_posterior(net, maps, features, source) for net in nets]).mean(0)
+    return expected_accuracy(posterior, features, agreement_weight(nets[0], maps)).oa
 
 
 def _rows_of(kind, image, names, oa, predicted, pred):

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NEIGHBOURS', 'BLOCKS', 'SCALES', 'DENSE_DIRECTIONS', 'WINDOW', 'OWN_CLASS', 'OWN_FEATURES', 'SHARED_FEATURES',
-           'MAP_STATISTICS', 'AGREEMENT_SHARE', 'describe_points', 'add_dense', 'find_neighbours', 'PointMaps',
-           'window_mean', 'one_hot', 'probabilities_of_ids', 'point_maps', 'image_neighbours', 'points_of_grid',
-           'PointFeatures', 'point_features', 'margin', 'edge_density', 'PosteriorNet', 'map_posterior', 'Expected',
-           'posterior_accuracy', 'agreement_weight', 'expected_accuracy', 'Sample', 'draw_samples', 'train_posterior',
-           'posterior_loss', 'posterior_weights', 'build_posteriors']
+           'MAP_STATISTICS', 'AGREEMENT_SHARE', 'FORGET_SOURCE', 'describe_points', 'add_dense', 'find_neighbours',
+           'PointMaps', 'window_mean', 'one_hot', 'probabilities_of_ids', 'point_maps', 'image_neighbours',
+           'points_of_grid', 'PointFeatures', 'point_features', 'margin', 'edge_density', 'PosteriorNet',
+           'map_posterior', 'Expected', 'posterior_accuracy', 'agreement_weight', 'expected_accuracy', 'Sample',
+           'draw_samples', 'train_posterior', 'posterior_loss', 'posterior_weights', 'build_posteriors']
 
 # %% ../../nbs/57_quality.posterior.ipynb #9c1511b7
 from dataclasses import dataclass, replace
@@ -288,19 +288,23 @@ def edge_density(pred, valid): # (M,h,w), (M,h,w) bool -> (M,): share of neighbo
     right = _mean_where((pred[:, :, 1:] != pred[:, :, :-1]).float(), valid[:, :, 1:] & valid[:, :, :-1])
     return (down + right) / 2
 
-# %% ../../nbs/57_quality.posterior.ipynb #9adc9e68
+# %% ../../nbs/57_quality.posterior.ipynb #fd1847b5
 class PosteriorNet(nn.Module):
     "Compute the logit of each class at a point from any number of maps."
     def __init__(self,
         methods: tuple[str, ...] = (), # names that get a learned vector
+        sources: dict = None, # name -> number of classes, of sources that get vectors and class biases
         width: int = 32, # of the hidden layers
         method_width: int = 6, # of a learned vector
     ):
         super().__init__()
         self.methods = tuple(methods)
-        self.method_vectors = nn.Embedding(len(self.methods) + 1, method_width, padding_idx=0)
-        nn.init.normal_(self.method_vectors.weight, std=0.1)
-        nn.init.zeros_(self.method_vectors.weight[0])
+        self.sources = dict(sources or {})
+        self.width = width
+        self.method_width = method_width
+        self.method_vectors = _zero_embedding(len(self.methods), method_width)
+        self.method_on_source = _zero_embedding(len(self.methods) * len(self.sources), method_width)
+        self.class_bias = _zero_embedding(len(self.sources), max(self.sources.values(), default=1), std=0.0)
         about_map = MAP_STATISTICS + method_width
         self.read_map = nn.Sequential(
             nn.Linear(OWN_FEATURES + about_map + 2, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
@@ -320,9 +324,19 @@ class PosteriorNet(nn.Module):
         "Look up the methods of maps by their names."
         return torch.tensor([self.methods.index(n) + 1 if n in self.methods else 0 for n in names])
 
-    def forward(self, own, shared, statistics, number): # (n,M,K,7), (n,K,15), (n,M,14), (n,M) -> (n,K) logits
+    def source_number(self, name: str) -> int: # 0 for a source not in training
+        "Look up a source by its name."
+        return list(self.sources).index(name) + 1 if name in self.sources else 0
+
+    def forward(self,
+        own, # (n,M,K,7)
+        shared, # (n,K,15)
+        statistics, # (n,M,14)
+        number, # (n,M) of the methods
+        source: int = 0, # number of the source of all n points
+    ): # (n,K) logits
         maps, classes = own.shape[1:3]
-        about_map = torch.cat([statistics, self.method_vectors(number)], -1)         # (n,M,20)
+        about_map = torch.cat([statistics, self._vectors(number, source)], -1)       # (n,M,20)
         weight = self.map_weight(about_map).softmax(1)                               # (n,M,1)
         votes = (own[..., 0] * weight).sum(1)                                        # (n,K)
         log_p = (own[..., 3] * weight).sum(1)
@@ -330,8 +344,22 @@ class PosteriorNet(nn.Module):
         repeated = about_map[:, :, None].expand(-1, -1, classes, -1)
         read = self.read_map(torch.cat([own, repeated, context], -1))                # (n,M,K,width)
         pooled = (read * self.attention(read).softmax(1)).sum(1)
-        decided = self.decide(torch.cat([pooled, shared, votes[..., None], log_p[..., None]], -1))[..., 0]
-        return decided + self.mean_weight * (shared[..., 0] + 0.01).log() + self.vote_weight * (votes + 0.02).log()
+        logits = self.decide(torch.cat([pooled, shared, votes[..., None], log_p[..., None]], -1))[..., 0]
+        logits = logits + self.mean_weight * (shared[..., 0] + 0.01).log() + self.vote_weight * (votes + 0.02).log()
+        return logits + self.class_bias(torch.tensor(source))[:classes] if source else logits
+
+    def _vectors(self, number, source): # (n,M) -> (n,M,method_width)
+        vectors = self.method_vectors(number)
+        if not source: return vectors
+        on_source = torch.where(number > 0, (source - 1) * len(self.methods) + number, 0)
+        return vectors + self.method_on_source(on_source)
+
+
+def _zero_embedding(n, width, std=0.1): # n vectors, and a vector of zeros at 0
+    embedding = nn.Embedding(n + 1, width, padding_idx=0)
+    nn.init.normal_(embedding.weight, std=std)
+    nn.init.zeros_(embedding.weight[0])
+    return embedding
 
 
 @torch.inference_mode()
@@ -339,6 +367,7 @@ def map_posterior(
     net: PosteriorNet,
     maps: PointMaps,
     features: PointFeatures = None, # of the maps, where they are at hand
+    source: str = '', # of the image, where it is one of those in training
 ) -> torch.Tensor: # (K,h,w)
     "Compute the class posterior at every point of an image."
     features = features or point_features(maps)
@@ -346,7 +375,7 @@ def map_posterior(
     shared = features.shared.permute(1, 2, 0, 3).flatten(0, 1)                       # (n,K,15)
     statistics = features.statistics.expand(len(own), -1, -1)
     number = net.method_numbers(maps.names).expand(len(own), -1)
-    q = net(own, shared, statistics, number).softmax(-1)                             # (n,K)
+    q = net(own, shared, statistics, number, net.source_number(source)).softmax(-1)  # (n,K)
     return q.T.reshape(maps.classes, *maps.shape)
 
 # %% ../../nbs/57_quality.posterior.ipynb #bcb29847
@@ -412,11 +441,12 @@ def _expected_iou(q, pred): # (K,h,w), (M,h,w) -> (M,K)
     rare = union < 0.002 * valid.sum((1, 2))[:, None].clamp_min(1)
     return torch.where(rare, torch.nan, inside / union.clamp_min(1e-6))
 
-# %% ../../nbs/57_quality.posterior.ipynb #19b9732e
+# %% ../../nbs/57_quality.posterior.ipynb #b47c8c5e
 @dataclass
 class Sample:
     "Maps of one image at labelled points."
-    group: str # samples of one group weigh the same as those of another
+    group: str # the source; those of one source weigh the same as those of another
+    scene: str
     own: torch.Tensor # (n,M,K,7) float16
     shared: torch.Tensor # (n,K,15) float16
     statistics: torch.Tensor # (M,14)
@@ -428,8 +458,9 @@ class Sample:
 def draw_samples(
     maps: PointMaps, # of a training image
     truth: np.ndarray, # (h,w) uint8 true classes, 255 = ignore
-    group: str, # such as the dataset
+    group: str, # the source, such as the dataset
     methods: tuple[str, ...], # names with a learned vector
+    scene: str = '', # of the image
     points: int = 60, # labelled points of each sample
     seed: int = 0,
 ) -> list[Sample]:
@@ -445,7 +476,8 @@ def draw_samples(
         part = maps.select(np.sort(rng.choice(m, size, replace=False)))
         part = part.drop_probabilities(_drawn_to_drop(rng, size) & part.has_probabilities)
         at = rng.choice(labelled, min(points, len(labelled)), replace=False)
-        samples.append(_sample_at(part, truth, group, numbers(part.names), torch.as_tensor(at)))
+        about = dict(group=group, scene=scene, number=numbers(part.names))
+        samples.append(_sample_at(part, truth, about, torch.as_tensor(at)))
     return samples
 
 
@@ -455,14 +487,13 @@ def _drawn_to_drop(rng, size): # (size,) bool: half of the time all, a quarter n
     return np.zeros(size, bool) if draw < 0.75 else rng.random(size) < 0.5
 
 
-def _sample_at(maps, truth, group, number, at):
+def _sample_at(maps, truth, about, at): # about: group, scene, number
     f = point_features(maps)
     return Sample(
-        group=group,
+        **about,
         own=f.own.flatten(2, 3)[:, :, at].permute(2, 0, 1, 3).half(),
         shared=f.shared.flatten(1, 2)[:, at].permute(1, 0, 2).half(),
         statistics=f.statistics,
-        number=number,
         pred=f.pred.flatten(1)[:, at].T,
         truth=torch.as_tensor(truth.ravel()[at.numpy()].astype(np.int64)),
     )
@@ -480,7 +511,8 @@ def train_posterior(
     "Train a network."
     seed_all(seed)
     rng = np.random.default_rng(seed)
-    net = PosteriorNet(methods, width)
+    sources = {sample.group: sample.shared.shape[1] for sample in samples}
+    net = PosteriorNet(methods, dict(sorted(sources.items())), width)
     optimiser = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2)
     steps = epochs * len(_batches(samples, batch, rng))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps + 1, pct_start=0.15)
@@ -512,6 +544,9 @@ def _group_weights(samples): # group -> weight; at most 2
     return dict(zip(groups, np.minimum(equal, 2).tolist()))
 
 
+FORGET_SOURCE = 0.4 # share of the batches in which the source is not used
+
+
 def posterior_loss(net: PosteriorNet, samples: list[Sample]) -> torch.Tensor: # ()
     "Compute cross-entropy and the error of expected accuracy for samples with equally many maps."
     lengths = torch.tensor([len(sample.truth) for sample in samples])
@@ -521,7 +556,8 @@ def posterior_loss(net: PosteriorNet, samples: list[Sample]) -> torch.Tensor: # 
     statistics = torch.stack([sample.statistics for sample in samples])[image]
     number = torch.stack([_forget_methods(sample.number) for sample in samples])[image]
     truth = torch.cat([sample.truth for sample in samples])
-    logits = net(own, shared, statistics, number)
+    source = net.source_number(samples[0].group) if torch.rand(1) > FORGET_SOURCE else 0
+    logits = net(own, shared, statistics, number, source)
     pred = torch.cat([sample.pred for sample in samples])                                # (n,M)
     expected, actual = _accuracies(logits.softmax(-1), pred, truth, image, len(samples))
     return nn.functional.cross_entropy(logits, truth) + _accuracy_loss(expected, actual)
@@ -547,7 +583,7 @@ def _accuracy_loss(expected, actual): # (n,M), (n,M) -> ()
     within = smooth(expected - level[:, None], actual - actual_level[:, None], beta=0.05)
     return 4 * within + smooth(level, actual_level, beta=0.1)
 
-# %% ../../nbs/57_quality.posterior.ipynb #4cb562a5
+# %% ../../nbs/57_quality.posterior.ipynb #8d4b579a
 def posterior_weights(
     nets: list[PosteriorNet], # all of one width, with the same methods
 ) -> tuple[dict, dict]: # settings, JSON-able; name -> tensor
@@ -555,14 +591,8 @@ def posterior_weights(
     weights = {}
     for i, net in enumerate(nets):
         weights |= {f'{i}.{name}': v.contiguous() for name, v in net.state_dict().items()}
-    first = nets[0]
-    settings = dict(
-        nets=len(nets),
-        methods=first.methods,
-        width=first.attention.in_features,
-        method_width=first.method_vectors.embedding_dim,
-    )
-    return settings, weights
+    shared = {key: getattr(nets[0], key) for key in ('methods', 'sources', 'width', 'method_width')}
+    return shared | dict(nets=len(nets)), weights
 
 
 def build_posteriors(
@@ -572,7 +602,7 @@ def build_posteriors(
     "Build networks from what was saved."
     nets = []
     for i in range(settings['nets']):
-        net = PosteriorNet(tuple(settings['methods']), settings['width'], settings['method_width'])
+        net = PosteriorNet(settings['methods'], settings['sources'], settings['width'], settings['method_width'])
         prefix = f'{i}.'
         net.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
         nets.append(net.eval())
