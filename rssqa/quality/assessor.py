@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANY_CALIBRATION_IMAGES', 'WEIGHTS', 'CALIBRATION', 'TrainingImage', 'Semantics', 'Assessor', 'points_right']
 
-# %% ../../nbs/58_quality.assessor.ipynb #f1d156b3
+# %% ../../nbs/58_quality.assessor.ipynb #07cd4873
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,8 @@ from ..data.datasets import IGNORE
 from ..data.splits import scene_folds
 from .assessment import Assessment, give_advice
 from rssqa.quality.bounds import (
-    CALIBRATION_INPUTS, KNOWN_METHODS, KNOWN_SOURCE, MANY_MAPS, Bounds, LevelShift, disagreements, fit_shift, gain_shortfalls, input_kind,
+    CALIBRATION_INPUTS, KNOWN_METHODS, KNOWN_SOURCE, MANY_MAPS, Bounds, LevelShift, disagreements, fit_shift,
+    gain_shortfalls, input_kind,
 )
 from rssqa.quality.domain import (
     DomainReport, Finding, StatisticRanges, find_nodata, image_findings, image_statistics,
