@@ -266,8 +266,11 @@ def test_kinds_of_input():
 
 
 def test_a_known_source_is_used_where_it_is_named(assessor, new, maps, answer):
-    known = assessor.assess(new.image, maps, CLASSES, source='a')
-    assert not np.allclose(predicted(known), predicted(answer))
+    soft = {n: 0.9 * np.eye(len(CLASSES))[m].transpose(2, 0, 1) + 0.1 / len(CLASSES) for n, m in maps.items()}
+    known = assessor.assess(new.image, soft, CLASSES, source='a')
+    assert not np.allclose(predicted(known), predicted(assessor.assess(new.image, soft, CLASSES)))
+    ids = assessor.assess(new.image, maps, CLASSES, source='a')        # without probabilities it has no say
+    assert np.allclose(predicted(ids), predicted(answer))
     with pytest.raises(UnknownName, match='no source named'): assessor.assess(new.image, maps, CLASSES, source='c')
     with pytest.raises(Incompatible, match='as maps of a'):
         assessor.assess(new.image, maps, [*CLASSES, 'more'], source='a')

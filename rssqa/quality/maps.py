@@ -185,7 +185,7 @@ def _softmax(x): # over the first axis
     e = np.exp(x - x.max(0))
     return e / e.sum(0)
 
-# %% ../../nbs/56_quality.maps.ipynb #5ac5f9ed
+# %% ../../nbs/56_quality.maps.ipynb #f445bb0d
 ARRAY_SUFFIXES = ('.npy', '.npz')
 
 
@@ -224,9 +224,12 @@ def _run_segmenter(segmenter, table, name, image):
     if classes != table.names:
         found = f'found classes {", ".join(classes)}; expected {", ".join(table.names)}'
         raise Incompatible(f'cannot use segmenter {name!r}', found, 'pass its class table as classes=')
-    out = segmenter(torch.as_tensor(image)[None])
-    p = out.probs(getattr(segmenter, 'temperature', 1.0))[0]
-    return map_from_scores(_to_numpy(p), table, name, tuple(image.shape[1:]))
+    x = torch.as_tensor(image)[None]
+    temperature = getattr(segmenter, 'temperature', 1.0)
+    out = segmenter(x)
+    mirrored = segmenter(x.flip(-1)).probs(temperature).flip(-1)
+    p = (out.probs(temperature) + mirrored) / 2
+    return Map(name, _to_numpy(out.mask[0]).astype(np.uint8), _to_numpy(p[0]))
 
 # %% ../../nbs/56_quality.maps.ipynb #a0572c6b
 def _read_file(path, table, name, shape):

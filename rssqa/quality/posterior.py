@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEIGHBOURS', 'BLOCKS', 'SCALES', 'DENSE_DIRECTIONS', 'WINDOW', 'OWN_CLASS', 'OWN_FEATURES', 'SHARED_FEATURES',
-           'MAP_STATISTICS', 'AGREEMENT_SHARE', 'FORGET_SOURCE', 'describe_points', 'add_dense', 'find_neighbours',
-           'PointMaps', 'window_mean', 'one_hot', 'probabilities_of_ids', 'point_maps', 'image_neighbours',
+           'MAP_STATISTICS', 'AGREEMENT_SHARE', 'describe_points', 'add_dense', 'find_neighbours', 'PointMaps',
+           'window_mean', 'one_hot', 'probabilities_of_ids', 'point_maps', 'image_neighbours', 'grid_of_points',
            'points_of_grid', 'PointFeatures', 'point_features', 'margin', 'edge_density', 'PosteriorNet',
            'map_posterior', 'Expected', 'posterior_accuracy', 'agreement_weight', 'expected_accuracy', 'Sample',
            'draw_samples', 'train_posterior', 'posterior_loss', 'posterior_weights', 'build_posteriors']
@@ -90,7 +90,7 @@ def _halves(shape, seed): # (h*w,) 0 or 1: which half the block of each point be
     row, column = (np.arange(n) * BLOCKS // max(n, BLOCKS) for n in shape)
     return order[row[:, None] * BLOCKS + column[None]].ravel()
 
-# %% ../../nbs/57_quality.posterior.ipynb #a3c82865
+# %% ../../nbs/57_quality.posterior.ipynb #df98ddad
 WINDOW = 5 # points a side
 OWN_CLASS = 0.6 # probability that class ids alone give to their class
 
@@ -180,6 +180,16 @@ def image_neighbours(
     alike = find_neighbours(points, shape)
     if dense is None: return [alike, alike]
     return [alike, find_neighbours(add_dense(points, dense, shape), shape)]
+
+
+def grid_of_points(
+    maps: PointMaps,
+    source: str, # dataset of the image
+) -> PredictionGrid: # without true classes; a map has class 0 where it has no value
+    "Write maps as a prediction grid, for a consensus model."
+    p = (255 * maps.p).round().astype(np.uint8)
+    pred = np.where(maps.pred == IGNORE, 0, maps.pred).astype(np.uint8)
+    return PredictionGrid('image', source, maps.names, p, p, pred, np.full(maps.shape, IGNORE, np.uint8))
 
 
 def points_of_grid(
@@ -288,29 +298,26 @@ def edge_density(pred, valid): # (M,h,w), (M,h,w) bool -> (M,): share of neighbo
     right = _mean_where((pred[:, :, 1:] != pred[:, :, :-1]).float(), valid[:, :, 1:] & valid[:, :, :-1])
     return (down + right) / 2
 
-# %% ../../nbs/57_quality.posterior.ipynb #fd1847b5
+# %% ../../nbs/57_quality.posterior.ipynb #3ea840ce
 class PosteriorNet(nn.Module):
     "Compute the logit of each class at a point from any number of maps."
     def __init__(self,
         methods: tuple[str, ...] = (), # names that get a learned vector
-        sources: dict = None, # name -> number of classes, of sources that get vectors and class biases
         width: int = 32, # of the hidden layers
         method_width: int = 6, # of a learned vector
     ):
         super().__init__()
         self.methods = tuple(methods)
-        self.sources = dict(sources or {})
         self.width = width
         self.method_width = method_width
-        self.method_vectors = _zero_embedding(len(self.methods), method_width)
-        self.method_on_source = _zero_embedding(len(self.methods) * len(self.sources), method_width)
-        self.class_bias = _zero_embedding(len(self.sources), max(self.sources.values(), default=1), std=0.0)
-        about_map = MAP_STATISTICS + method_width
+        self.method_vectors = nn.Embedding(len(self.methods) + 1, method_width, padding_idx=0)
+        nn.init.normal_(self.method_vectors.weight, std=0.1)
+        nn.init.zeros_(self.method_vectors.weight[0])
         self.read_map = nn.Sequential(
-            nn.Linear(OWN_FEATURES + about_map + 2, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
+            nn.Linear(OWN_FEATURES + method_width + 2, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
         )
         self.attention = nn.Linear(width, 1)
-        self.map_weight = nn.Sequential(nn.Linear(about_map, 16), nn.ReLU(), nn.Linear(16, 1))
+        self.map_weight = nn.Sequential(nn.Linear(MAP_STATISTICS + method_width, 16), nn.ReLU(), nn.Linear(16, 1))
         self.decide = nn.Sequential(
             nn.Linear(width + SHARED_FEATURES + 2, width), nn.ReLU(),
             nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1),
@@ -324,42 +331,18 @@ class PosteriorNet(nn.Module):
         "Look up the methods of maps by their names."
         return torch.tensor([self.methods.index(n) + 1 if n in self.methods else 0 for n in names])
 
-    def source_number(self, name: str) -> int: # 0 for a source not in training
-        "Look up a source by its name."
-        return list(self.sources).index(name) + 1 if name in self.sources else 0
-
-    def forward(self,
-        own, # (n,M,K,7)
-        shared, # (n,K,15)
-        statistics, # (n,M,14)
-        number, # (n,M) of the methods
-        source: int = 0, # number of the source of all n points
-    ): # (n,K) logits
+    def forward(self, own, shared, statistics, number): # (n,M,K,7), (n,K,15), (n,M,14), (n,M) -> (n,K) logits
         maps, classes = own.shape[1:3]
-        about_map = torch.cat([statistics, self._vectors(number, source)], -1)       # (n,M,20)
-        weight = self.map_weight(about_map).softmax(1)                               # (n,M,1)
+        vectors = self.method_vectors(number)                                        # (n,M,6)
+        weight = self.map_weight(torch.cat([statistics, vectors], -1)).softmax(1)    # (n,M,1)
         votes = (own[..., 0] * weight).sum(1)                                        # (n,K)
         log_p = (own[..., 3] * weight).sum(1)
         context = shared[:, None, :, [0, 11]].expand(-1, maps, -1, -1)               # mean, neighbours by meaning
-        repeated = about_map[:, :, None].expand(-1, -1, classes, -1)
+        repeated = vectors[:, :, None].expand(-1, -1, classes, -1)
         read = self.read_map(torch.cat([own, repeated, context], -1))                # (n,M,K,width)
         pooled = (read * self.attention(read).softmax(1)).sum(1)
-        logits = self.decide(torch.cat([pooled, shared, votes[..., None], log_p[..., None]], -1))[..., 0]
-        logits = logits + self.mean_weight * (shared[..., 0] + 0.01).log() + self.vote_weight * (votes + 0.02).log()
-        return logits + self.class_bias(torch.tensor(source))[:classes] if source else logits
-
-    def _vectors(self, number, source): # (n,M) -> (n,M,method_width)
-        vectors = self.method_vectors(number)
-        if not source: return vectors
-        on_source = torch.where(number > 0, (source - 1) * len(self.methods) + number, 0)
-        return vectors + self.method_on_source(on_source)
-
-
-def _zero_embedding(n, width, std=0.1): # n vectors, and a vector of zeros at 0
-    embedding = nn.Embedding(n + 1, width, padding_idx=0)
-    nn.init.normal_(embedding.weight, std=std)
-    nn.init.zeros_(embedding.weight[0])
-    return embedding
+        decided = self.decide(torch.cat([pooled, shared, votes[..., None], log_p[..., None]], -1))[..., 0]
+        return decided + self.mean_weight * (shared[..., 0] + 0.01).log() + self.vote_weight * (votes + 0.02).log()
 
 
 @torch.inference_mode()
@@ -367,7 +350,6 @@ def map_posterior(
     net: PosteriorNet,
     maps: PointMaps,
     features: PointFeatures = None, # of the maps, where they are at hand
-    source: str = '', # of the image, where it is one of those in training
 ) -> torch.Tensor: # (K,h,w)
     "Compute the class posterior at every point of an image."
     features = features or point_features(maps)
@@ -375,7 +357,7 @@ def map_posterior(
     shared = features.shared.permute(1, 2, 0, 3).flatten(0, 1)                       # (n,K,15)
     statistics = features.statistics.expand(len(own), -1, -1)
     number = net.method_numbers(maps.names).expand(len(own), -1)
-    q = net(own, shared, statistics, number, net.source_number(source)).softmax(-1)  # (n,K)
+    q = net(own, shared, statistics, number).softmax(-1)                             # (n,K)
     return q.T.reshape(maps.classes, *maps.shape)
 
 # %% ../../nbs/57_quality.posterior.ipynb #bcb29847
@@ -441,7 +423,7 @@ def _expected_iou(q, pred): # (K,h,w), (M,h,w) -> (M,K)
     rare = union < 0.002 * valid.sum((1, 2))[:, None].clamp_min(1)
     return torch.where(rare, torch.nan, inside / union.clamp_min(1e-6))
 
-# %% ../../nbs/57_quality.posterior.ipynb #b47c8c5e
+# %% ../../nbs/57_quality.posterior.ipynb #f9ac1aa3
 @dataclass
 class Sample:
     "Maps of one image at labelled points."
@@ -511,8 +493,7 @@ def train_posterior(
     "Train a network."
     seed_all(seed)
     rng = np.random.default_rng(seed)
-    sources = {sample.group: sample.shared.shape[1] for sample in samples}
-    net = PosteriorNet(methods, dict(sorted(sources.items())), width)
+    net = PosteriorNet(methods, width)
     optimiser = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2)
     steps = epochs * len(_batches(samples, batch, rng))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps + 1, pct_start=0.15)
@@ -544,9 +525,6 @@ def _group_weights(samples): # group -> weight; at most 2
     return dict(zip(groups, np.minimum(equal, 2).tolist()))
 
 
-FORGET_SOURCE = 0.4 # share of the batches in which the source is not used
-
-
 def posterior_loss(net: PosteriorNet, samples: list[Sample]) -> torch.Tensor: # ()
     "Compute cross-entropy and the error of expected accuracy for samples with equally many maps."
     lengths = torch.tensor([len(sample.truth) for sample in samples])
@@ -556,8 +534,7 @@ def posterior_loss(net: PosteriorNet, samples: list[Sample]) -> torch.Tensor: # 
     statistics = torch.stack([sample.statistics for sample in samples])[image]
     number = torch.stack([_forget_methods(sample.number) for sample in samples])[image]
     truth = torch.cat([sample.truth for sample in samples])
-    source = net.source_number(samples[0].group) if torch.rand(1) > FORGET_SOURCE else 0
-    logits = net(own, shared, statistics, number, source)
+    logits = net(own, shared, statistics, number)
     pred = torch.cat([sample.pred for sample in samples])                                # (n,M)
     expected, actual = _accuracies(logits.softmax(-1), pred, truth, image, len(samples))
     return nn.functional.cross_entropy(logits, truth) + _accuracy_loss(expected, actual)
@@ -583,7 +560,7 @@ def _accuracy_loss(expected, actual): # (n,M), (n,M) -> ()
     within = smooth(expected - level[:, None], actual - actual_level[:, None], beta=0.05)
     return 4 * within + smooth(level, actual_level, beta=0.1)
 
-# %% ../../nbs/57_quality.posterior.ipynb #8d4b579a
+# %% ../../nbs/57_quality.posterior.ipynb #3f2f7379
 def posterior_weights(
     nets: list[PosteriorNet], # all of one width, with the same methods
 ) -> tuple[dict, dict]: # settings, JSON-able; name -> tensor
@@ -591,7 +568,7 @@ def posterior_weights(
     weights = {}
     for i, net in enumerate(nets):
         weights |= {f'{i}.{name}': v.contiguous() for name, v in net.state_dict().items()}
-    shared = {key: getattr(nets[0], key) for key in ('methods', 'sources', 'width', 'method_width')}
+    shared = {key: getattr(nets[0], key) for key in ('methods', 'width', 'method_width')}
     return shared | dict(nets=len(nets)), weights
 
 
@@ -602,7 +579,7 @@ def build_posteriors(
     "Build networks from what was saved."
     nets = []
     for i in range(settings['nets']):
-        net = PosteriorNet(settings['methods'], settings['sources'], settings['width'], settings['method_width'])
+        net = PosteriorNet(settings['methods'], settings['width'], settings['method_width'])
         prefix = f'{i}.'
         net.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
         nets.append(net.eval())

@@ -1,0 +1,62 @@
+"The bundled assessor: built from the tables, measured on sources left out, and read as it was built."
+import numpy as np
+import pandas as pd
+import pytest
+
+from rssqa.core import Incompatible
+from rssqa.data.synthetic import scene
+from rssqa.quality.bounds import KNOWN_METHODS, KNOWN_SOURCE
+from rssqa.quality.build_pack import LEARN_FROM, best_on_average, measure_calibration
+from rssqa.quality.recommend import Pack, assess, bundled_pack
+
+
+@pytest.fixture(scope='module')
+def pack(): return Pack(bundled_pack())
+
+
+def test_the_bundled_assessor_learned_from_sources_that_may_ship(pack):
+    assert set(pack.assessor.sources) == set(LEARN_FROM)
+    assert set(pack.datasets) <= set(LEARN_FROM)
+    assert {'czech_ortho', 'dronedeploy'} <= set(pack.assessor.calibration.dataset)
+
+
+def test_the_usual_method_is_one_of_the_pack(pack):
+    for dataset in pack.datasets: assert pack.usual(dataset) in pack.methods(dataset)
+
+
+def test_coverage_is_measured_on_sources_left_out():
+    rng = np.random.default_rng(0)
+    spread = np.repeat([0.02, 0.02, 0.2], 200)
+    table = pd.DataFrame(dict(kind='few', dataset=np.repeat(['a', 'b', 'hard'], 200)))
+    table = table.assign(scene=table.index // 10, image_id=table.index // 2, shortfall=0.1)
+    table['predicted'] = rng.uniform(0.4, 0.8, 600)
+    table['oa'] = (table.predicted + rng.normal(0, spread)).clip(0, 1)
+    measured = measure_calibration(table).set_index('dataset')
+    assert measured.coverage['hard'] < 0.5 < 0.95 < measured.coverage['a']
+    assert measured.mae['hard'] > 3 * measured.mae['a']
+    assert (measured.images == 100).all() and measured.bias.abs().max() < 0.06
+
+
+def test_measures_of_the_bundled_assessor(pack):
+    measured = measure_calibration(pack.assessor.calibration)
+    assert {k for k in measured.kind if k.endswith(KNOWN_SOURCE)} and {k for k in measured.kind if KNOWN_METHODS in k}
+    assert measured.mae.between(0, 0.3).all() and measured.srocc_dataset.gt(0).all()
+
+
+def test_best_on_average_by_hand():
+    table = pd.DataFrame(dict(dataset=['t'] * 4, method=['a', 'b', 'a', 'b'], oa=[0.9, 0.5, 0.1, 0.6]))
+    assert best_on_average(table, dict(t=['a', 'b'])) == dict(t='b')
+    with pytest.raises(Incompatible, match='does not belong'): best_on_average(table, dict(x=['a']))
+
+
+def test_networks_of_the_pack_are_assessed(pack):
+    image = scene('town', seed=5, size=64).image
+    answer = assess(image, pack=pack)
+    assert sorted(answer.table.name) == pack.methods() and answer.pack == pack.name
+    black = assess(np.zeros((64, 64, 3), np.uint8), pack=pack)
+    assert black.domain.refused and black.table.predicted.isna().all()
+
+
+def test_maps_need_a_class_table(pack):
+    with pytest.raises(Incompatible, match='no class table'):
+        assess(np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), int), pack=pack)
