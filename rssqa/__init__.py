@@ -1,8 +1,26 @@
 """How accurate is a segmentation of an image from above, without labels, and which method should be used?"""
 __version__ = "0.1.0"
 
-_HOME = dict(score='quality.recommend', rank='quality.recommend', Pack='quality.recommend', QualityModel='quality.model', ConsensusModel='quality.consensus', LevelPooledEnsemble='quality.consensus', Intervals='quality.intervals', load_model='quality.model', build_sqed='tables.sqed',
-             load_sqed='tables.sqed', check_sqed='tables.sqed', scan='data.datasets', folder_spec='data.datasets', load_encoder='clip.encoders', Segmenter='segment.protocol', Store='tables.store')
+_HOME = dict(
+    assess='quality.recommend',
+    Assessor='quality.assessor',
+    score='quality.recommend',
+    rank='quality.recommend',
+    Pack='quality.recommend',
+    QualityModel='quality.model',
+    ConsensusModel='quality.consensus',
+    LevelPooledEnsemble='quality.consensus',
+    Intervals='quality.intervals',
+    load_model='quality.model',
+    build_sqed='tables.sqed',
+    load_sqed='tables.sqed',
+    check_sqed='tables.sqed',
+    scan='data.datasets',
+    folder_spec='data.datasets',
+    load_encoder='clip.encoders',
+    Segmenter='segment.protocol',
+    Store='tables.store',
+)
 
 
 def __getattr__(name):

@@ -16,7 +16,8 @@ from .data.pairs import PairRecord, open_image, read_pairs, to_frame, write_shar
 from .clip.purify import apply_decisions, purify
 from .viz.projection import Projection, neighbour_graph, project, separation, stages
 from .quality.model import QualityModel, explain, load_model, save_model
-from .quality.recommend import Pack, rank, recommend, score
+from .quality.assessor import Assessor, TrainingImage
+from .quality.recommend import Pack, assess, rank, recommend, score, use_pack
 from .segment.protocol import METHOD_NAMES, MethodSpec, Segmenter, SegOutput, TorchSegmenter, check_segmenter, methods, predict_large
 from .tables.sqed import build_sqed, check_sqed, load_sqed, save_sqed
 from .tables.store import Store, extract

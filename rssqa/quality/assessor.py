@@ -109,7 +109,7 @@ def image_posterior(
     if not weight: return q
     return (1 - weight) * q + weight * consensus_posterior(consensus, grid_of_points(maps, source))
 
-# %% ../../nbs/58_quality.assessor.ipynb #5eacf004
+# %% ../../nbs/58_quality.assessor.ipynb #c18d4398
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 
 
@@ -242,7 +242,7 @@ class Assessor:
         self._check_source(source, table)
         x = as_image(image)
         _check_size(x)
-        read = [read_map(source, table, name, x) for name, source in _named(maps).items()]
+        read = [read_map(given, table, name, x) for name, given in _named(maps).items()]
         if usual and usual not in [m.name for m in read]:
             raise unknown('map', usual, [m.name for m in read])
         nodata = find_nodata(x)
@@ -302,12 +302,10 @@ class Assessor:
         if labels is not None:
             right = points_right(read, labels, table)
             repeated = np.repeat(predicted[None], len(right), 0)
-            shift = fit_shift(repeated, right, bounds.prior_spread(kind) * spread)
+            shift = fit_shift(repeated, right, np.hypot(*bounds.level_spread(kind)) * spread)
             predicted = shift.apply(predicted)
             spread = spread * shift.spread
-        lower, upper = bounds.interval(predicted, kind, report.widening)
-        lower = predicted - spread * (predicted - lower)
-        upper = predicted + spread * (upper - predicted)
+        lower, upper = bounds.interval(predicted, kind, report.widening, spread)
         best = int(predicted.argmax())
         differ = disagreements(maps.pred)[best]
         gain_lower = bounds.gain_bound(predicted[best] - predicted, differ, kind)
@@ -331,8 +329,10 @@ class Assessor:
             right.append(hits)
         widest = max(len(answer.maps) for answer in assessments)
         calibrated = copy(self)
-        prior_spread = max(self.bounds.logit_spread.values())
-        calibrated.shift = fit_shift(_stack(predicted, widest), _stack(right, widest), prior_spread)
+        of_sources, of_images = self.bounds.level_spread('')
+        shift = fit_shift(_stack(predicted, widest), _stack(right, widest), of_sources)
+        left = np.hypot(shift.spread * of_sources, of_images) / np.hypot(of_sources, of_images)
+        calibrated.shift = LevelShift(self.shift.mean + shift.mean, float(left))
         return calibrated
 
     def save(self, folder) -> Path:

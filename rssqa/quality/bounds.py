@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..data.datasets import IGNORE
 
-# %% ../../nbs/57_quality.bounds.ipynb #4b0819cf
+# %% ../../nbs/57_quality.bounds.ipynb #a5a9c1e7
 CALIBRATION_INPUTS = {
     'many': (None, False),
     'many, ids only': (None, True),
@@ -70,17 +70,21 @@ class Bounds:
         scaled = rows.assign(error=(rows.oa - rows.predicted).abs() / error_scale(rows.predicted))
         self.error = {k: worst_quantile(t, 'error', self.confidence) for k, t in scaled.groupby('kind')}
         self.shortfall = {k: worst_quantile(t, 'shortfall', self.confidence) for k, t in gains.groupby('kind')}
-        self.logit_spread = {k: _logit_spread(t) for k, t in rows.groupby('kind')}
+        within = scaled.assign(error=_within_image(scaled))
+        self.within = {k: worst_quantile(t, 'error', self.confidence) for k, t in within.groupby('kind')}
+        self.spread = {k: _logit_spread(t) for k, t in rows.groupby('kind')}
         return self
 
     def interval(self,
         predicted: np.ndarray, # (M,) 0..1
         kind: str, # of input
         widening: int = 0, # findings that widen; each adds half of the width
+        level: float = 1.0, # part of the error of the level that labelled points left, 0..1
     ) -> tuple[np.ndarray, np.ndarray]: # lower, upper
         "Bound the accuracy of maps."
-        error = self.error.get(kind, max(self.error.values()))      # of an unknown kind: the widest
-        half = error * error_scale(predicted) * (1 + 0.5 * widening)
+        error = _of_kind(self.error, kind)
+        left = min(np.hypot(level * error, _of_kind(self.within, kind)), error) if level < 1 else error
+        half = left * error_scale(predicted) * (1 + 0.5 * widening)
         return np.clip(predicted - half, 0, 1), np.clip(predicted + half, 0, 1)
 
     def gain_bound(self,
@@ -91,32 +95,45 @@ class Bounds:
         "Bound from below what is gained by a change of map."
         return gain - np.minimum(self.shortfall.get(kind, 1.0), 1.0) * disagreement
 
-    def prior_spread(self, kind: str) -> float: # of an unknown kind: the largest
-        "Return the standard deviation of an image's level error, logit scale."
-        return self.logit_spread.get(kind, max(self.logit_spread.values()))
+    def level_spread(self, kind: str) -> tuple[float, float]:
+        "Return the standard deviations of the level of a source, and of an image of it, on the logit scale."
+        known = self.spread.get(kind)
+        return tuple(known) if known else tuple(np.max(list(self.spread.values()), 0))
 
     def state(self) -> dict:
         "Return what fit learned, JSON-able."
-        learned = dict(error=self.error, shortfall=self.shortfall, logit_spread=self.logit_spread)
+        learned = {key: getattr(self, key) for key in _LEARNED}
         return dict(confidence=self.confidence) | learned
 
     @classmethod
     def from_state(cls, state: dict) -> 'Bounds':
         "Build fitted bounds from their `state`."
         bounds = cls(state['confidence'])
-        bounds.error = state['error']
-        bounds.shortfall = state['shortfall']
-        bounds.logit_spread = state['logit_spread']
+        for key in _LEARNED: setattr(bounds, key, state[key])
         return bounds
+
+
+_LEARNED = ('error', 'within', 'shortfall', 'spread') # dictionaries, one entry a kind of input
+
+
+def _of_kind(learned, kind): # of an unknown kind: the widest
+    return learned.get(kind, max(learned.values()))
+
+
+def _within_image(scaled): # size of the error that is not common to the maps of an image, in the same unit
+    error = (scaled.oa - scaled.predicted) / error_scale(scaled.predicted)
+    return (error - error.groupby([scaled.kind, scaled.dataset, scaled.image_id]).transform('mean')).abs()
 
 
 def _logit(p): return np.log(np.clip(p, 0.02, 0.98) / (1 - np.clip(p, 0.02, 0.98)))
 
 
-def _logit_spread(rows): # standard deviation of the error of an image's level, on the logit scale
+def _logit_spread(rows): # [of sources, of images of a source]: standard deviation of the level's error, logit scale
     level = rows.groupby(['dataset', 'image_id'])[['oa', 'predicted']].mean()
-    error = _logit(level.oa) - _logit(level.predicted)
-    return float(np.sqrt((error**2).groupby('dataset').mean().mean()))
+    error = (_logit(level.oa) - _logit(level.predicted)).groupby('dataset')
+    of_sources = np.sqrt((error.mean()**2).mean())
+    of_images = np.sqrt(error.var(ddof=0).mean())
+    return [float(of_sources), float(of_images)]
 
 # %% ../../nbs/57_quality.bounds.ipynb #4a0d87ff
 def disagreements(pred: np.ndarray) -> np.ndarray: # (M,h,w) class ids, 255 = no value -> (M,M)
@@ -138,12 +155,12 @@ def gain_shortfalls(
     missing = (predicted[best] - predicted[others]) - (oa[best] - oa[others])
     return missing / np.maximum(disagreements(pred)[best, others], 0.01)
 
-# %% ../../nbs/57_quality.bounds.ipynb #d8cdf487
+# %% ../../nbs/57_quality.bounds.ipynb #d8bbb557
 @dataclass(frozen=True)
 class LevelShift:
     "By how much predicted accuracy is shifted on the logit scale."
     mean: float = 0.0
-    spread: float = 1.0 # standard deviation that is left, relative to that without labels
+    spread: float = 1.0 # part of the standard deviation that is left, 0..1
 
     def apply(self, predicted: np.ndarray) -> np.ndarray: # (M,) 0..1
         "Shift predicted accuracies."
