@@ -228,7 +228,7 @@ def _process_alone(function, path): # -> rows, reason
         found = 'the process that read it was ended, most likely for lack of memory'
         return '', _reason(path, found, 'cut it into tiles first')
 
-# %% ../../nbs/58_quality.folders.ipynb #45e494d9
+# %% ../../nbs/58_quality.folders.ipynb #420ccf29
 IMAGES_A_WORKER = 4 # a process is not worth its start for fewer
 
 
@@ -255,12 +255,18 @@ def process_folder(
         raise DataNotFound(f'no image in {folder}', expected, 'point to a folder with images')
     keys = {path: _key(folder, path, fingerprint) for path in listing.images}
     rows, reasons = _rows_and_reasons(folder, function, out and _Part(out), workers, keys, what)
-    names = {path: plain_name(path) for path in listing.images}
-    table = pd.DataFrame([dict(path=names[path], **row) for path in keys if path in rows for row in rows[path]])
+    names = {path: plain_name(path) for path in listing.images if path in rows}
+    table = _table(rows, names)
     skipped = [(plain_name(path), reason) for path, reason in sorted([*reasons.items(), *listing.skipped])]
     if out and len(table): write_table(table, out)
     if out: _Part(out).remove()
     return FolderResult(table, pd.DataFrame(skipped, columns=['path', 'reason']), listing.others)
+
+
+def _table(rows, names): # {path: rows}, {path: name} in the order of the table
+    records = []
+    for path, name in names.items(): records += [dict(path=name) | row for row in rows[path]]
+    return pd.DataFrame(records) if records else pd.DataFrame(columns=['path'])
 
 
 def _rows_and_reasons(folder, function, part, workers, keys, what): # keys: {path: key} -> {path: rows}, {path: reason}
