@@ -235,11 +235,19 @@ def test_rows_of_another_fingerprint_do_not_mix(folder, tmp_path):
     assert len(other.seen) == 5 and len(rows) == 5
 
 
-def test_names_and_sizes_survive_a_resume_bit_by_bit(folder, tmp_path):
-    values = iter([0.1 + 0.2, 1e-17, float('nan'), 2 / 3, 1e300] * 2)
-    def value(path): return [dict(method='ä', predicted=next(values), recommended=True)]
-    whole = process_folder(folder, value, tmp_path/'t.csv').rows
-    assert whole.predicted[0] == 0.1 + 0.2 and np.isnan(whole.predicted[2]) and whole.recommended.dtype == bool
+def test_numbers_survive_an_interruption_bit_by_bit(folder, tmp_path):
+    numbers = dict(zip(('a.jpg', 'b.png', 'c.TIF', 'd.bmp', 'e.png'), (0.1 + 0.2, 1e-17, float('nan'), 2 / 3, 1e300)))
+
+    def number(path):
+        if path.endswith('e.png') and stop: raise KeyboardInterrupt
+        return [dict(method='ä', predicted=numbers[Path(path).name], recommended=True)]
+
+    stop = True
+    with pytest.raises(KeyboardInterrupt): process_folder(folder, number, tmp_path/'t.csv')
+    stop = False
+    rows = process_folder(folder, number, tmp_path/'t.csv').rows
+    assert np.array_equal(rows.predicted, list(numbers.values()), equal_nan=True)
+    assert rows.recommended.dtype == bool and set(rows.method) == {'ä'}
 
 
 SLOW = '''
@@ -255,37 +263,38 @@ process_folder(sys.argv[1], slow, sys.argv[2], workers=int(sys.argv[4]))
 '''
 
 
-@pytest.mark.parametrize('workers', ['1', '2'])
-def test_a_killed_run_goes_on(folder, tmp_path, workers):
-    "kill -9 while the last image is under way; a script without a main guard, as people write them."
+@pytest.mark.parametrize('signal_number', [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_or_interrupted_run_goes_on(folder, tmp_path, signal_number):
+    "While the last image is under way; a script without a main guard, as people write them."
     script, out, block = tmp_path/'slow.py', tmp_path/'t.csv', tmp_path/'block'
     script.write_text(SLOW)
     block.write_text('')
-    command = [sys.executable, script, folder, out, block, workers]
-    process = subprocess.Popen(command)
+    command = [sys.executable, script, folder, out, block, '2']
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
     part = tmp_path/'t.csv.part.jsonl'
     while process.poll() is None and (not part.exists() or part.read_bytes().count(b'\n') < 4): time.sleep(0.05)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL and not out.exists()
-    kept = part.read_bytes()
+    if signal_number == signal.SIGINT: os.killpg(process.pid, signal_number) # Ctrl-C reaches all processes
+    else: process.kill()
+    assert process.wait() == -signal_number and not out.exists()
+    if signal_number == signal.SIGINT: assert process.stderr.read().count(b'Traceback') == 1
+    assert part.read_bytes().count(b'"rows"') == 4
     block.unlink()
     subprocess.run(command, check=True)
-    sizes = [(folder/path).stat().st_size for path in PATHS]
-    assert kept.count(b'"rows"') == 4 and pd.read_csv(out)['size'].tolist() == sizes
+    assert pd.read_csv(out)['size'].tolist() == [(folder/path).stat().st_size for path in PATHS]
     assert not part.exists()
 
 
 # ---------------------------------------------------------------- workers
 
-def threads_or_end(path): # in a worker
-    if path.endswith('b.png'): os.kill(os.getpid(), signal.SIGKILL)
-    if path.endswith('e.png'): raise BadImage('cannot use e.png', 'found a test', 'go on')
-    import torch
-    return [dict(threads=torch.get_num_threads(), is_child=os.getpid() != int(os.environ['RSSQA_TEST_PARENT']))]
+def test_a_process_that_is_ended_costs_only_its_image(folder):
+    parent = os.getpid()
 
+    def threads_or_end(path): # in a worker
+        if path.endswith('b.png'): os.kill(os.getpid(), signal.SIGKILL)
+        if path.endswith('e.png'): raise BadImage('cannot use e.png', 'found a test', 'go on')
+        import torch
+        return [dict(threads=torch.get_num_threads(), is_child=os.getpid() != parent)]
 
-def test_a_process_that_is_ended_costs_only_its_image(folder, monkeypatch):
-    monkeypatch.setenv('RSSQA_TEST_PARENT', str(os.getpid()))
     rows, skipped, _ = process_folder(folder, threads_or_end, workers=2)
     assert rows.path.tolist() == ['a.jpg', 'deep/c.TIF', 'deep/d.bmp']
     assert (rows.threads == 1).all() and rows.is_child.all()

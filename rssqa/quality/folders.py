@@ -170,7 +170,7 @@ def _process(function, path): # -> rows as JSON and '', or '' and the reason
 
 def _reason(path, found, todo): return str(Problem(f'cannot process {plain_name(path)}', found, todo))
 
-# %% ../../nbs/58_quality.folders.ipynb #d341318c
+# %% ../../nbs/58_quality.folders.ipynb #d6fdf439
 ONE_THREAD = dict(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MKL_NUM_THREADS='1')
 
 
@@ -208,7 +208,7 @@ def _from_processes(function, paths, workers): # yields path, rows, reason, as t
         try:
             with _pool(workers) as pool: yield from _run(pool, function, waiting, running, 2 * workers)
         except BrokenProcessPool: pass
-        for path in running.values(): yield path, *_process_alone(function, path)
+        yield from _one_by_one(function, running.values())
 
 
 def _run(pool, function, waiting, running, most): # moves paths from waiting to running, at most so many
@@ -221,12 +221,18 @@ def _run(pool, function, waiting, running, most): # moves paths from waiting to 
             yield running.pop(future), rows, reason
 
 
-def _process_alone(function, path): # -> rows, reason
-    try:
-        with _pool(1) as pool: return pool.submit(_process, function, path).result()
-    except BrokenProcessPool:
-        found = 'the process that read it was ended, most likely for lack of memory'
-        return '', _reason(path, found, 'cut it into tiles first')
+def _one_by_one(function, paths): # yields path, rows, reason
+    waiting = deque(paths)
+    while waiting:
+        try:
+            with _pool(1) as pool:
+                while waiting:
+                    yield waiting[0], *pool.submit(_process, function, waiting[0]).result()
+                    waiting.popleft()
+        except BrokenProcessPool:
+            found = 'the process that read it was ended, most likely for lack of memory'
+            path = waiting.popleft()
+            yield path, '', _reason(path, found, 'cut it into tiles first')
 
 # %% ../../nbs/58_quality.folders.ipynb #420ccf29
 IMAGES_A_WORKER = 4 # a process is not worth its start for fewer
