@@ -35,7 +35,9 @@ PATHS = ['a.jpg', 'b.png', 'deep/c.TIF', 'deep/d.bmp', 'e.png']
 
 
 def huge_png(path): # a header of 100,000 x 100,000 pixels
-    def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
     header = struct.pack('>IIBBBBB', 100_000, 100_000, 8, 2, 0, 0, 0)
     path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', b'') + chunk(b'IEND', b''))
 
@@ -171,13 +173,13 @@ class Stopping:
     "Brightness; interrupted once, before the image number `after`."
     def __init__(self, after):
         self.after = after
-        self.seen = []
+        self.visited = []
 
     def __call__(self, path):
-        if len(self.seen) == self.after:
+        if len(self.visited) == self.after:
             self.after = None
             raise KeyboardInterrupt
-        self.seen.append(Path(path).name)
+        self.visited.append(Path(path).name)
         return brightness(path)
 
 
@@ -193,9 +195,9 @@ def test_the_same_call_goes_on(folder, tmp_path, suffix):
     whole = process_folder(folder, brightness, tmp_path/f'whole{suffix}')
     out = tmp_path/f't{suffix}'
     function = interrupted(folder, out)
-    assert not out.exists() and function.seen == ['a.jpg', 'b.png', 'c.TIF']
+    assert not out.exists() and function.visited == ['a.jpg', 'b.png', 'c.TIF']
     again = process_folder(folder, function, out)
-    assert function.seen[3:5] == ['d.bmp', 'e.png'] and 'a.jpg' not in function.seen[3:]
+    assert function.visited[3:5] == ['d.bmp', 'e.png'] and 'a.jpg' not in function.visited[3:]
     pd.testing.assert_frame_equal(again.rows, whole.rows)
     pd.testing.assert_frame_equal(again.skipped, whole.skipped)
     assert out.read_bytes() == (tmp_path/f'whole{suffix}').read_bytes()
@@ -213,7 +215,7 @@ def test_a_torn_line_is_done_again(folder, tmp_path, keep):
         function.after = 4
         process_folder(folder, function, out)
     process_folder(folder, function, out)
-    assert function.seen == ['a.jpg', 'b.png', 'c.TIF', 'c.TIF', 'd.bmp', 'e.png']
+    assert function.visited == ['a.jpg', 'b.png', 'c.TIF', 'c.TIF', 'd.bmp', 'e.png']
     assert pd.read_csv(out).path.tolist() == PATHS
 
 
@@ -223,7 +225,7 @@ def test_a_changed_image_is_done_again(folder, tmp_path):
     write_image(folder/'b.png', 99)
     os.utime(folder/'b.png', ns=(1, 1))
     rows = process_folder(folder, function, out).rows
-    assert function.seen[3:] == ['b.png', 'd.bmp', 'e.png']
+    assert function.visited[3:] == ['b.png', 'd.bmp', 'e.png']
     assert rows.equals(process_folder(folder, brightness).rows)
 
 
@@ -232,7 +234,7 @@ def test_rows_of_another_fingerprint_do_not_mix(folder, tmp_path):
     interrupted(folder, out, fingerprint='one')
     other = Stopping(None)
     rows = process_folder(folder, other, out, fingerprint='two').rows
-    assert len(other.seen) == 5 and len(rows) == 5
+    assert len(other.visited) == 5 and len(rows) == 5
 
 
 def test_numbers_survive_an_interruption_bit_by_bit(folder, tmp_path):
@@ -316,7 +318,7 @@ def test_processes_are_started_where_there_is_work_for_them(monkeypatch):
     monkeypatch.setattr('joblib.cpu_count', lambda: 8)
     started = []
     monkeypatch.setattr(module, '_from_processes', lambda function, paths, workers: started.append(workers))
-    for images, asked in ((3, None), (8, None), (800, None), (3, 2), (1, 2), (5, 1)):
+    for images, asked in ((3, None), (31, None), (32, None), (800, None), (3, 2), (1, 2), (50, 1)):
         module._outcomes(brightness, ['a.png'] * images, asked)
     assert started == [2, 8, 2]
 
@@ -410,7 +412,8 @@ def test_a_folder_without_a_usable_image_ends_with_code_2_and_its_reasons(pack, 
 def test_the_summary_counts_images_and_skipped_files(pack, folder, tmp_path, capsys):
     (folder/'torn.png').write_bytes(b'x')
     (folder/'notes.txt').write_text('windy')
-    code, printed, _ = call(capsys, 'recommend', folder, '-o', tmp_path/'t.parquet', '--workers', 1, '--pack', pack.folder)
+    args = ('--workers', 1, '--pack', pack.folder)
+    code, printed, _ = call(capsys, 'recommend', folder, '-o', tmp_path/'t.parquet', *args)
     assert code == 0 and printed.startswith('5 images, 2 methods -> ')
     assert '1 skipped, 1 files of other kinds' in printed and 'skipped torn.png' in printed
     code, _, err = call(capsys, 'recommend', folder, '-o', tmp_path/'t.xlsx', '--pack', 'nowhere')

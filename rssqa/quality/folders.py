@@ -234,8 +234,8 @@ def _one_by_one(function, paths): # yields path, rows, reason
             path = waiting.popleft()
             yield path, '', _reason(path, found, 'cut it into tiles first')
 
-# %% ../../nbs/58_quality.folders.ipynb #420ccf29
-IMAGES_A_WORKER = 4 # a process is not worth its start for fewer
+# %% ../../nbs/58_quality.folders.ipynb #8f2c9272
+IMAGES_A_WORKER = 16 # for fewer, the start of a process (torch, networks) costs more than it saves
 
 
 class FolderResult(NamedTuple):

@@ -7,7 +7,7 @@ __all__ = ['RANKING_COLUMNS', 'CHOICE_COLUMNS', 'BORDER', 'GREY', 'LAST_CHOICES'
            'REMOVED', 'ADDED', 'EXTRA_TEXT', 'read_table', 'Recommender', 'class_table', 'view_recommender',
            'PairReviewer', 'marked', 'view_reviewer', 'app_settings', 'example_review']
 
-# %% ../../nbs/67_viz.widgets.ipynb #5b97cfd8
+# %% ../../nbs/67_viz.widgets.ipynb #b48badbe
 import html, os, sys
 from collections.abc import Mapping
 from pathlib import Path
