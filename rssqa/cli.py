@@ -95,7 +95,7 @@ def demo_command(
     board = run_demo(plan, out, workers, seed)
     print(demo_summary(board, plan, out))
 
-# %% ../nbs/91_cli.ipynb #6b65f998
+# %% ../nbs/91_cli.ipynb #a4bca055
 @app.command('assess')
 def assess_command(
     image: Annotated[Path, typer.Argument(help='Image from above.')],
@@ -115,15 +115,16 @@ def assess_command(
 ):
     "Say how accurate the maps of an image are, where they are wrong and which one to use, without labels."
     from rssqa.core import check_file
+    from rssqa.quality.folders import check_table_path, write_table
     named = _named_paths(maps or ())
     for path in (image, *named.values(), *filter(None, (classes, labels))): check_file(path)
-    if out: _check_table_path(out)
+    if out: check_table_path(out)
     import json
     import pandas as pd
     from rssqa.quality.recommend import assess
     points = pd.read_csv(labels) if labels else None
     answer = assess(image, named or None, classes, usual, points, pack, dataset)
-    if out: _write_table(answer.table.assign(iou=answer.table.iou.map(json.dumps)), out)
+    if out: write_table(answer.table.assign(iou=answer.table.iou.map(json.dumps)), out)
     if pictures: answer.save_pictures(pictures)
     print(json.dumps(answer.to_json(), indent=1) if as_json else f'{answer}\npack: {answer.pack}')
 
@@ -138,29 +139,6 @@ def _named_paths(options): # ['a=x.png'] -> {'a': Path('x.png')}; without a name
             raise Incompatible('cannot read --map', found, 'write --map NAME=PATH, each name once')
         named[name] = Path(path)
     return named
-
-
-def _check_table_path(path): # before any work
-    if path.suffix not in ('.parquet', '.csv'):
-        cause = f'found suffix {path.suffix!r}, expected .parquet or .csv'
-        raise Incompatible(f'cannot write {path}', cause, 'rename the output')
-    folder = path.resolve().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        cause = 'it is a folder' if path.is_dir() else f'the folder {folder} is missing or not writable'
-        raise Incompatible(f'cannot write {path}', cause, 'choose another place')
-
-
-def _write_table(table, path):
-    from rssqa.core import atomic
-    with atomic(path) as tmp:
-        if path.suffix == '.csv': _harmless(table).to_csv(tmp, index=False)
-        else: table.to_parquet(tmp, index=False)
-
-
-def _harmless(table): # text that a spreadsheet would take for a formula gets an apostrophe
-    def cell(x): return f"'{x}" if isinstance(x, str) and x[:1] in ('=', '+', '-', '@', '\t', '\r') else x
-    texts = table.select_dtypes(['object', 'string']).columns
-    return table.assign(**{name: table[name].map(cell) for name in texts})
 
 # %% ../nbs/91_cli.ipynb #4578c7c1
 pack_app = typer.Typer(no_args_is_help=True, help='Choose the networks and the assessor that answer.')
@@ -183,7 +161,7 @@ def show_command(pack: _PackOption = None):
     opened = open_pack(pack)
     print(opened, opened.folder, sep='\n')
 
-# %% ../nbs/91_cli.ipynb #a19de0c5
+# %% ../nbs/91_cli.ipynb #9d498f85
 @app.command('score')
 def score_command(
     image: Annotated[Path, typer.Argument(help='Image from above.')],
@@ -212,23 +190,44 @@ def _remark(name, predicted): # predicted: OA of each method, best first
 
 @app.command('recommend')
 def recommend_command(
-    folder: Annotated[Path, typer.Argument(help='Folder with images.')],
+    folder: Annotated[Path, typer.Argument(help='Folder with images, searched with its subfolders.')],
     out: Annotated[Path, typer.Option(
         '--out', '-o', help='Table to write: .parquet or .csv.')] = Path('recommended.parquet'),
+    as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
+    workers: Annotated[Optional[int], typer.Option(min=1, help='Processes; default one per core.')] = None,
     dataset: _DatasetOption = None,
     pack: _PackOption = None,
 ):
-    "Rank the methods for every image of a folder and write a table."
-    from rssqa.quality.recommend import recommend
-    _check_table_path(out)
-    rows, skipped = recommend(folder, pack, dataset)
-    _write_table(rows, out)
-    best = rows[rows.recommended]
-    print(f'{len(best)} images, {rows.method.nunique()} methods -> {out}')
-    for name, n in best.method.value_counts().items():
-        mean = best[best.method == name].predicted.mean()
-        print(f'  {name:<16}{n:>6}   mean predicted OA {mean:.3f}')
-    for row in skipped.itertuples(): print(f'  skipped {row.path}: {row.reason}')
+    "Rank the methods for every image of a folder and write a table; stopped, the same command goes on."
+    from rssqa.quality.folders import check_table_path
+    check_table_path(out)
+    import json
+    from rssqa.quality.recommend import nothing_usable, open_pack, rank_folder
+    opened = open_pack(pack)
+    result = rank_folder(folder, opened, dataset, out, workers)
+    if as_json: print(json.dumps(_folder_json(result, opened.name), indent=1))
+    else: print('\n'.join(_folder_lines(result, out)))
+    if result.rows.empty: raise nothing_usable(folder, result.skipped)
+
+
+def _folder_json(result, pack): # from rank_folder, name -> one document
+    images = []
+    for path, ranked in result.rows.groupby('path', sort=False):
+        methods = ranked.rename(columns=dict(method='name'))[['name', 'predicted']].to_dict('records')
+        images.append(dict(path=path, recommended=methods[0]['name'], methods=methods))
+    return dict(pack=pack, images=images, skipped=result.skipped.to_dict('records'))
+
+
+def _folder_lines(result, out): # from rank_folder -> summary
+    lines = []
+    if len(result.rows):
+        best = result.rows[result.rows.recommended]
+        lines.append(f'{len(best)} images, {result.rows.method.nunique()} methods -> {out}')
+        for name, n in best.method.value_counts().items():
+            mean = best[best.method == name].predicted.mean()
+            lines.append(f'  {name:<16}{n:>6}   mean predicted OA {mean:.3f}')
+    lines.append(f'{len(result.skipped)} skipped, {result.others} files of other kinds')
+    return lines + [f'  skipped {row.path}: {row.reason}' for row in result.skipped.itertuples()]
 
 # %% ../nbs/91_cli.ipynb #107400c2
 KINDS = ('methods', 'encoders', 'datasets', 'fusions')

@@ -43,8 +43,8 @@ def training_image(seed, dataset, shares=(0.1, 0.2, 0.3, 0.45, 0.6)):
 
 @pytest.fixture(scope='module')
 def assessor():
-    images = [training_image(i, 'a') for i in range(10)] + [training_image(i, 'b') for i in range(20, 30)]
-    return Assessor(encoder='', members=1, epochs=20, name='small').fit(images)
+    images = [training_image(i, 'a') for i in range(7)] + [training_image(i, 'b') for i in range(20, 27)]
+    return Assessor(encoder='', members=1, epochs=15, name='small').fit(images)
 
 
 @pytest.fixture(scope='module')

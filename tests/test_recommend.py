@@ -10,8 +10,9 @@ from torch import nn
 from rssqa.core import BadImage, DataNotFound, Incompatible, SchemaError, read_json, write_json
 from rssqa.data.datasets import read_image
 from rssqa.quality.consensus import ConsensusEnsemble, ConsensusNet, save_consensus
+from rssqa.quality.folders import SUFFIXES
 from rssqa.quality.recommend import (
-    SUFFIXES, Pack, bundled_pack, default_pack, open_pack, rank, recommend, score, use_pack, write_pack
+    Pack, bundled_pack, default_pack, open_pack, rank, recommend, score, use_pack, write_pack
 )
 from rssqa.segment.protocol import TorchSegmenter
 from trained import METHODS, trained_setup

@@ -7,7 +7,7 @@ __all__ = ['RANKING_COLUMNS', 'CHOICE_COLUMNS', 'BORDER', 'GREY', 'LAST_CHOICES'
            'REMOVED', 'ADDED', 'EXTRA_TEXT', 'read_table', 'Recommender', 'class_table', 'view_recommender',
            'PairReviewer', 'marked', 'view_reviewer', 'app_settings', 'example_review']
 
-# %% ../../nbs/67_viz.widgets.ipynb #5b97cfd8
+# %% ../../nbs/67_viz.widgets.ipynb #b48badbe
 import html, os, sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,8 @@ from ..clip.purify import rating_accuracy
 from ..core import BadImage, DataNotFound, Incompatible, Problem, SchemaError, as_image, datasets, unknown
 from ..data.datasets import colourise
 from ..data.synthetic import CLASSES, PALETTE
-from ..quality.recommend import SUFFIXES, Pack, default_pack, rank
+from ..quality.folders import SUFFIXES
+from ..quality.recommend import Pack, default_pack, rank
 from .degradation import as_png, class_key, error_html, interval_rows, with_intervals
 from .explorer import write_table
 from .figures import PALETTE as MARKS
