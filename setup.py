@@ -18,6 +18,6 @@ setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description
       packages=[*find_packages(include=['rssqa*']), 'rssqa.models', 'rssqa.apps'],
       package_dir={'rssqa.models': 'data/models', 'rssqa.apps': 'nbs/apps'},
       package_data={'rssqa': ['py.typed'], 'rssqa.apps': ['*.ipynb'],
-                    'rssqa.models': ['**/*.json', '**/*.safetensors']},
+                    'rssqa.models': ['**/*.json', '**/*.safetensors', '**/*.parquet']},
       install_requires=shlex.split(cfg['requirements']), extras_require=extras,
       entry_points={'console_scripts': cfg['console_scripts'].split('\n'), 'nbdev': ['rssqa=rssqa._modidx:d']})

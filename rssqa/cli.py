@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PARTS', 'main', 'demo_command', 'assess_command',
-           'use_command', 'show_command', 'score_command', 'recommend_command', 'ls_command', 'get_command',
-           'check_command', 'paper_command', 'speed_command', 'encoders_command', 'projection_command',
-           'explorer_command', 'clip_command', 'probe_command', 'conformance_command', 'degradation_command', 'apps',
-           'app_command', 'shards_command', 'purify_command', 'train_command', 'eval_command', 'doctor_command']
+           'use_command', 'show_command', 'build_command', 'score_command', 'recommend_command', 'ls_command',
+           'get_command', 'check_command', 'paper_command', 'speed_command', 'encoders_command', 'projection_command',
+           'assessor_command', 'explorer_command', 'clip_command', 'probe_command', 'conformance_command',
+           'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command', 'train_command',
+           'eval_command', 'doctor_command']
 
 # %% ../nbs/91_cli.ipynb #a05f4187
 import os, sys
@@ -140,7 +141,7 @@ def _named_paths(options): # ['a=x.png'] -> {'a': Path('x.png')}; without a name
         named[name] = Path(path)
     return named
 
-# %% ../nbs/91_cli.ipynb #4578c7c1
+# %% ../nbs/91_cli.ipynb #09825501
 pack_app = typer.Typer(no_args_is_help=True, help='Choose the networks and the assessor that answer.')
 app.add_typer(pack_app, name='pack')
 
@@ -161,7 +162,24 @@ def show_command(pack: _PackOption = None):
     opened = open_pack(pack)
     print(opened, opened.folder, sep='\n')
 
-# %% ../nbs/91_cli.ipynb #9d498f85
+
+
+@pack_app.command('build')
+def build_command(
+    data: Annotated[Path, typer.Option(help='Folder of dataset folders: the imagery of the committed tables.')],
+    pack: Annotated[Optional[Path], typer.Option(help='Folder of the pack; default: the bundled one.')] = None,
+    tables: _TablesOption = Path('data/tables'),
+    encoder: Annotated[str, typer.Option(help='Semantic encoder; empty for none.')] = 'clip-rs-mini',
+    seed: Annotated[int, typer.Option(help='Of the drawn points and the weights.')] = 0,
+):
+    "Fit the assessor of a pack: about half an hour on two cores."
+    from rssqa.quality.build_pack import build_assessor
+    from rssqa.quality.recommend import bundled_pack
+    folder = pack or bundled_pack()
+    assessor = build_assessor(folder, data, str(tables), encoder=encoder, seed=seed)
+    print(f'{folder/"assessor"}: {", ".join(assessor.sources)}, {len(assessor.methods)} methods')
+
+# %% ../nbs/91_cli.ipynb #8401b891
 @app.command('score')
 def score_command(
     image: Annotated[Path, typer.Argument(help='Image from above.')],
@@ -171,16 +189,20 @@ def score_command(
     pack: _PackOption = None,
 ):
     "Predict the overall accuracy of each method on an image, without labels."
-    from rssqa.quality.recommend import Pack, default_pack, rank
-    opened = Pack(pack or default_pack())
+    from rssqa.core import check_file
+    check_file(image)
+    from rssqa.quality.recommend import open_pack, rank
+    opened = open_pack(pack)
     if method: opened.segmenter(method, dataset)
     predicted = rank(image, opened, dataset).set_index('method').predicted
-    if dataset is None and len(opened.datasets) > 1:
-        used = opened.resolve_dataset(None)
-        others = ', '.join(name for name in opened.datasets if name != used)
-        print(f'class table {used}; with --dataset also {others}')
+    print(f'pack {opened.name}, class table {opened.resolve_dataset(dataset)}{_other_tables(opened, dataset)}')
     for name, value in predicted.items():
         if method in (None, name): print(f'{name:<16}{value:.3f}{_remark(name, predicted)}')
+
+
+def _other_tables(pack, dataset): # '' where one was chosen, or there is no other
+    others = [name for name in pack.datasets if name != pack.resolve_dataset(dataset)]
+    return '' if dataset or not others else f' (with --dataset also {", ".join(others)})'
 
 
 def _remark(name, predicted): # predicted: OA of each method, best first
@@ -394,7 +416,23 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #352d70b0
+# %% ../nbs/91_cli.ipynb #69368b20
+@bench_app.command('assessor')
+def assessor_command(
+    pack: _PackOption = None,
+    out: _CsvOption = None,
+):
+    "Measure the assessor on sources and scenes that its networks did not learn from."
+    from rssqa.provenance import stamp, write_results
+    from rssqa.quality.build_pack import measure_calibration
+    from rssqa.quality.recommend import open_pack
+    measured = measure_calibration(open_pack(pack).assessor.calibration)
+    print(measured.round(3).to_string(index=False))
+    protocol = 'sources left out; for known sources, scenes left out'
+    stamped = stamp(measured, 'rssqa bench assessor', protocol, 'RS-SQED-open', 0)
+    if out: write_results(stamped, out)
+
+
 @bench_app.command('explorer')
 def explorer_command(
     sizes: Annotated[str, typer.Option(

@@ -74,7 +74,8 @@ def test_better_maps_are_predicted_better(assessor):
 
 def test_the_table_holds_what_it_promises(answer):
     t = answer.table
-    assert list(t.columns) == ['name', 'predicted', 'lower', 'upper', 'as_good', 'recommended', 'iou']
+    assert set(t) == {
+        'name', 'predicted', 'lower', 'upper', 'as_good', 'recommended', 'agreement', 'confidence', 'iou'}
     assert ((0 <= t.lower) & (t.lower <= t.predicted) & (t.predicted <= t.upper) & (t.upper <= 1)).all()
     assert t.recommended.sum() == 1 and t.as_good[t.recommended].all()
     assert set(t.iou[0]) == set(CLASSES)
@@ -260,7 +261,8 @@ def test_a_gain_is_never_above_the_disagreement():
 
 def test_kinds_of_input():
     assert [input_kind(n, True) for n in (1, 2, MANY_MAPS - 1, MANY_MAPS)] == ['one', 'few', 'few', 'many']
-    assert [input_kind(n, False) for n in (1, 2, MANY_MAPS)] == ['one, ids only', 'few', 'many, ids only']
+    assert [input_kind(n, False) for n in (1, 2, MANY_MAPS)] == [
+        'one, ids only', 'few, ids only', 'many, ids only']
     assert input_kind(2, True, 0.5) == 'few, known methods' and input_kind(2, True, 0.4, True) == 'few'
     assert input_kind(9, True, 1.0, True) == 'many, known source'
 

@@ -18,11 +18,11 @@ from ..core import MissingFeatures, atomic, unknown
 from ..data.datasets import IGNORE
 from .domain import DomainReport
 
-# %% ../../nbs/57_quality.assessment.ipynb #77218043
+# %% ../../nbs/57_quality.assessment.ipynb #023aa322
 @dataclass
 class Assessment:
     "How accurate the maps of an image are, where they are wrong, and which one to use."
-    table: pd.DataFrame # a row a map: name, predicted, lower, upper, iou, as_good, recommended
+    table: pd.DataFrame # a row a map: name, predicted, lower, upper, as_good, recommended, agreement, confidence, iou
     advice: str # one or two sentences
     domain: DomainReport
     pack: str # which assessor answered

@@ -109,7 +109,7 @@ def image_posterior(
     if not weight: return q
     return (1 - weight) * q + weight * consensus_posterior(consensus, grid_of_points(maps, source))
 
-# %% ../../nbs/58_quality.assessor.ipynb #c18d4398
+# %% ../../nbs/58_quality.assessor.ipynb #addf5ce8
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 
 
@@ -275,7 +275,8 @@ class Assessor:
         if not report.refused:
             report.findings.append(Finding('no overlap', 'refuse', 'a map has no value where the image has data'))
         rows = pd.DataFrame(dict(name=[m.name for m in read]))
-        rows = rows.assign(predicted=np.nan, lower=np.nan, upper=np.nan, as_good=False, recommended=False)
+        nothing = dict.fromkeys(('predicted', 'lower', 'upper', 'agreement', 'confidence'), np.nan)
+        rows = rows.assign(**nothing, as_good=False, recommended=False)
         rows['iou'] = [dict.fromkeys(table.names, np.nan) for _ in read]
         reasons = [f.reason for f in report.findings if f.severity == 'refuse']
         advice = f'No answer: {"; ".join(reasons)}.'
@@ -312,6 +313,7 @@ class Assessor:
         answer = pd.DataFrame(dict(
             name=maps.names, predicted=predicted, lower=lower, upper=upper, as_good=gain_lower <= 0,
             recommended=False, gain_lower=gain_lower,
+            agreement=expected.statistics[:, 0], confidence=expected.statistics[:, 5],
         ))
         answer['iou'] = [dict(zip(table.names, row.tolist())) for row in expected.iou]
         return answer.sort_values('predicted', ascending=False, ignore_index=True, kind='stable')

@@ -14,11 +14,12 @@ import pandas as pd
 
 from ..data.datasets import IGNORE
 
-# %% ../../nbs/57_quality.bounds.ipynb #a5a9c1e7
+# %% ../../nbs/57_quality.bounds.ipynb #23b53358
 CALIBRATION_INPUTS = {
     'many': (None, False),
     'many, ids only': (None, True),
-    'few': (3, True),
+    'few': (3, False),
+    'few, ids only': (3, True),
     'one': (1, False),
     'one, ids only': (1, True),
 } # kind of input -> number of maps drawn (None: all), and whether probabilities are dropped
@@ -34,13 +35,16 @@ def input_kind(
     known_source: bool = False, # the image is of a source in training
 ) -> str:
     "Name the kind of input that some maps are."
-    if 1 < maps < MANY_MAPS: kind = 'few'
-    else: kind = ('one' if maps == 1 else 'many') + ('' if probabilities else ', ids only')
+    if maps == 1: kind = 'one'
+    else: kind = 'few' if maps < MANY_MAPS else 'many'
+    if not probabilities: kind += ', ids only'
     if known_methods < 0.5: return kind
     return kind + (KNOWN_SOURCE if known_source else KNOWN_METHODS)
 
 
-def error_scale(predicted): # 0..1 -> about 0.1 .. 0.6
+def error_scale(
+    predicted, # accuracy 0..1, number or array
+): # the same, about 0.1 .. 0.6
     "Scale errors of predicted accuracy: the standard deviation of a share, plus 0.1."
     return np.sqrt(predicted * (1 - predicted)) + 0.1
 

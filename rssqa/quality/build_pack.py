@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEARN_FROM', 'TABLE_SOURCES', 'training_images', 'measure_calibration', 'build_assessor', 'best_on_average']
 
-# %% ../../nbs/59_quality.build_pack.ipynb #f5285f5e
+# %% ../../nbs/59_quality.build_pack.ipynb #6f1efcd0
 from pathlib import Path
 from typing import Iterator
 
@@ -15,7 +15,7 @@ import pandas as pd
 from ..core import Incompatible, MissingFeatures, cache_dir, read_json, write_json
 from ..data.datasets import read_image
 from .assessor import Assessor, TrainingImage
-from .bounds import Bounds
+from .bounds import KNOWN_SOURCE, Bounds
 from ..segment.metrics import srocc
 from ..tables.grid import prediction_grids
 from ..tables.rs_sqed_open import SOURCES, UNSEEN, open_tiles, published_path, unpack_grids
@@ -50,18 +50,18 @@ def _images_of(table, tiles, store):
         tile = tile_of.loc[grid.image_id]
         yield TrainingImage(read_image(tile), grid, str(tile.scene), accuracy[grid.image_id])
 
-# %% ../../nbs/59_quality.build_pack.ipynb #18f98c28
+# %% ../../nbs/59_quality.build_pack.ipynb #c20c7c91
 def measure_calibration(
     calibration: pd.DataFrame, # of an Assessor: kind, dataset, scene, image_id, method, oa, predicted, shortfall
     confidence: float = 0.9, # of intervals
-) -> pd.DataFrame: # a row a kind of input and dataset
+) -> pd.DataFrame: # a row an input and dataset
     "Measure predictions and intervals on each source, as seen from the others."
     rows = []
     for (kind, dataset), part in calibration.groupby(['kind', 'dataset']):
         lower, upper = _interval_from_others(calibration, kind, dataset, part, confidence)
         within = [srocc(image.oa, image.predicted) for _, image in part.groupby('image_id') if len(image) > 1]
         rows.append(dict(
-            kind=kind,
+            input=kind,
             dataset=dataset,
             images=part.image_id.nunique(),
             srocc_image=float(np.nanmean(within)) if within else np.nan,
@@ -75,9 +75,19 @@ def measure_calibration(
 
 
 def _interval_from_others(calibration, kind, dataset, part, confidence):
-    others = calibration[(calibration.kind == kind) & (calibration.dataset != dataset)]
-    if others.empty: return np.zeros(len(part)), np.ones(len(part))
-    bounds = Bounds(confidence).fit(others, others[others.shortfall.notna()])
+    own = calibration[calibration.kind == kind]
+    if not kind.endswith(KNOWN_SOURCE): return _from_rows(own[own.dataset != dataset], part, kind, confidence)
+    lower, upper = np.zeros(len(part)), np.ones(len(part))
+    for scene in part.scene.unique():                # a known source: each scene as seen from the other scenes
+        here = (part.scene == scene).to_numpy()
+        others = own[(own.dataset != dataset) | (own.scene != scene)]
+        lower[here], upper[here] = _from_rows(others, part[here], kind, confidence)
+    return lower, upper
+
+
+def _from_rows(rows, part, kind, confidence): # bounds learned from rows, of the rows of part
+    if rows.empty: return np.zeros(len(part)), np.ones(len(part))
+    bounds = Bounds(confidence).fit(rows, rows[rows.shortfall.notna()])
     return bounds.interval(part.predicted.to_numpy(), kind)
 
 # %% ../../nbs/59_quality.build_pack.ipynb #af5198b2

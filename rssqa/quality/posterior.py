@@ -200,7 +200,7 @@ def points_of_grid(
     p = (grid.p.astype(np.float32) + grid.flip) / 510
     return PointMaps(list(grid.methods), grid.pred, p, np.ones(len(p), bool), neighbours)
 
-# %% ../../nbs/57_quality.posterior.ipynb #5d79e0cd
+# %% ../../nbs/57_quality.posterior.ipynb #6fc8e7c4
 OWN_FEATURES = 7 # of a map, at a point, for a class
 SHARED_FEATURES = 15 # of all maps, at a point, for a class
 MAP_STATISTICS = 14 # of a map
@@ -248,7 +248,9 @@ def _shared_features(p, log_p, votes, of_neighbours): # -> (K,h,w,15)
 def _scaled_log(p): return (p + 0.01).log() / 3 + 0.8
 
 
-def margin(p): # (K,h,w) -> the same, the probability minus that of the strongest other class
+def margin(
+    p, # (K,h,w) tensor of probabilities
+): # (K,h,w), the probability minus that of the strongest other class
     "Measure how far each class leads."
     if len(p) < 2: return p
     first, second = p.topk(2, 0).values
@@ -292,7 +294,10 @@ def _majority_agreement(votes, pred, valid): # (M,): share of points with the cl
     return _mean_where((own == most) / tied, valid)
 
 
-def edge_density(pred, valid): # (M,h,w), (M,h,w) bool -> (M,): share of neighbouring pairs that differ
+def edge_density(
+    pred, # (M,h,w) tensor of class ids
+    valid, # (M,h,w) bool
+): # (M,) share of neighbouring pairs that differ
     "Measure how ragged each map is."
     down = _mean_where((pred[:, 1:] != pred[:, :-1]).float(), valid[:, 1:] & valid[:, :-1])
     right = _mean_where((pred[:, :, 1:] != pred[:, :, :-1]).float(), valid[:, :, 1:] & valid[:, :, :-1])

@@ -30,7 +30,7 @@ from .consensus import ConsensusEnsemble, consensus_table, load_consensus, pool_
 from ..tables.grid import PredictionGrid, limit_grid, subsample
 from ..tables.description import describe_prediction
 
-# %% ../../nbs/59_quality.recommend.ipynb #27edbafe
+# %% ../../nbs/59_quality.recommend.ipynb #45f7e37a
 class Pack:
     "Segmenters and a quality model that belong together."
     def __init__(self,
@@ -139,6 +139,17 @@ class Pack:
         assessor.name = self.name
         return assessor
 
+    def assess_networks(self,
+        image, # anything as_image takes
+        networks: dict, # method -> Segmenter
+        dataset: str, # whose class table they have
+        usual: str = '', # method that would be used otherwise
+        labels: pd.DataFrame = None, # labelled points of the image: x, y, class
+    ) -> Assessment:
+        "Segment an image and assess the maps."
+        source = dataset if dataset in self.assessor.sources else ''
+        return self.assessor.assess(image, networks, self.classes(dataset), usual, labels, source)
+
     @cached_property
     def model(self) -> QualityModel: return load_model(self.folder/self.config['model'])
 
@@ -246,11 +257,11 @@ def open_pack(
     "Open a pack from its folder; return a Pack as it is."
     return pack if isinstance(pack, Pack) else Pack(pack or default_pack())
 
-# %% ../../nbs/59_quality.recommend.ipynb #0190e44d
+# %% ../../nbs/59_quality.recommend.ipynb #f17b63de
 def assess(
     image, # anything as_image takes
     maps=None, # a map, a list, or a dictionary from names to maps (see read_map); None runs the networks of the pack
-    classes=None, # class table of the maps; may be omitted for the networks of the pack
+    classes=None, # class table of the maps; the networks of the pack have their own
     usual: str = '', # name of the map that would be used otherwise; a change is advised only if it gains for certain
     labels: pd.DataFrame = None, # labelled points of this image: x, y, class
     pack=None, # folder or Pack; default: see default_pack
@@ -258,19 +269,17 @@ def assess(
 ) -> Assessment:
     "Say how accurate the maps of an image are, where they are wrong and which one to use, without labels."
     pack = open_pack(pack)
-    source = ''
     if maps is None:
-        maps = pack.networks(dataset)
-        source = pack.resolve_dataset(dataset)
-        classes = classes or pack.classes(dataset)
+        dataset = pack.resolve_dataset(dataset)
         usual = usual or pack.usual(dataset)
+        return pack.assess_networks(image, pack.networks(dataset), dataset, usual, labels)
     if classes is None:
         found = 'found no class table, so that their numbers have no names'
         todo = 'pass classes=, a list of names or the path of a classes.json'
         raise Incompatible('cannot assess these maps', found, todo)
-    return pack.assessor.assess(image, maps, classes, usual, labels, source)
+    return pack.assessor.assess(image, maps, classes, usual, labels)
 
-# %% ../../nbs/59_quality.recommend.ipynb #80bf098b
+# %% ../../nbs/59_quality.recommend.ipynb #d66bfcd0
 LABEL_COLUMNS = ('oa', 'miou', 'mf1', 'n_valid', 'confusion')
 
 
@@ -280,7 +289,7 @@ def rank(
     dataset: str = None, # which class table; may be omitted if the pack has one or a default
     methods: list[str] = None, # methods to run; default all of the pack
     keep_masks: bool = False, # add a column mask (H,W)
-) -> pd.DataFrame: # one row a method, best first: method, predicted and the label-free columns
+) -> pd.DataFrame: # one row a method, best first: method, predicted, and what the pack says beside it
     "Segment an image by every method and rank the methods by predicted OA."
     x = as_image(image)[None]                                              # (1,3,H,W)
     dataset = pack.resolve_dataset(dataset)
@@ -289,6 +298,7 @@ def rank(
         found = f'found {x.shape[3]}x{x.shape[2]} pixels, expected at least {MIN_SIDE}'
         raise BadImage(what, found, 'use a larger one')
     methods = sorted(methods or pack.methods(dataset))
+    if pack.config.get('assessor'): return _rank_by_assessor(x[0], pack, dataset, methods, keep_masks)
     described = {m: describe_prediction(pack.segmenter(m, dataset), x) for m in methods}
     masks = [mask[0] for _, mask, _, _ in described.values()]
     table = _label_free_table(described, masks, pack, dataset)
@@ -301,6 +311,19 @@ def rank(
         first.append('mask')
     rest = [c for c in table if c not in (*first, *LABEL_COLUMNS, 'image_id')]
     return table[first + rest].sort_values('predicted', ascending=False, ignore_index=True)
+
+
+def _rank_by_assessor(x, pack, dataset, methods, keep_masks): # x (3,H,W)
+    networks = {method: pack.segmenter(method, dataset) for method in methods}
+    answer = pack.assess_networks(x, networks, dataset)
+    if answer.domain.refused:
+        found = '; '.join(answer.domain.reasons)
+        raise BadImage('no prediction for this image', found, 'use another image')
+    table = answer.table.rename(columns=dict(name='method')).drop(columns='iou')
+    table['state'] = 'ok' if answer.domain.ok else 'widened'
+    table['reason'] = '; '.join(answer.domain.reasons)
+    if keep_masks: table['mask'] = [{m.name: m.ids for m in answer.maps}[method] for method in table.method]
+    return table
 
 
 def _label_free_table(described, masks, pack, dataset): # one row a method
@@ -339,7 +362,7 @@ def score(
     ranked = rank(image, pack, dataset, None if other_methods else [method])
     return float(ranked.set_index('method').predicted[method])
 
-# %% ../../nbs/59_quality.recommend.ipynb #00f738b8
+# %% ../../nbs/59_quality.recommend.ipynb #d85febc5
 class _RankOne:
     "Rank the methods for one image; a worker opens the pack once."
     def __init__(self, pack, dataset):
@@ -363,6 +386,7 @@ def _opened_pack(folder, device): return Pack(folder, device)
 
 def _open_parts(pack, dataset): # read everything that rank needs, or say what is missing
     pack.networks(dataset)
+    if pack.config.get('assessor'): return pack.assessor.semantics
     return pack.model, pack.consensus, pack.encoder
 
 

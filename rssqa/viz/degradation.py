@@ -129,7 +129,7 @@ def make_setup(
     save_intervals(intervals, home/'intervals')
     return write_pack(home, networks, intervals='intervals', shift=columns)
 
-# %% ../../nbs/66_viz.degradation.ipynb #70f23733
+# %% ../../nbs/66_viz.degradation.ipynb #4795bb65
 INTERVAL_COLUMNS = ('low', 'high', 'state', 'reason')
 
 
@@ -138,6 +138,7 @@ def with_intervals(
     pack: Pack,
 ) -> pd.DataFrame: # with low, high, state and reason
     "Add the interval of each prediction, where the pack has intervals."
+    if 'lower' in ranked: return ranked.assign(low=ranked.lower, high=ranked.upper) # from an assessor
     folder = pack.config.get('intervals')
     if not folder:
         return ranked.assign(low=np.nan, high=np.nan, state='none', reason='this pack has no intervals')
