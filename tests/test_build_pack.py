@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rssqa.core import Incompatible
+from rssqa.core import Incompatible, read_json
 from rssqa.data.synthetic import scene
 from rssqa.quality.bounds import KNOWN_METHODS, KNOWN_SOURCE
 from rssqa.quality.build_pack import LEARN_FROM, best_on_average, measure_calibration
@@ -41,6 +41,15 @@ def test_measures_of_the_bundled_assessor(pack):
     measured = measure_calibration(pack.assessor.calibration)
     assert measured.input.str.endswith(KNOWN_SOURCE).any() and measured.input.str.endswith(KNOWN_METHODS).any()
     assert measured.mae.between(0, 0.3).all() and measured.srocc_dataset.gt(0).all()
+
+
+def test_the_card_says_what_was_measured(pack):
+    card = read_json(pack.folder/'card.json')['assessor']
+    assert card['learned_from'] == sorted(LEARN_FROM) and card['encoder'] == pack.assessor.encoder
+    measured = measure_calibration(pack.assessor.calibration)
+    many = measured[measured.input == 'many']
+    assert card['measures']['many']['mae'] == pytest.approx(many.mae.mean(), abs=6e-4)
+    assert card['measures']['many']['worst_coverage'] == pytest.approx(many.coverage.min(), abs=6e-4)
 
 
 def test_best_on_average_by_hand():

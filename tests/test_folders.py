@@ -9,7 +9,7 @@ from PIL import Image
 
 import rssqa.quality.folders as module
 from rssqa.cli import main
-from rssqa.core import BadImage, DataNotFound, Incompatible, as_image
+from rssqa.core import BadImage, DataNotFound, Incompatible, as_image, read_json, write_json
 from rssqa.quality.folders import SUFFIXES, check_table_path, list_images, plain_name, process_folder, write_table
 from rssqa.quality.recommend import Pack, rank_folder, recommend
 from trained import METHODS, trained_setup
@@ -365,6 +365,12 @@ def test_a_fingerprint_of_everything_that_a_ranking_depends_on(pack, tmp_path):
     weights.write_text(weights.read_text() + ' ')
     assert Pack(home).fingerprint() != first
     assert Pack(pack.folder).add('own', pack.segmenter('pspnet')).fingerprint() != first
+    (home/'assessor').mkdir()
+    config = read_json(home/'pack.json')
+    write_json(home/'pack.json', config | dict(assessor='assessor'))
+    without = Pack(home).fingerprint()
+    (home/'assessor'/'assessor.safetensors').write_bytes(b'weights')
+    assert Pack(home).fingerprint() != without
 
 
 def test_a_pack_that_lacks_a_network_fails_before_the_first_image(pack, folder, tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ from .consensus import ConsensusEnsemble, consensus_table, load_consensus, pool_
 from ..tables.grid import PredictionGrid, limit_grid, subsample
 from ..tables.description import describe_prediction
 
-# %% ../../nbs/59_quality.recommend.ipynb #45f7e37a
+# %% ../../nbs/59_quality.recommend.ipynb #62508357
 class Pack:
     "Segmenters and a quality model that belong together."
     def __init__(self,
@@ -112,7 +112,8 @@ class Pack:
         "Identify everything that a ranking depends on besides the image."
         dataset = self.resolve_dataset(dataset)
         added = {method: segmenter.fingerprint for method, segmenter in self.added(dataset).items()}
-        names = [*self.config['networks'][dataset].values(), self.config['model'], self.config.get('consensus')]
+        names = [self.config.get(part) for part in ('model', 'consensus', 'assessor')]
+        names += self.config['networks'][dataset].values()
         files = {}
         for name in filter(None, names):
             for path in sorted((self.folder/name).rglob('*')):
