@@ -1,4 +1,6 @@
 "The bundled assessor: built from the tables, measured on sources left out, and read as it was built."
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,8 +12,15 @@ from rssqa.quality.build_pack import LEARN_FROM, best_on_average, measure_calibr
 from rssqa.quality.recommend import Pack, assess, bundled_pack
 
 
+ROOT = Path(__file__).parent.parent
+
+
 @pytest.fixture(scope='module')
 def pack(): return Pack(bundled_pack())
+
+
+@pytest.fixture(scope='module')
+def measured(pack): return measure_calibration(pack.assessor.calibration)
 
 
 def test_the_bundled_assessor_learned_from_sources_that_may_ship(pack):
@@ -37,16 +46,23 @@ def test_coverage_is_measured_on_sources_left_out():
     assert (measured.images == 100).all() and measured.bias.abs().max() < 0.06
 
 
-def test_measures_of_the_bundled_assessor(pack):
-    measured = measure_calibration(pack.assessor.calibration)
+def test_measures_of_the_bundled_assessor(measured):
     assert measured.input.str.endswith(KNOWN_SOURCE).any() and measured.input.str.endswith(KNOWN_METHODS).any()
     assert measured.mae.between(0, 0.3).all() and measured.srocc_dataset.gt(0).all()
 
 
-def test_the_card_says_what_was_measured(pack):
+def test_the_committed_measures_follow_from_the_calibration(measured):
+    written = pd.read_csv(ROOT/'data'/'results'/'assessor.csv')
+    key = ['input', 'dataset']
+    both = measured.merge(written, on=key, suffixes=('', '_written'))
+    assert len(both) == len(measured) == len(written)
+    for name in ('srocc_image', 'srocc_dataset', 'mae', 'bias', 'coverage', 'width'):
+        assert np.allclose(both[name], both[f'{name}_written'], atol=2e-5, equal_nan=True)
+
+
+def test_the_card_says_what_was_measured(pack, measured):
     card = read_json(pack.folder/'card.json')['assessor']
     assert card['learned_from'] == sorted(LEARN_FROM) and card['encoder'] == pack.assessor.encoder
-    measured = measure_calibration(pack.assessor.calibration)
     many = measured[measured.input == 'many']
     assert card['measures']['many']['mae'] == pytest.approx(many.mae.mean(), abs=6e-4)
     assert card['measures']['many']['worst_coverage'] == pytest.approx(many.coverage.min(), abs=6e-4)
