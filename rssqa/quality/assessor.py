@@ -109,7 +109,7 @@ def image_posterior(
     if not weight: return q
     return (1 - weight) * q + weight * consensus_posterior(consensus, grid_of_points(maps, source))
 
-# %% ../../nbs/58_quality.assessor.ipynb #addf5ce8
+# %% ../../nbs/58_quality.assessor.ipynb #96cc2a05
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 
 
@@ -213,7 +213,8 @@ class Assessor:
             part = [sample for sample in samples if (sample.group, sample.scene) in kept]
             own = [image for image, f in zip(learned, fold) if f == k]
             rows += self._assess_some(self._train(part, 1), own, _KNOWN_SOURCE, self._train_consensus(train))
-        return pd.DataFrame(rows)
+        numbers = dict.fromkeys(('oa', 'predicted', 'shortfall'), 'float32')
+        return pd.DataFrame(rows).astype(numbers)
 
     def _assess_some(self, nets, images, naming, consensus=None): # rows of some images of each dataset
         rng = np.random.default_rng(self.seed)
@@ -417,7 +418,9 @@ def _fit_shift_check(prepared): # None without an encoder
     if prepared[0].semantics is None: return None
     scenes = [f'{image.dataset}/{image.scene}' for image in prepared]
     if len(set(scenes)) < 2: return None
-    return ShiftCheck().fit(np.stack([image.semantics for image in prepared]), scenes)
+    check = ShiftCheck().fit(np.stack([image.semantics for image in prepared]), scenes)
+    check.rows = check.rows.astype(np.float16).astype(np.float32)                 # as they are saved
+    return check
 
 
 _NEW_SOURCE = {'': (False, False), KNOWN_METHODS: (True, False)}
@@ -470,7 +473,7 @@ def _split_calibration(table): # rows with labels; gains
     labelled = table[table.oa.notna()]
     return labelled, labelled[labelled.shortfall.notna()]
 
-# %% ../../nbs/58_quality.assessor.ipynb #62a3c7ec
+# %% ../../nbs/58_quality.assessor.ipynb #4608a001
 WEIGHTS = 'assessor.safetensors'
 CALIBRATION = 'calibration.parquet'
 _SETTINGS = ('encoder', 'members', 'epochs', 'points', 'confidence', 'seed', 'name')
@@ -485,10 +488,10 @@ def _save(assessor, folder):
     limits = None
     if check is not None:
         limits = dict(middle=check.middle, limit=check.limit)
-        arrays = dict(rows=check.rows, scene=check.scene, mean=check.mean, std=check.std)
+        arrays = dict(rows=check.rows.astype(np.float16), scene=check.scene, mean=check.mean, std=check.std)
         weights |= {f'shift.{name}': torch.as_tensor(np.ascontiguousarray(x)) for name, x in arrays.items()}
     with atomic(folder/WEIGHTS) as tmp: save_file(weights, tmp)
-    with atomic(folder/CALIBRATION) as tmp: assessor.calibration.to_parquet(tmp, index=False)
+    with atomic(folder/CALIBRATION) as tmp: assessor.calibration.to_parquet(tmp, index=False, compression='zstd')
     settings = {key: getattr(assessor, key) for key in _SETTINGS}
     write_json(folder/'assessor.json', settings | dict(
         kind='Assessor',
@@ -539,7 +542,8 @@ def _build(cls, folder, stored, weights):
 def _build_shift_check(weights, limits): # None without
     if limits is None: return None
     check = ShiftCheck()
-    for name in ('rows', 'scene', 'mean', 'std'): setattr(check, name, weights[f'shift.{name}'].numpy())
+    for name in ('scene', 'mean', 'std'): setattr(check, name, weights[f'shift.{name}'].numpy())
+    check.rows = weights['shift.rows'].float().numpy()
     check.middle = limits['middle']
     check.limit = limits['limit']
     return check
