@@ -85,9 +85,11 @@ def test_score_and_recommend(demo, capsys, tmp_path):
     pack = demo[0].home
     write_images(tmp_path)
     code, out, _ = call(capsys, 'score', tmp_path/'town.png', '--pack', pack)
-    assert code == 0 and out.count('recommended') == 1 and len(out.splitlines()) == 3
+    assert code == 0 and out.count('recommended') == 1 and len(out.splitlines()) == 4
+    assert out.startswith('pack demo')
     code, out, _ = call(capsys, 'score', tmp_path/'town.png', '-m', 'pspnet', '--pack', pack)
-    assert code == 0 and out.startswith('pspnet') and 0 <= float(out.split()[1]) <= 1
+    [_, line] = out.splitlines()
+    assert code == 0 and line.startswith('pspnet') and 0 <= float(line.split()[1]) <= 1
     code, out, _ = call(capsys, 'recommend', tmp_path, '-o', tmp_path/'r.parquet', '--pack', pack)
     assert code == 0 and 'skipped page.png' in out and 'skipped dot.png' in out
     table = pd.read_parquet(tmp_path/'r.parquet')
