@@ -98,6 +98,12 @@ def test_errors_are_more_probable_where_the_map_is_wrong(answer, new, maps):
     with pytest.raises(UnknownName): answer.error_map('none')
 
 
+def test_pictures_of_names_that_are_no_file_names(assessor, new, maps, tmp_path):
+    named = dict(zip(('a b', 'a/b', '../up'), maps.values()))
+    paths = assessor.assess(new.image, named, CLASSES).save_pictures(tmp_path/'p')
+    assert len({*paths}) == 4 and all(path.parent == tmp_path/'p' and path.exists() for path in paths)
+
+
 def test_the_fused_map_is_better_than_the_mean_map(answer, new, maps):
     fused = (answer.fused == new.mask).mean()
     assert fused > np.mean([(m == new.mask).mean() for m in maps.values()])

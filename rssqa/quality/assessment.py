@@ -18,7 +18,7 @@ from ..core import MissingFeatures, atomic, unknown
 from ..data.datasets import IGNORE
 from .domain import DomainReport
 
-# %% ../../nbs/57_quality.assessment.ipynb #023aa322
+# %% ../../nbs/57_quality.assessment.ipynb #daf0177c
 @dataclass
 class Assessment:
     "How accurate the maps of an image are, where they are wrong, and which one to use."
@@ -56,9 +56,11 @@ class Assessment:
         "Write fused.png (class ids) and error_NAME.png (0..255: probability of being wrong; 0 where no value)."
         from PIL import Image
         pictures = {'fused': self.fused}
-        for m in self.maps:
+        for i, m in enumerate(self.maps, 1):
             error = np.nan_to_num(self.error_map(m.name))
-            pictures[f'error_{safe_name(m.name)}'] = (255 * error).round().astype(np.uint8)
+            name = f'error_{safe_name(m.name)}'
+            if name in pictures: name += f'_{i}'                     # names that differ only in unsafe letters
+            pictures[name] = (255 * error).round().astype(np.uint8)
         paths = []
         for name, pixels in pictures.items():
             paths.append(Path(folder)/f'{name}.png')

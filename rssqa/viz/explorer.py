@@ -10,7 +10,7 @@ __all__ = ['GAP_LABEL', 'PANEL_GAP', 'BACKGROUND', 'NOTE_BACKGROUND', 'NOTE_COLO
            'EmbeddingSelection', 'ExplorerState', 'sharpness', 'why', 'why_text', 'snapshot', 'example', 'save_run',
            'known_without_labels', 'open_run']
 
-# %% ../../nbs/64_viz.explorer.ipynb #99e03950
+# %% ../../nbs/64_viz.explorer.ipynb #37f90e32
 import io, json
 from collections import OrderedDict
 from fnmatch import fnmatchcase
@@ -22,7 +22,8 @@ from typing import Callable
 import numpy as np
 import pandas as pd
 
-from ..core import (DataNotFound, Incompatible, MissingFeatures, SchemaError, as_image, atomic, read_json,
+from ..quality import folders
+from ..core import (DataNotFound, Incompatible, MissingFeatures, SchemaError, as_image, read_json,
                         unknown, write_json)
 from ..data.datasets import read_image, read_mask, spec_of
 from ..quality.features import FeatureExtractor
@@ -394,7 +395,7 @@ class EmbeddingTable:
         measured = 'separation is being measured' if self.pending else separation_text(self.numbers)
         return f'{line}\n{measured}'
 
-# %% ../../nbs/64_viz.explorer.ipynb #b1624a30
+# %% ../../nbs/64_viz.explorer.ipynb #439391cd
 TABLE_SUFFIXES = ('.csv', '.parquet')
 
 
@@ -407,9 +408,7 @@ def write_table(
     if path.suffix not in TABLE_SUFFIXES:
         found = f'found suffix {path.suffix!r}, expected {" or ".join(TABLE_SUFFIXES)}'
         raise Incompatible(f'cannot write {path}', found, 'rename the output')
-    with atomic(path) as tmp:
-        if path.suffix == '.csv': table.to_csv(tmp, index=False)
-        else: table.to_parquet(tmp, index=False)
+    folders.write_table(table, path)
     return path
 
 
