@@ -96,12 +96,12 @@ def demo_command(
     board = run_demo(plan, out, workers, seed)
     print(demo_summary(board, plan, out))
 
-# %% ../nbs/91_cli.ipynb #a4bca055
+# %% ../nbs/91_cli.ipynb #4efa86a6
 @app.command('assess')
 def assess_command(
-    image: Annotated[Path, typer.Argument(help='Image from above.')],
+    image: Annotated[Path, typer.Argument(help='Image from above, or a folder of images.')],
     maps: Annotated[Optional[list[str]], typer.Option(
-        '--map', help='NAME=PATH of a map: class ids or probabilities; repeat for more.')] = None,
+        '--map', help='NAME=PATH of a map (class ids or probabilities) or a folder of maps; repeat for more.')] = None,
     classes: Annotated[Optional[Path], typer.Option(
         help='Class table of the maps: JSON, names in order or {"id": "name"}.')] = None,
     usual: Annotated[str, typer.Option(help='Map that you would use otherwise.')] = '',
@@ -111,6 +111,8 @@ def assess_command(
     out: Annotated[Optional[Path], typer.Option('--out', '-o', help='Table to write: .parquet or .csv.')] = None,
     pictures: Annotated[Optional[Path], typer.Option(
         help='Folder for the fused map and the error probability of each map.')] = None,
+    workers: Annotated[Optional[int], typer.Option(
+        min=1, help='Processes for a folder; default one per core.')] = None,
     dataset: _DatasetOption = None,
     pack: _PackOption = None,
 ):
@@ -118,6 +120,9 @@ def assess_command(
     from rssqa.core import check_file
     from rssqa.quality.folders import check_table_path, write_table
     named = _named_paths(maps or ())
+    if image.is_dir():
+        _check_folder_options(labels, pictures)
+        return _assess_folder(image, named, classes, usual, as_json, out, workers, dataset, pack)
     for path in (image, *named.values(), *filter(None, (classes, labels))): check_file(path)
     if out: check_table_path(out)
     import json
@@ -128,6 +133,55 @@ def assess_command(
     if out: write_table(answer.table.assign(iou=answer.table.iou.map(json.dumps)), out)
     if pictures: answer.save_pictures(pictures)
     print(json.dumps(answer.to_json(), indent=1) if as_json else f'{answer}\npack: {answer.pack}')
+
+
+def _check_folder_options(labels, pictures): # of assess
+    given = [name for name, value in (('--labels', labels), ('--pictures', pictures)) if value]
+    if not given: return
+    raise Incompatible(f'cannot use {given[0]} with a folder', 'it belongs to one image', 'assess the images one by one')
+
+
+def _assess_folder(folder, named, classes, usual, as_json, out, workers, dataset, pack):
+    import json
+    from rssqa.quality.assess_folder import assess_folder
+    from rssqa.quality.recommend import nothing_usable, open_pack
+    opened = open_pack(pack)
+    result = assess_folder(folder, named or None, classes, usual, opened, dataset, out, workers)
+    if as_json: print(json.dumps(_assessed_json(result, opened.assessor.name), indent=1))
+    else: print('\n'.join([*_assessed_lines(result, out), f'pack: {opened.assessor.name}']))
+    if result.rows.empty: raise nothing_usable(folder, result.skipped)
+
+
+def _assessed_json(result, pack): # from assess_folder, name -> one document
+    import json
+    images = []
+    for path, rows in result.rows.groupby('path', sort=False):
+        maps = json.loads(rows.drop(columns='path').to_json(orient='records', double_precision=4))
+        images.append(dict(path=path, maps=maps))
+    return dict(pack=pack, images=images, skipped=result.skipped.to_dict('records'))
+
+
+def _assessed_lines(result, out): # from assess_folder -> summary
+    rows = result.rows
+    lines = [f'{rows.path.nunique()} images, {len(rows)} maps' + f' -> {out}' * bool(out)]
+    if len(rows):
+        columns = dict(predicted=('predicted', 'mean'), images=('path', 'nunique'), recommended=('recommended', 'sum'))
+        means = rows.groupby('name').agg(**columns).sort_values('predicted', ascending=False)
+        lines.append(f'{"map":<20}{"images":>8}{"mean predicted OA":>20}{"recommended for":>18}')
+        for name, row in means.iterrows():
+            lines.append(f'{name:<20}{row.images:>8.0f}{row.predicted:>20.3f}{row.recommended:>18.0f}')
+        lines += _state_lines(rows.drop_duplicates('path'))
+    lines.append(f'{len(result.skipped)} skipped, {result.others} files of other kinds')
+    return lines + [f'  skipped {row.path}: {row.reason}' for row in result.skipped.itertuples()]
+
+
+def _state_lines(images): # one row an image
+    words = dict(widened='with a wider interval', refused='without an answer')
+    lines = []
+    for state, text in words.items():
+        some = images[images.state == state]
+        if len(some): lines.append(f'{len(some)} images {text}, for example {some.path.iloc[0]}: {some.reason.iloc[0]}')
+    return lines
 
 
 def _named_paths(options): # ['a=x.png'] -> {'a': Path('x.png')}; without a name, that of the file
