@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PARTS', 'main', 'demo_command', 'assess_command',
-           'use_command', 'show_command', 'build_command', 'score_command', 'recommend_command', 'ls_command',
-           'get_command', 'check_command', 'paper_command', 'speed_command', 'encoders_command', 'projection_command',
-           'assessor_command', 'explorer_command', 'clip_command', 'probe_command', 'conformance_command',
-           'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command', 'train_command',
-           'eval_command', 'doctor_command']
+           'use_command', 'show_command', 'build_command', 'build_demo_command', 'score_command', 'recommend_command',
+           'ls_command', 'get_command', 'check_command', 'paper_command', 'speed_command', 'encoders_command',
+           'projection_command', 'assessor_command', 'explorer_command', 'clip_command', 'probe_command',
+           'conformance_command', 'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command',
+           'train_command', 'eval_command', 'doctor_command']
 
 # %% ../nbs/91_cli.ipynb #a05f4187
 import os, sys
@@ -72,11 +72,13 @@ def _split(text, separator=','): # '' or None -> ()
 def _integers(text): # '0,1' -> (0, 1)
     return tuple(int(word) for word in _split(text))
 
-# %% ../nbs/91_cli.ipynb #58988b16
+# %% ../nbs/91_cli.ipynb #7323240f
 @app.command('demo')
 def demo_command(
+    build: Annotated[bool, typer.Option(
+        '--build', help='Train the methods and fit everything from nothing: minutes.')] = False,
     data: Annotated[Optional[Path], typer.Option(
-        help='Folder with real datasets; omit for synthetic scenes.')] = None,
+        help='Build from the datasets in this folder instead of synthetic scenes.')] = None,
     out: Annotated[Path, typer.Option(help='Folder for the report and tables.')] = Path('rssqa-demo'),
     sources: Annotated[Optional[str], typer.Option(
         help='Datasets in DATA to use, separated by commas.')] = None,
@@ -84,17 +86,24 @@ def demo_command(
         help='Folder with encoder weights named after timm encoders.')] = None,
     encoder: Annotated[Optional[str], typer.Option(
         help='Semantic encoder: a name from `rssqa ls encoders`, or a folder.')] = None,
-    steps: Annotated[int, typer.Option(help='Training steps for each network.')] = 120,
+    steps: Annotated[int, typer.Option(help='With --build: training steps for each network.')] = 120,
+    every: Annotated[bool, typer.Option('--all', help='With --build: all rivals, not five.')] = False,
     workers: Annotated[Optional[int], typer.Option(help='Processes; default one per core.')] = None,
-    seed: Annotated[int, typer.Option(help='Of weights, folds and synthetic scenes.')] = 0,
+    seed: Annotated[int, typer.Option(help='Of scenes, weights and folds.')] = 0,
 ):
-    "Train eight methods, score their maps without labels, recommend, and compare with the truth."
-    from rssqa.demo import demo_summary, real_plan, run_demo, synthetic_plan
+    "Assess maps of drawn scenes and compare with the truth: less than a minute, offline."
+    if data or build: return _build_demo(data, out, sources, weights, encoder, steps, every, workers, seed)
+    from rssqa.demo import demo_summary, run_demo
+    print(demo_summary(run_demo(out, seed)))
+
+
+def _build_demo(data, out, sources, weights, encoder, steps, every, workers, seed):
+    from rssqa.build_demo import FIVE_RIVALS, full_demo_summary, real_plan, run_full_demo, synthetic_plan
     if data:
         plan = real_plan(data, _split(sources), weights and str(weights), encoder, seed, steps)
     else: plan = synthetic_plan(seed, steps)
-    board = run_demo(plan, out, workers, seed)
-    print(demo_summary(board, plan, out))
+    board = run_full_demo(plan, out, workers, seed, None if every else FIVE_RIVALS)
+    print(full_demo_summary(board, plan, out))
 
 # %% ../nbs/91_cli.ipynb #4efa86a6
 @app.command('assess')
@@ -195,7 +204,7 @@ def _named_paths(options): # ['a=x.png'] -> {'a': Path('x.png')}; without a name
         named[name] = Path(path)
     return named
 
-# %% ../nbs/91_cli.ipynb #09825501
+# %% ../nbs/91_cli.ipynb #f0a1a200
 pack_app = typer.Typer(no_args_is_help=True, help='Choose the networks and the assessor that answer.')
 app.add_typer(pack_app, name='pack')
 
@@ -232,6 +241,18 @@ def build_command(
     folder = pack or bundled_pack()
     assessor = build_assessor(folder, data, str(tables), encoder=encoder, seed=seed)
     print(f'{folder/"assessor"}: {", ".join(assessor.sources)}, {len(assessor.methods)} methods')
+
+
+@pack_app.command('build-demo')
+def build_demo_command(
+    out: Annotated[Optional[Path], typer.Argument(help='Folder of the pack; default: the bundled one.')] = None,
+    steps: Annotated[int, typer.Option(help='Training steps for each network.')] = 240,
+    seed: Annotated[int, typer.Option(help='Of the drawn scenes and the weights.')] = 0,
+):
+    "Train the networks of `rssqa demo` on drawn scenes: a few minutes."
+    from rssqa.core import bundled
+    from rssqa.quality.build_pack import build_demo_pack
+    print(build_demo_pack(out or bundled('demo'), steps, seed=seed))
 
 # %% ../nbs/91_cli.ipynb #8401b891
 @app.command('score')

@@ -8,9 +8,11 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
+from rssqa.build_demo import (
+    FIVE_RIVALS, RS_SQA, Plan, full_demo_summary, leaderboard_text, real_plan, run_full_demo,
+)
 from rssqa.cli import main
 from rssqa.data.synthetic import scene, write_scenes
-from rssqa.demo import RS_SQA, Plan, demo_summary, leaderboard_text, real_plan, run_demo
 from rssqa.quality.recommend import Pack, bundled_pack, default_pack
 from rssqa.segment.methods.training import Recipe
 
@@ -33,7 +35,7 @@ def demo():
     with FileLock(f'{home}.lock'):
         if not done.exists():
             write_scenes(plan.folders[0], ('town', 'flood'), scenes=6, size=64)
-            done.write_bytes(pickle.dumps((plan, run_demo(plan, home/'out', workers=1), home)))
+            done.write_bytes(pickle.dumps((plan, run_full_demo(plan, home/'out', workers=1), home)))
     return pickle.loads(done.read_bytes())
 
 
@@ -55,9 +57,10 @@ def test_demo_writes_report_table_and_pack(demo):
 
 def test_demo_reports_every_predictor_beside_ours(demo):
     plan, board, home = demo
-    text = demo_summary(board, plan, home/'out')
+    text = full_demo_summary(board, plan, home/'out')
     assert leaderboard_text(board).splitlines()[2].startswith(RS_SQA)
     assert all(name in text for name in board.index) and 'minutes' in text
+    assert set(board.index) == {RS_SQA, *FIVE_RIVALS}
     assert f'rssqa app explorer --data {home/"out"}' in text
     assert board.loc['mean of dataset and method', 'gap_closed'] == pytest.approx(0, abs=0.35)
 
@@ -68,7 +71,7 @@ def test_second_run_computes_nothing_again(demo, monkeypatch):
     plan, board, home = demo
     monkeypatch.setattr(training, '_fit', lambda *a: pytest.fail('a network was trained again'))
     monkeypatch.setattr(sqed, '_segment_job', lambda *a: pytest.fail('a tile was segmented again'))
-    again = run_demo(plan, home/'out2', workers=1)
+    again = run_full_demo(plan, home/'out2', workers=1)
     pd.testing.assert_frame_equal(again, board)
     assert (home/'out2'/'sqed.parquet').read_bytes() == (home/'out'/'sqed.parquet').read_bytes()
 
@@ -152,12 +155,12 @@ def test_the_browser_is_used_unless_it_is_switched_off(capsys, monkeypatch, opti
 
 
 def test_interruption_says_how_to_go_on(capsys, monkeypatch):
-    import rssqa.demo as module
+    import rssqa.build_demo as module
 
     def interrupt(*args): raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, 'run_demo', interrupt)
-    code, _, err = call(capsys, 'demo')
+    monkeypatch.setattr(module, 'run_full_demo', interrupt)
+    code, _, err = call(capsys, 'demo', '--build')
     assert code == 130 and 'goes on from here' in err
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 GROUND = ('core', 'provenance', 'exercises')
 LAYERS = ('data', 'testing', 'segment', 'clip', 'tables', 'quality', 'viz', 'scene', 'bench')
-TOP = ('all', 'demo', 'cli')
+TOP = ('all', 'build_demo', 'demo', 'cli')
 ORDER = GROUND + LAYERS + TOP           # lowest first; each may import only what stands before it
 COLOURS = '#8C6D31 #6B4C9A #C78500 #009E73 #0072B2 #D04A00 #CC5A9B #5B8A00 #444444'.split()
 COLOUR_OF = dict(zip(LAYERS, COLOURS))  # of a package and of its arrows

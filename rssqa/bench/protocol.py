@@ -84,7 +84,7 @@ def _fit_predict(estimator, table, masks): # predicted OA of the test rows
     visible = table[masks.visible].drop(columns=LABEL_COLUMNS, errors='ignore').reset_index(drop=True)
     return np.asarray(model.predict(visible), float)[masks.test[masks.visible]]
 
-# %% ../../nbs/80_bench.protocol.ipynb #e4d00f34
+# %% ../../nbs/80_bench.protocol.ipynb #a5a25f58
 RS_SQA = 'RS-SQA'
 VIEWS = ('srocc_image', 'srocc_dataset', 'plcc_dataset', 'mae', 'top1', 'regret', 'gap_closed')
 
@@ -141,12 +141,16 @@ def compare(
     k: int = 5, # folds over scenes
     seed: int = 0, # of folds and predictors
     extra: dict = None, # further predictors, name -> estimator
+    rivals: tuple = None, # names of the baselines that are tried; None for all
     workers: int = 1, # processes
     **settings, # of QualityModel
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # measures (one row a predictor), predictions (one column a predictor)
-    "Cross-predict with RS-SQA and every baseline, and measure them alike."
+    "Cross-predict with RS-SQA and the baselines, and measure them alike."
     fold = scene_folds(table, k, seed)
-    tried = predictors(table, store, semantic, seed, **settings) | (extra or {})
+    known = predictors(table, store, semantic, seed, **settings)
+    if missing := [name for name in rivals or () if name not in known]: raise unknown('rival', missing[0], known)
+    if rivals is not None: known = {name: known[name] for name in (RS_SQA, *rivals)}
+    tried = known | (extra or {})
     predicted = cross_predict(tried, table, fold, workers)
     measured = {name: measure(table, predicted[name], fold) for name in tried}
     return pd.DataFrame(measured).T.rename_axis('predictor'), predicted

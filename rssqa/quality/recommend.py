@@ -30,7 +30,7 @@ from .consensus import ConsensusEnsemble, consensus_table, load_consensus, pool_
 from ..tables.grid import PredictionGrid, limit_grid, subsample
 from ..tables.description import describe_prediction
 
-# %% ../../nbs/59_quality.recommend.ipynb #ca3ae53e
+# %% ../../nbs/59_quality.recommend.ipynb #8ac90bf3
 class Pack:
     "Segmenters and a quality model that belong together."
     def __init__(self,
@@ -148,7 +148,7 @@ class Pack:
         "Read the assessor of the pack, or of the pack that comes with rssqa where it has none."
         assessor = Assessor.load(self._assessor_folder)
         own = bool(self.config.get('assessor'))
-        assessor.name = self.name if own else f'{self.name}, assessor of the {assessor.name}'
+        assessor.name = self.name if own else f'{self.name}, assessor of the {Pack(bundled_pack()).name}'
         return assessor
 
     def assess_networks(self,
