@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PARTS', 'main', 'demo_command', 'assess_command',
-           'use_command', 'show_command', 'build_command', 'score_command', 'recommend_command', 'ls_command',
-           'get_command', 'check_command', 'paper_command', 'speed_command', 'encoders_command', 'projection_command',
-           'assessor_command', 'explorer_command', 'clip_command', 'probe_command', 'conformance_command',
-           'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command', 'train_command',
-           'eval_command', 'doctor_command']
+           'use_command', 'show_command', 'build_command', 'calibrate_command', 'fit_command', 'score_command',
+           'recommend_command', 'ls_command', 'get_command', 'check_command', 'paper_command', 'speed_command',
+           'encoders_command', 'projection_command', 'assessor_command', 'explorer_command', 'clip_command',
+           'probe_command', 'conformance_command', 'degradation_command', 'apps', 'app_command', 'shards_command',
+           'purify_command', 'train_command', 'eval_command', 'doctor_command']
 
 # %% ../nbs/91_cli.ipynb #a05f4187
 import os, sys
@@ -96,7 +96,7 @@ def demo_command(
     board = run_demo(plan, out, workers, seed)
     print(demo_summary(board, plan, out))
 
-# %% ../nbs/91_cli.ipynb #a4bca055
+# %% ../nbs/91_cli.ipynb #edab3fd2
 @app.command('assess')
 def assess_command(
     image: Annotated[Path, typer.Argument(help='Image from above.')],
@@ -112,6 +112,8 @@ def assess_command(
     pictures: Annotated[Optional[Path], typer.Option(
         help='Folder for the fused map and the error probability of each map.')] = None,
     dataset: _DatasetOption = None,
+    source: Annotated[str, typer.Option(
+        help='Dataset of the pack that the image belongs to: its class table and its calibration are used.')] = '',
     pack: _PackOption = None,
 ):
     "Say how accurate the maps of an image are, where they are wrong and which one to use, without labels."
@@ -124,7 +126,7 @@ def assess_command(
     import pandas as pd
     from rssqa.quality.recommend import assess
     points = pd.read_csv(labels) if labels else None
-    answer = assess(image, named or None, classes, usual, points, pack, dataset)
+    answer = assess(image, named or None, classes, usual, points, pack, dataset, source)
     if out: write_table(answer.table.assign(iou=answer.table.iou.map(json.dumps)), out)
     if pictures: answer.save_pictures(pictures)
     print(json.dumps(answer.to_json(), indent=1) if as_json else f'{answer}\npack: {answer.pack}')
@@ -141,7 +143,7 @@ def _named_paths(options): # ['a=x.png'] -> {'a': Path('x.png')}; without a name
         named[name] = Path(path)
     return named
 
-# %% ../nbs/91_cli.ipynb #09825501
+# %% ../nbs/91_cli.ipynb #4ea8d822
 pack_app = typer.Typer(no_args_is_help=True, help='Choose the networks and the assessor that answer.')
 app.add_typer(pack_app, name='pack')
 
@@ -178,6 +180,62 @@ def build_command(
     folder = pack or bundled_pack()
     assessor = build_assessor(folder, data, str(tables), encoder=encoder, seed=seed)
     print(f'{folder/"assessor"}: {", ".join(assessor.sources)}, {len(assessor.methods)} methods')
+
+
+@pack_app.command('calibrate')
+def calibrate_command(
+    points: Annotated[Path, typer.Argument(
+        help='CSV of labelled points of several images of one source: image, x, y, class.')],
+    out: Annotated[Path, typer.Option('--out', '-o', help='Folder of the new pack.')],
+    images: Annotated[Path, typer.Option(help='Folder of the images.')] = Path('.'),
+    maps: Annotated[Optional[list[str]], typer.Option(
+        '--maps', '--map', help='NAME=FOLDER with a map of each image; repeat for more. Omit to run the networks.')] = None,
+    classes: Annotated[Optional[Path], typer.Option(help='Class table of the maps.')] = None,
+    dataset: _DatasetOption = None,
+    pack: _PackOption = None,
+):
+    "Write a copy of a pack whose level and intervals are calibrated by labelled points of a source."
+    import pandas as pd
+    from rssqa.core import check_file
+    check_file(points)
+    named = _named_paths(maps or ())
+    from rssqa.quality.recommend import Pack, calibrate_pack
+    folder = calibrate_pack(pd.read_csv(points), out, images, named or None, classes, pack, dataset)
+    config = Pack(folder).config['calibrated']
+    print(f'{folder}: {config["points"]} points, level {config["level_shift"]:+.2f} on the logit scale')
+
+# %% ../nbs/91_cli.ipynb #b94ed5e0
+@app.command('fit')
+def fit_command(
+    tiles: Annotated[Path, typer.Argument(
+        help='Folder with images/, masks/ of the same names, classes.json, and splits.csv that names scenes.')],
+    out: Annotated[Path, typer.Option('--out', '-o', help='Folder of the pack; the same call goes on there.')],
+    methods: Annotated[Optional[list[str]], typer.Option(
+        '--method', '-m', help='Network to train; repeat for more, omit for all.')] = None,
+    maps: Annotated[Optional[list[str]], typer.Option(
+        '--maps', '--map', help='NAME=FOLDER with a map of each tile; repeat for more. Nothing is trained then.')] = None,
+    steps: Annotated[int, typer.Option(min=1, help='Training steps of each network.')] = 400,
+    preset: Annotated[str, typer.Option(help='Size of the networks: nano, tiny or standard.')] = 'tiny',
+    crop: Annotated[int, typer.Option(min=32, help='Side of a training crop, pixels.')] = 160,
+    weights: Annotated[Optional[Path], typer.Option(
+        help='Folder with encoder weights named after timm encoders.')] = None,
+    folds: Annotated[int, typer.Option(min=2, help='Parts of the scenes; a network learns from all but one.')] = 3,
+    encoder: Annotated[str, typer.Option(help='Semantic encoder; empty for none.')] = 'clip-rs-mini',
+    workers: Annotated[Optional[int], typer.Option(min=1, help='Processes; default one per core.')] = None,
+    seed: Annotated[int, typer.Option(help='Of folds, weights and drawn points.')] = 0,
+):
+    "Fit networks and an assessor to labelled tiles, or an assessor to maps of them; the result is a pack."
+    named = _named_paths(maps or ())
+    from rssqa.quality.fit_pack import card_text, fit_pack
+    from rssqa.segment.methods.training import Recipe
+    recipe = Recipe(preset, steps=steps, crop=crop, encoder_weights=weights and str(weights))
+    options = dict(folds=folds, recipe=recipe, encoder=encoder, workers=workers, seed=seed)
+    print(card_text(fit_pack(tiles, out, methods, named, **options)), _next_step(out, named), sep='\n')
+
+
+def _next_step(pack, maps): # what to type now
+    given = ''.join(f' --map {name}=PATH' for name in maps)
+    return f'next: rssqa assess IMAGE{given} --pack {pack}'
 
 # %% ../nbs/91_cli.ipynb #8401b891
 @app.command('score')
