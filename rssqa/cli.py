@@ -6,9 +6,10 @@
 __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PARTS', 'main', 'demo_command', 'assess_command',
            'use_command', 'show_command', 'build_command', 'calibrate_command', 'fit_command', 'score_command',
            'recommend_command', 'ls_command', 'get_command', 'check_command', 'paper_command', 'speed_command',
-           'encoders_command', 'projection_command', 'assessor_command', 'explorer_command', 'clip_command',
-           'probe_command', 'conformance_command', 'degradation_command', 'apps', 'app_command', 'shards_command',
-           'purify_command', 'train_command', 'eval_command', 'doctor_command']
+           'encoders_command', 'projection_command', 'assessor_command', 'own_domain_command', 'points_command',
+           'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command', 'conformance_command',
+           'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command', 'train_command',
+           'eval_command', 'doctor_command']
 
 # %% ../nbs/91_cli.ipynb #a05f4187
 import os, sys
@@ -474,7 +475,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #69368b20
+# %% ../nbs/91_cli.ipynb #9348f4ba
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -489,6 +490,63 @@ def assessor_command(
     protocol = 'sources left out; for known sources, scenes left out'
     stamped = stamp(measured, 'rssqa bench assessor', protocol, 'RS-SQED-open', 0)
     if out: write_results(stamped, out)
+
+
+_DataOption = Annotated[Path, typer.Option(help='Folder of dataset folders: the imagery of the committed tables.')]
+
+
+@bench_app.command('own-domain')
+def own_domain_command(
+    data: _DataOption,
+    tables: _TablesOption = Path('data/tables'),
+    images: Annotated[str, typer.Option(help='Numbers of labelled images, separated by commas.')] = '5,20,60',
+    seed: Annotated[int, typer.Option(help='Of the drawn images.')] = 0,
+    out: _CsvOption = None,
+):
+    "Measure what labelled images of a new source bring."
+    from rssqa.bench.own_domain import bench_own_domain
+    from rssqa.provenance import save_results
+    board = bench_own_domain(data, str(tables), counts=_integers(images), seed=seed)
+    print(board.round(3).to_string(index=False))
+    command = f'rssqa bench own-domain --images {images} --seed {seed}'
+    if out: save_results(board, out, 'each half of the scenes by the other half', 'RS-SQED-open', seed, command)
+
+
+@bench_app.command('points')
+def points_command(
+    data: _DataOption,
+    tables: _TablesOption = Path('data/tables'),
+    repeats: Annotated[int, typer.Option(min=1, help='Draws of points.')] = 100,
+    seed: Annotated[int, typer.Option(help='Of the drawn points.')] = 0,
+    out: _CsvOption = None,
+):
+    "Measure what labelled points of a new source bring."
+    from rssqa.bench.own_domain import bench_points
+    from rssqa.provenance import save_results
+    board = bench_points(data, str(tables), repeats=repeats, seed=seed)
+    print(board.round(3).to_string(index=False))
+    command = f'rssqa bench points --repeats {repeats} --seed {seed}'
+    if out: save_results(board, out, 'each source from the other sources', 'RS-SQED-open', seed, command)
+
+
+@bench_app.command('fit')
+def bench_fit_command(
+    tiles: Annotated[Path, typer.Argument(help='Folder of tiles with masks.')],
+    methods: Annotated[str, typer.Option(help='Networks, separated by commas.')] = 'unet,segformer,pspnet',
+    steps: Annotated[int, typer.Option(min=1, help='Training steps of each network.')] = 200,
+    workers: Annotated[Optional[int], typer.Option(min=1, help='Processes; default one per core.')] = None,
+    weights: Annotated[Optional[Path], typer.Option(
+        help='Folder with encoder weights named after timm encoders.')] = None,
+    out: _CsvOption = None,
+):
+    "Fit a pack to tiles and report its measures and the time of each stage."
+    from rssqa.bench.own_domain import bench_fit
+    from rssqa.provenance import hardware, save_results
+    board = bench_fit(tiles, _split(methods), steps, workers, weights and str(weights))
+    print(board.T.to_string())
+    command = f'rssqa bench fit {tiles.name} --methods {methods} --steps {steps}' + f' --workers {workers}' * bool(workers)
+    protocol = 'scenes left out'
+    if out: save_results(board, out, protocol, tiles.name, 0, command, **hardware())
 
 
 @bench_app.command('explorer')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CALIBRATION_INPUTS', 'MANY_MAPS', 'KNOWN_METHODS', 'KNOWN_SOURCE', 'input_kind', 'error_scale', 'worst_quantile',
-           'Bounds', 'disagreements', 'gain_shortfalls', 'LevelShift', 'fit_shift', 'fit_source_shift']
+           'Bounds', 'disagreements', 'gain_shortfalls', 'LevelShift', 'fit_shift']
 
 # %% ../../nbs/57_quality.bounds.ipynb #419fd163
 from dataclasses import dataclass
@@ -159,7 +159,7 @@ def gain_shortfalls(
     missing = (predicted[best] - predicted[others]) - (oa[best] - oa[others])
     return missing / np.maximum(disagreements(pred)[best, others], 0.01)
 
-# %% ../../nbs/57_quality.bounds.ipynb #29ee1b00
+# %% ../../nbs/57_quality.bounds.ipynb #d8bbb557
 @dataclass(frozen=True)
 class LevelShift:
     "By how much predicted accuracy is shifted on the logit scale."
@@ -189,14 +189,3 @@ def fit_shift(
         curvature = (weight * p * (1 - p)).sum() + precision
         shift += gradient / curvature
     return LevelShift(float(shift), float(np.sqrt(precision / curvature)))
-
-
-def fit_source_shift(
-    rows: pd.DataFrame, # dataset, scene, image_id, oa, predicted: maps of one source whose accuracy is known
-    of_sources: float, # standard deviation of the level of a source, logit scale
-    of_images: float, # standard deviation of the level of an image of it
-) -> LevelShift:
-    "Fit the shift to images with masks; each scene counts once, and few scenes shift less."
-    level = rows.groupby(['scene', 'image_id'])[['oa', 'predicted']].mean()
-    error = (_logit(level.oa) - _logit(level.predicted)).groupby('scene').mean()
-    return LevelShift(float(error.sum() / (len(error) + (of_images / of_sources)**2)))
