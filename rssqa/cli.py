@@ -144,7 +144,7 @@ def _named_paths(options): # ['a=x.png'] -> {'a': Path('x.png')}; without a name
         named[name] = Path(path)
     return named
 
-# %% ../nbs/91_cli.ipynb #4ea8d822
+# %% ../nbs/91_cli.ipynb #3d01fe35
 pack_app = typer.Typer(no_args_is_help=True, help='Choose the networks and the assessor that answer.')
 app.add_typer(pack_app, name='pack')
 
@@ -190,7 +190,7 @@ def calibrate_command(
     out: Annotated[Path, typer.Option('--out', '-o', help='Folder of the new pack.')],
     images: Annotated[Path, typer.Option(help='Folder of the images.')] = Path('.'),
     maps: Annotated[Optional[list[str]], typer.Option(
-        '--maps', '--map', help='NAME=FOLDER with a map of each image; repeat for more. Omit to run the networks.')] = None,
+        '--maps', '--map', help='NAME=FOLDER with a map of each image; omit to run the networks.')] = None,
     classes: Annotated[Optional[Path], typer.Option(help='Class table of the maps.')] = None,
     dataset: _DatasetOption = None,
     pack: _PackOption = None,
@@ -205,7 +205,7 @@ def calibrate_command(
     config = Pack(folder).config['calibrated']
     print(f'{folder}: {config["points"]} points, level {config["level_shift"]:+.2f} on the logit scale')
 
-# %% ../nbs/91_cli.ipynb #b94ed5e0
+# %% ../nbs/91_cli.ipynb #62670e0f
 @app.command('fit')
 def fit_command(
     tiles: Annotated[Path, typer.Argument(
@@ -214,7 +214,7 @@ def fit_command(
     methods: Annotated[Optional[list[str]], typer.Option(
         '--method', '-m', help='Network to train; repeat for more, omit for all.')] = None,
     maps: Annotated[Optional[list[str]], typer.Option(
-        '--maps', '--map', help='NAME=FOLDER with a map of each tile; repeat for more. Nothing is trained then.')] = None,
+        '--maps', '--map', help='NAME=FOLDER with a map of each tile; nothing is trained then.')] = None,
     steps: Annotated[int, typer.Option(min=1, help='Training steps of each network.')] = 400,
     preset: Annotated[str, typer.Option(help='Size of the networks: nano, tiny or standard.')] = 'tiny',
     crop: Annotated[int, typer.Option(min=32, help='Side of a training crop, pixels.')] = 160,
@@ -475,7 +475,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #9348f4ba
+# %% ../nbs/91_cli.ipynb #591bba7f
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -499,7 +499,7 @@ _DataOption = Annotated[Path, typer.Option(help='Folder of dataset folders: the 
 def own_domain_command(
     data: _DataOption,
     tables: _TablesOption = Path('data/tables'),
-    images: Annotated[str, typer.Option(help='Numbers of labelled images, separated by commas.')] = '5,20,60',
+    images: Annotated[str, typer.Option(help='Numbers of labelled images, separated by commas.')] = '5,20,40',
     seed: Annotated[int, typer.Option(help='Of the drawn images.')] = 0,
     out: _CsvOption = None,
 ):
@@ -544,9 +544,9 @@ def bench_fit_command(
     from rssqa.provenance import hardware, save_results
     board = bench_fit(tiles, _split(methods), steps, workers, weights and str(weights))
     print(board.T.to_string())
-    command = f'rssqa bench fit {tiles.name} --methods {methods} --steps {steps}' + f' --workers {workers}' * bool(workers)
-    protocol = 'scenes left out'
-    if out: save_results(board, out, protocol, tiles.name, 0, command, **hardware())
+    command = f'rssqa bench fit {tiles.name} --methods {methods} --steps {steps}'
+    if workers: command += f' --workers {workers}'
+    if out: save_results(board, out, 'scenes left out', tiles.name, 0, command, **hardware())
 
 
 @bench_app.command('explorer')

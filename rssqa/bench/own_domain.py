@@ -26,10 +26,10 @@ from ..tables.rs_sqed_open import published_path
 from ..tables.sqed import load_sqed
 from ..tables.store import Store
 
-# %% ../../nbs/87_bench.own_domain.ipynb #c6ca4e15
+# %% ../../nbs/87_bench.own_domain.ipynb #1cf7138f
 ARMS = ('own', 'start', 'start, level', 'tuned')
-IMAGES = (5, 20, 60)
-TEST_IMAGES = 24 # of each half of a source
+IMAGES = (5, 20, 40)
+TEST_IMAGES = 20 # of each half of a source
 
 
 def bench_own_domain(
@@ -41,12 +41,16 @@ def bench_own_domain(
 ) -> pd.DataFrame: # a row a source, number of images, way and kind of input
     "Measure what labelled images of a new source bring."
     start = Assessor.load(bundled('open')/'assessor')
+    sources = _new_sources(start, data, tables, home)
+    return pd.concat([_try_source(start, images, counts, seed) for images in sources.values()], ignore_index=True)
+
+
+def _try_source(start, images, counts, seed): # prepared images of one source
+    fold = _halves(images)
     rows = []
-    for source, images in _new_sources(start, data, tables, home).items():
-        fold = _halves(images)
-        for n in counts:
-            parts = [_assess_half(start, images, fold, k, n, seed) for k in (0, 1)]
-            rows += _measure(pd.concat(parts, ignore_index=True), source, n)
+    for n in counts:
+        parts = [_assess_half(start, images, fold, k, n, seed) for k in (0, 1)]
+        rows += _measure(pd.concat(parts, ignore_index=True), images[0].dataset, n)
     return pd.DataFrame(rows)
 
 

@@ -115,7 +115,7 @@ def image_posterior(
     if not weight: return q
     return (1 - weight) * q + weight * consensus_posterior(consensus, grid_of_points(maps, source))
 
-# %% ../../nbs/58_quality.assessor.ipynb #c133d606
+# %% ../../nbs/58_quality.assessor.ipynb #3420ec05
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 ENOUGH_SCENES = 10 # for intervals of a source by its own scenes alone
 TUNE_BATCH = 12 # images
@@ -182,7 +182,7 @@ class Assessor:
         start: 'Assessor', # fitted to other datasets
         networks: str = 'tuned', # 'tuned': those of start, trained on; 'start': as they are; 'own': from nothing
     ) -> 'Assessor':
-        "Fit to the maps of one dataset, from the networks of an assessor of others, and calibrate by leaving out scenes."
+        "Fit to the maps of one dataset, starting from other datasets, and calibrate by leaving out scenes."
         prepared = self._read(images)
         source = _only_source(prepared)
         samples = self._draw(prepared)
@@ -253,7 +253,7 @@ class Assessor:
         epochs = int(np.clip(TUNE_STEPS // batches, *TUNE_EPOCHS))
         return dict(epochs=epochs, batch=TUNE_BATCH, seed=100 * self.seed)
 
-    def _assess_scenes(self, prepared, samples, start, networks): # rows of a known source, by networks of other scenes
+    def _assess_scenes(self, prepared, samples, start, networks): # rows by networks of other scenes
         inputs = _source_inputs(prepared)
         fold = _scene_folds(prepared)
         rows = []
@@ -300,7 +300,7 @@ class Assessor:
             rows += self._assess_some(self._train(part, 1), own, _KNOWN_SOURCE, self._train_consensus(train))
         return _calibration_table(rows)
 
-    def _assess_some(self, nets, images, naming, consensus=None, inputs=CALIBRATION_INPUTS): # rows of some images of each dataset
+    def _assess_some(self, nets, images, naming, consensus=None, inputs=CALIBRATION_INPUTS): # rows of some images
         rng = np.random.default_rng(self.seed)
         expect = partial(_expected_by, nets, consensus, self.consensus_share)
         rows = []

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['tile_spec', 'read_tiles', 'FitPlan', 'plan_fit', 'fit_pack', 'measure_scenes', 'card_text']
 
-# %% ../../nbs/59_quality.fit_pack.ipynb #9a4a2aa0
-import json, os, time
+# %% ../../nbs/59_quality.fit_pack.ipynb #dc882aa0
+import json, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -207,7 +207,7 @@ def _check_map_files(tiles, name, folder):
     todo = 'give each map the name of its tile, such as tile7.png for images/tile7.jpg'
     raise DataNotFound(f'maps {name!r} are not complete in {folder}', found, todo)
 
-# %% ../../nbs/59_quality.fit_pack.ipynb #acea6402
+# %% ../../nbs/59_quality.fit_pack.ipynb #f1749776
 @dataclass
 class _Maps:
     "Maps of all tiles, and how accurate they are."
@@ -264,7 +264,8 @@ def _oa(m, truth): # overall accuracy where map and mask have a value
 def _images_of_files(plan, table):
     accuracy = {i: dict(zip(rows.method, rows.oa)) for i, rows in table.groupby('image_id')}
     for tile in plan.tiles.itertuples():
-        grid, known = _grid_of_maps(list(_read_maps(plan, tile)), read_mask(tile, plan.spec), tile, len(plan.spec.classes))
+        truth = read_mask(tile, plan.spec)
+        grid, known = _grid_of_maps(list(_read_maps(plan, tile)), truth, tile, len(plan.spec.classes))
         yield TrainingImage(read_image(tile), grid, str(tile.scene), accuracy[tile.image_id], known)
 
 

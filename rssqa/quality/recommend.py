@@ -324,15 +324,15 @@ def _source_of_maps(pack, source): # given, or the only one of a pack that was f
     todo = f'pass classes=, a list of names or the path of a classes.json, or source={pack.datasets[0]!r}'
     raise Incompatible('cannot assess these maps', found, todo)
 
-# %% ../../nbs/59_quality.recommend.ipynb #f792b832
+# %% ../../nbs/59_quality.recommend.ipynb #0e9c6b46
 POINT_COLUMNS = ('image', 'x', 'y', 'class')
 
 
 def calibrate_pack(
-    points: pd.DataFrame, # image (file name), x, y (pixels from the upper left), class; of several images of one source
+    points: pd.DataFrame, # image (file name), x, y (pixels from the upper left), class; of images of one source
     out, # folder of the new pack
     images='.', # folder of the images
-    maps: dict = None, # name -> folder with a map of each image, of the image's name; None runs the networks of the pack
+    maps: dict = None, # name -> folder with a map of each image, named like it; None runs the networks of the pack
     classes=None, # class table of the maps
     pack=None, # folder or Pack; default: see default_pack
     dataset: str = None, # which networks; may be omitted if the pack has one or a default
