@@ -225,7 +225,7 @@ def _shifted_by_image(source, points, rng):
     spread = float(np.mean([shift.spread for shift in shifts]))
     return source.measure(predicted, np.arange(len(shifts)), spread)
 
-# %% ../../nbs/87_bench.own_domain.ipynb #a8dccfc1
+# %% ../../nbs/87_bench.own_domain.ipynb #fdc503d1
 def bench_fit(
     tiles, # folder, see rssqa.quality.fit_pack.tile_spec
     methods: tuple = ('unet', 'segformer', 'pspnet'),
@@ -241,5 +241,6 @@ def bench_fit(
         card = read_json(pack/'card.json')
     facts = {key: card[key] for key in ('dataset', 'tiles', 'scenes', 'folds', 'usual')}
     facts |= dict(methods=' '.join(card['methods']), steps=steps, mean_oa=card['mean_oa'][card['usual']])
-    seconds = {f's_{name.replace(" ", "_")}': value for name, value in card['seconds'].items()}
-    return pd.DataFrame([facts | dict(input=name) | row | seconds for name, row in card['measures'].items()])
+    for clock in ('seconds', 'cpu_seconds'):
+        facts |= {f'{clock} {name}': value for name, value in card[clock].items()}
+    return pd.DataFrame([dict(input=name) | row | facts for name, row in card['measures'].items()])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['tile_spec', 'read_tiles', 'FitPlan', 'plan_fit', 'fit_pack', 'measure_scenes', 'card_text']
 
-# %% ../../nbs/59_quality.fit_pack.ipynb #dc882aa0
-import json, time
+# %% ../../nbs/59_quality.fit_pack.ipynb #9a4a2aa0
+import json, os, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -279,7 +279,7 @@ def _grid_of_maps(maps, truth, tile, k): # -> PredictionGrid, (M,) bool: which h
     names = [m.name for m in maps]
     return PredictionGrid(tile.image_id, tile.dataset, names, p, p, pred, at_points(truth)), known
 
-# %% ../../nbs/59_quality.fit_pack.ipynb #c4365b96
+# %% ../../nbs/59_quality.fit_pack.ipynb #f1797074
 def fit_pack(
     tiles, # folder, see tile_spec
     out, # folder of the pack; the same call goes on where an earlier one was stopped
@@ -309,7 +309,7 @@ def _claim(plan): # take the folder, or go on in it
     if plan.out.exists() and (not plan.out.is_dir() or any(plan.out.iterdir())):
         found = 'found other files there' if plan.out.is_dir() else 'found a file'
         raise Incompatible(f'cannot write a pack into {plan.out}', found, 'choose a new folder')
-    try: write_json(record, dict(settings=settings, seconds={}))
+    try: write_json(record, dict(settings=settings, seconds={}, cpu_seconds={}))
     except OSError as e: raise Incompatible(f'cannot write into {plan.out}', e.strerror, 'choose another folder') from e
 
 
@@ -328,13 +328,21 @@ def _short(value):
 
 
 @contextmanager
-def _stage(plan, name): # adds the time of a stage to fit.json
-    start = time.monotonic()
+def _stage(plan, name): # adds the time of a stage, and that of the processors, to fit.json
+    start = _clocks()
     try: yield
     finally:
         record = read_json(plan.out/'fit.json')
-        seconds = record['seconds'].get(name, 0) + time.monotonic() - start
-        write_json(plan.out/'fit.json', record | dict(seconds=record['seconds'] | {name: round(seconds, 1)}))
+        for clock, now in _clocks().items():
+            seconds = record[clock].get(name, 0) + now - start[clock]
+            record[clock][name] = round(seconds, 1)
+        write_json(plan.out/'fit.json', record)
+
+
+def _clocks():
+    cpu = os.times()
+    of_processors = cpu.user + cpu.system + cpu.children_user + cpu.children_system
+    return dict(seconds=time.monotonic(), cpu_seconds=of_processors)
 
 
 def _write_pack(plan, made):
@@ -354,7 +362,7 @@ def _write_pack(plan, made):
 
 def _usual(table): return str(table.groupby('method', observed=True).oa.mean().idxmax())
 
-# %% ../../nbs/59_quality.fit_pack.ipynb #d7066b91
+# %% ../../nbs/59_quality.fit_pack.ipynb #968758ed
 def measure_scenes(
     calibration: pd.DataFrame, # of an Assessor: kind, dataset, scene, image_id, method, oa, predicted, shortfall
     source: str, # dataset to measure
@@ -393,6 +401,7 @@ def _intervals_of_scenes(table, own, kind, confidence): # of each row of own, fr
 
 def _write_card(plan, made, assessor):
     source = plan.spec.name
+    times = read_json(plan.out/'fit.json')
     measured = measure_scenes(assessor.calibration, source, assessor.confidence).set_index('input')
     accuracy = made.table.groupby('method', observed=True).oa.mean().round(4)
     files = ['assessor/assessor.safetensors', 'assessor/calibration.parquet']
@@ -411,7 +420,8 @@ def _write_card(plan, made, assessor):
         encoder=plan.encoder,
         protocol='each scene by networks, level and intervals of other scenes',
         measures={name: row.dropna().round(4).to_dict() for name, row in measured.iterrows()},
-        seconds=read_json(plan.out/'fit.json')['seconds'],
+        seconds=times['seconds'],
+        cpu_seconds=times['cpu_seconds'],
         recipe=plan.settings()['recipe'],
         rssqa=__version__,
         digests=weight_digests(plan.out, *files),
@@ -428,7 +438,7 @@ def card_text(
     lines.append(f'best on average: {card["usual"]}, mean OA {card["mean_oa"][card["usual"]]:.3f}')
     for name, measures in card['measures'].items():
         order = f', order within an image {measures["srocc_image"]:.2f}' if 'srocc_image' in measures else ''
-        lines.append(f'{name} maps: mean error {measures["mae"]:.3f}{order}, '
+        lines.append(f'{name}: mean error {measures["mae"]:.3f}{order}, '
                      f'{measures["coverage"]:.0%} inside intervals of width {measures["width"]:.2f}')
-    seconds = card['seconds']
-    return '\n'.join([*lines, 'seconds: ' + ', '.join(f'{name} {value:.0f}' for name, value in seconds.items())])
+    seconds = [f'{name} {value:.0f}' for name, value in card['seconds'].items()]
+    return '\n'.join([*lines, f'seconds: {", ".join(seconds)}'])
