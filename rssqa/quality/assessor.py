@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MANY_CALIBRATION_IMAGES', 'ENOUGH_SCENES', 'TUNE_BATCH', 'TUNE_STEPS', 'TUNE_EPOCHS', 'TUNE_RATE', 'CONSENSUS_BATCH',
-           'CONSENSUS_STEPS', 'CONSENSUS_EPOCHS', 'CONSENSUS_SHARES', 'WEIGHTS', 'CALIBRATION', 'TrainingImage',
-           'Semantics', 'consensus_weight', 'image_posterior', 'Assessor', 'points_right']
+           'CONSENSUS_STEPS', 'CONSENSUS_EPOCHS', 'HALF_OWN', 'WEIGHTS', 'CALIBRATION', 'TrainingImage', 'Semantics',
+           'consensus_weight', 'image_posterior', 'Assessor', 'points_right']
 
-# %% ../../nbs/58_quality.assessor.ipynb #7997084d
+# %% ../../nbs/58_quality.assessor.ipynb #bd1ce745
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,7 +38,7 @@ from .intervals import ShiftCheck
 from .maps import ClassTable, Map, class_table, read_map
 from rssqa.quality.posterior import (
     PointFeatures, PointMaps, PosteriorNet, agreement_weight, build_posteriors, draw_samples, expected_accuracy,
-    grid_of_points, image_neighbours, map_posterior, point_features, point_maps, points_of_grid, posterior_weights,
+    grid_of_points, image_neighbours, map_posterior, mix_networks, point_features, point_maps, points_of_grid, posterior_weights,
     train_posterior, with_methods,
 )
 from ..segment.protocol import MIN_SIDE
@@ -115,7 +115,7 @@ def image_posterior(
     if not weight: return q
     return (1 - weight) * q + weight * consensus_posterior(consensus, grid_of_points(maps, source))
 
-# %% ../../nbs/58_quality.assessor.ipynb #3420ec05
+# %% ../../nbs/58_quality.assessor.ipynb #e03726d6
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 ENOUGH_SCENES = 10 # for intervals of a source by its own scenes alone
 TUNE_BATCH = 12 # images
@@ -125,7 +125,7 @@ TUNE_RATE = 1e-3 # largest learning rate
 CONSENSUS_BATCH = 2048 # points
 CONSENSUS_STEPS = 200 # of a consensus model of one source
 CONSENSUS_EPOCHS = (10, 100) # fewest, most
-CONSENSUS_SHARES = dict(tuned=0.5, own=1.0, start=0.0) # networks of fit_source -> share of the consensus model
+HALF_OWN = 20 # images of a source with which its own networks get half of the say
 
 
 class Assessor:
@@ -186,7 +186,7 @@ class Assessor:
         prepared = self._read(images)
         source = _only_source(prepared)
         samples = self._draw(prepared)
-        self.consensus_share = CONSENSUS_SHARES[networks]
+        self.consensus_share = {'own': 1.0, 'start': 0.0, 'tuned': _own_share(prepared)}[networks]
         self.nets, self.consensus = self._learn_source(prepared, samples, start, networks)
         self.sources = {source: prepared[0].grid.p.shape[1]}
         own = self._assess_scenes(prepared, samples, start, networks)
@@ -244,7 +244,8 @@ class Assessor:
         if networks == 'start': return nets, None
         if networks == 'tuned':
             options = self._tuning(samples) | dict(lr=TUNE_RATE)
-            nets = [train_posterior(samples, self.methods, start=net, **options) for net in nets]
+            tuned = [train_posterior(samples, self.methods, start=net, **options) for net in nets]
+            nets = [mix_networks(net, own, _own_share(prepared)) for net, own in zip(nets, tuned)]
         if not any(image.has_probabilities.any() for image in prepared): return nets, None
         return nets, self._train_consensus(prepared, CONSENSUS_STEPS)
 
@@ -533,6 +534,9 @@ def _source_inputs(prepared): # kinds of input that the maps of a source can be,
         name = kind.split(',')[0]
         if m >= least[name] and (ids_only or some_probabilities): inputs[kind] = (counts[name], ids_only)
     return inputs
+
+
+def _own_share(prepared): return len(prepared) / (len(prepared) + HALF_OWN)
 
 
 def _only_source(prepared): # its name

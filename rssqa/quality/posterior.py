@@ -8,7 +8,8 @@ __all__ = ['NEIGHBOURS', 'BLOCKS', 'SCALES', 'DENSE_DIRECTIONS', 'WINDOW', 'OWN_
            'window_mean', 'one_hot', 'probabilities_of_ids', 'point_maps', 'image_neighbours', 'grid_of_points',
            'points_of_grid', 'PointFeatures', 'point_features', 'margin', 'edge_density', 'PosteriorNet',
            'map_posterior', 'Expected', 'posterior_accuracy', 'agreement_weight', 'expected_accuracy', 'Sample',
-           'draw_samples', 'with_methods', 'train_posterior', 'posterior_loss', 'posterior_weights', 'build_posteriors']
+           'draw_samples', 'with_methods', 'mix_networks', 'train_posterior', 'posterior_loss', 'posterior_weights',
+           'build_posteriors']
 
 # %% ../../nbs/57_quality.posterior.ipynb #9c1511b7
 from dataclasses import dataclass, replace
@@ -428,7 +429,7 @@ def _expected_iou(q, pred): # (K,h,w), (M,h,w) -> (M,K)
     rare = union < 0.002 * valid.sum((1, 2))[:, None].clamp_min(1)
     return torch.where(rare, torch.nan, inside / union.clamp_min(1e-6))
 
-# %% ../../nbs/57_quality.posterior.ipynb #b2b6eec2
+# %% ../../nbs/57_quality.posterior.ipynb #d4775654
 @dataclass
 class Sample:
     "Maps of one image at labelled points."
@@ -497,6 +498,18 @@ def with_methods(
     state['method_vectors.weight'] = state['method_vectors.weight'][[0, *known]]
     renamed.load_state_dict(state)
     return renamed.eval()
+
+
+def mix_networks(
+    first: PosteriorNet,
+    second: PosteriorNet, # trained on from the first
+    share: float, # of the second, 0..1
+) -> PosteriorNet:
+    "Average the weights of two networks."
+    mixed = with_methods(second, second.methods)
+    of_first, of_second = with_methods(first, second.methods).state_dict(), second.state_dict()
+    mixed.load_state_dict({k: (1 - share) * of_first[k] + share * of_second[k] for k in of_second})
+    return mixed
 
 
 def train_posterior(
