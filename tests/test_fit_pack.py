@@ -151,7 +151,7 @@ def test_intervals_of_a_known_source_cover_scenes_left_out(own):
     calibration = Pack(own).assessor.calibration
     measured = measure_scenes(calibration, 'synth_town').set_index('input')
     assert (measured.coverage >= 0.75).all() and measured.coverage['few'] >= 0.85 and (measured.scenes == 4).all()
-    assert measured.srocc_image['few'] > 0.9
+    assert measured.srocc_image['few, ids only'] > 0.5
     few = calibration[(calibration.kind == f'few{KNOWN_SOURCE}') & (calibration.dataset == 'synth_town')]
     assert set(few.method) == set(SHARES) and few.oa.between(0, 1).all()
 

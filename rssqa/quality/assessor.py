@@ -7,7 +7,7 @@ __all__ = ['MANY_CALIBRATION_IMAGES', 'ENOUGH_SCENES', 'TUNE_BATCH', 'TUNE_STEPS
            'CONSENSUS_STEPS', 'CONSENSUS_EPOCHS', 'HALF_OWN', 'WEIGHTS', 'CALIBRATION', 'TrainingImage', 'Semantics',
            'consensus_weight', 'image_posterior', 'Assessor', 'points_right']
 
-# %% ../../nbs/58_quality.assessor.ipynb #bd1ce745
+# %% ../../nbs/58_quality.assessor.ipynb #c811cc01
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,8 +38,8 @@ from .intervals import ShiftCheck
 from .maps import ClassTable, Map, class_table, read_map
 from rssqa.quality.posterior import (
     PointFeatures, PointMaps, PosteriorNet, agreement_weight, build_posteriors, draw_samples, expected_accuracy,
-    grid_of_points, image_neighbours, map_posterior, mix_networks, point_features, point_maps, points_of_grid, posterior_weights,
-    train_posterior, with_methods,
+    grid_of_points, image_neighbours, map_posterior, mix_networks, point_features, point_maps, points_of_grid,
+    posterior_weights, train_posterior, with_methods,
 )
 from ..segment.protocol import MIN_SIDE
 from ..tables.grid import PredictionGrid
