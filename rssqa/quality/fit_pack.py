@@ -110,7 +110,7 @@ def _check_masks(tiles, spec): # the tiles that have a labelled pixel
         raise MissingFeatures('there is nothing to measure accuracy on', found, 'add masks with classes')
     return tiles[labelled].reset_index(drop=True)
 
-# %% ../../nbs/59_quality.fit_pack.ipynb #06d5c29a
+# %% ../../nbs/59_quality.fit_pack.ipynb #099eeb0b
 @dataclass
 class FitPlan:
     "What is fitted to which tiles."
@@ -136,9 +136,13 @@ class FitPlan:
         "Return what the pack depends on."
         known = dict(dataset=self.spec.name, classes=list(self.spec.classes), methods=list(self.methods))
         options = dict(maps=sorted(self.maps), folds=self.folds, encoder=self.encoder, seed=self.seed)
-        recipe = asdict(self.recipe) if self.methods else {}
-        known |= options | dict(recipe=recipe, tiles=_digest_files(self), name=self.name)
+        known |= options | dict(recipe=self._recipe(), tiles=_digest_files(self), name=self.name)
         return json.loads(json.dumps(known))
+
+    def _recipe(self): # JSON-able, encoder weights by the names of their files; {} for maps
+        if not self.methods: return {}
+        files = [encoder_file(method, self.recipe) for method in self.methods]
+        return asdict(self.recipe) | dict(encoder_weights=[Path(file).name for file in files if file])
 
 
 def _digest_files(plan): # of images, masks, scenes, maps
