@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PARTS', 'main', 'demo_command', 'assess_command',
-           'use_command', 'show_command', 'build_command', 'build_demo_command', 'score_command', 'recommend_command',
-           'ls_command', 'get_command', 'check_command', 'paper_command', 'speed_command', 'encoders_command',
-           'projection_command', 'assessor_command', 'explorer_command', 'clip_command', 'probe_command',
+           'use_command', 'show_command', 'build_command', 'build_demo_command', 'calibrate_command', 'fit_command',
+           'score_command', 'recommend_command', 'ls_command', 'get_command', 'check_command', 'paper_command',
+           'speed_command', 'encoders_command', 'projection_command', 'assessor_command', 'own_domain_command',
+           'points_command', 'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command',
            'conformance_command', 'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command',
            'train_command', 'eval_command', 'doctor_command']
 
@@ -105,7 +106,7 @@ def _build_demo(data, out, sources, weights, encoder, steps, every, workers, see
     board = run_full_demo(plan, out, workers, seed, None if every else FIVE_RIVALS)
     print(full_demo_summary(board, plan, out))
 
-# %% ../nbs/91_cli.ipynb #4efa86a6
+# %% ../nbs/91_cli.ipynb #ab1d97b5
 @app.command('assess')
 def assess_command(
     image: Annotated[Path, typer.Argument(help='Image from above, or a folder of images.')],
@@ -123,6 +124,8 @@ def assess_command(
     workers: Annotated[Optional[int], typer.Option(
         min=1, help='Processes for a folder; default one per core.')] = None,
     dataset: _DatasetOption = None,
+    source: Annotated[str, typer.Option(
+        help='Dataset of the pack that the image belongs to: its class table and its calibration are used.')] = '',
     pack: _PackOption = None,
 ):
     "Say how accurate the maps of an image are, where they are wrong and which one to use, without labels."
@@ -131,14 +134,14 @@ def assess_command(
     named = _named_paths(maps or ())
     if image.is_dir():
         _check_folder_options(labels, pictures)
-        return _assess_folder(image, named, classes, usual, as_json, out, workers, dataset, pack)
+        return _assess_folder(image, named, classes, usual, as_json, out, workers, dataset or source or None, pack)
     for path in (image, *named.values(), *filter(None, (classes, labels))): check_file(path)
     if out: check_table_path(out)
     import json
     import pandas as pd
     from rssqa.quality.recommend import assess
     points = pd.read_csv(labels) if labels else None
-    answer = assess(image, named or None, classes, usual, points, pack, dataset)
+    answer = assess(image, named or None, classes, usual, points, pack, dataset, source)
     if out: write_table(answer.table.assign(iou=answer.table.iou.map(json.dumps)), out)
     if pictures: answer.save_pictures(pictures)
     print(json.dumps(answer.to_json(), indent=1) if as_json else f'{answer}\npack: {answer.pack}')
@@ -204,7 +207,7 @@ def _named_paths(options): # ['a=x.png'] -> {'a': Path('x.png')}; without a name
         named[name] = Path(path)
     return named
 
-# %% ../nbs/91_cli.ipynb #f0a1a200
+# %% ../nbs/91_cli.ipynb #7aa8ecc4
 pack_app = typer.Typer(no_args_is_help=True, help='Choose the networks and the assessor that answer.')
 app.add_typer(pack_app, name='pack')
 
@@ -253,6 +256,62 @@ def build_demo_command(
     from rssqa.core import bundled
     from rssqa.quality.build_pack import build_demo_pack
     print(build_demo_pack(out or bundled('demo'), steps, seed=seed))
+
+
+@pack_app.command('calibrate')
+def calibrate_command(
+    points: Annotated[Path, typer.Argument(
+        help='CSV of labelled points of several images of one source: image, x, y, class.')],
+    out: Annotated[Path, typer.Option('--out', '-o', help='Folder of the new pack.')],
+    images: Annotated[Path, typer.Option(help='Folder of the images.')] = Path('.'),
+    maps: Annotated[Optional[list[str]], typer.Option(
+        '--maps', '--map', help='NAME=FOLDER with a map of each image; omit to run the networks.')] = None,
+    classes: Annotated[Optional[Path], typer.Option(help='Class table of the maps.')] = None,
+    dataset: _DatasetOption = None,
+    pack: _PackOption = None,
+):
+    "Write a copy of a pack whose level and intervals are calibrated by labelled points of a source."
+    import pandas as pd
+    from rssqa.core import check_file
+    check_file(points)
+    named = _named_paths(maps or ())
+    from rssqa.quality.recommend import Pack, calibrate_pack
+    folder = calibrate_pack(pd.read_csv(points), out, images, named or None, classes, pack, dataset)
+    config = Pack(folder).config['calibrated']
+    print(f'{folder}: {config["points"]} points, level {config["level_shift"]:+.2f} on the logit scale')
+
+# %% ../nbs/91_cli.ipynb #62670e0f
+@app.command('fit')
+def fit_command(
+    tiles: Annotated[Path, typer.Argument(
+        help='Folder with images/, masks/ of the same names, classes.json, and splits.csv that names scenes.')],
+    out: Annotated[Path, typer.Option('--out', '-o', help='Folder of the pack; the same call goes on there.')],
+    methods: Annotated[Optional[list[str]], typer.Option(
+        '--method', '-m', help='Network to train; repeat for more, omit for all.')] = None,
+    maps: Annotated[Optional[list[str]], typer.Option(
+        '--maps', '--map', help='NAME=FOLDER with a map of each tile; nothing is trained then.')] = None,
+    steps: Annotated[int, typer.Option(min=1, help='Training steps of each network.')] = 400,
+    preset: Annotated[str, typer.Option(help='Size of the networks: nano, tiny or standard.')] = 'tiny',
+    crop: Annotated[int, typer.Option(min=32, help='Side of a training crop, pixels.')] = 160,
+    weights: Annotated[Optional[Path], typer.Option(
+        help='Folder with encoder weights named after timm encoders.')] = None,
+    folds: Annotated[int, typer.Option(min=2, help='Parts of the scenes; a network learns from all but one.')] = 3,
+    encoder: Annotated[str, typer.Option(help='Semantic encoder; empty for none.')] = 'clip-rs-mini',
+    workers: Annotated[Optional[int], typer.Option(min=1, help='Processes; default one per core.')] = None,
+    seed: Annotated[int, typer.Option(help='Of folds, weights and drawn points.')] = 0,
+):
+    "Fit networks and an assessor to labelled tiles, or an assessor to maps of them; the result is a pack."
+    named = _named_paths(maps or ())
+    from rssqa.quality.fit_pack import card_text, fit_pack
+    from rssqa.segment.methods.training import Recipe
+    recipe = Recipe(preset, steps=steps, crop=crop, encoder_weights=weights and str(weights))
+    options = dict(folds=folds, recipe=recipe, encoder=encoder, workers=workers, seed=seed)
+    print(card_text(fit_pack(tiles, out, methods, named, **options)), _next_step(out, named), sep='\n')
+
+
+def _next_step(pack, maps): # what to type now
+    given = ''.join(f' --map {name}=PATH' for name in maps)
+    return f'next: rssqa assess IMAGE{given} --pack {pack}'
 
 # %% ../nbs/91_cli.ipynb #8401b891
 @app.command('score')
@@ -491,7 +550,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #69368b20
+# %% ../nbs/91_cli.ipynb #591bba7f
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -506,6 +565,63 @@ def assessor_command(
     protocol = 'sources left out; for known sources, scenes left out'
     stamped = stamp(measured, 'rssqa bench assessor', protocol, 'RS-SQED-open', 0)
     if out: write_results(stamped, out)
+
+
+_DataOption = Annotated[Path, typer.Option(help='Folder of dataset folders: the imagery of the committed tables.')]
+
+
+@bench_app.command('own-domain')
+def own_domain_command(
+    data: _DataOption,
+    tables: _TablesOption = Path('data/tables'),
+    images: Annotated[str, typer.Option(help='Numbers of labelled images, separated by commas.')] = '5,20,40',
+    seed: Annotated[int, typer.Option(help='Of the drawn images.')] = 0,
+    out: _CsvOption = None,
+):
+    "Measure what labelled images of a new source bring."
+    from rssqa.bench.own_domain import bench_own_domain
+    from rssqa.provenance import save_results
+    board = bench_own_domain(data, str(tables), counts=_integers(images), seed=seed)
+    print(board.round(3).to_string(index=False))
+    command = f'rssqa bench own-domain --images {images} --seed {seed}'
+    if out: save_results(board, out, 'each half of the scenes by the other half', 'RS-SQED-open', seed, command)
+
+
+@bench_app.command('points')
+def points_command(
+    data: _DataOption,
+    tables: _TablesOption = Path('data/tables'),
+    repeats: Annotated[int, typer.Option(min=1, help='Draws of points.')] = 100,
+    seed: Annotated[int, typer.Option(help='Of the drawn points.')] = 0,
+    out: _CsvOption = None,
+):
+    "Measure what labelled points of a new source bring."
+    from rssqa.bench.own_domain import bench_points
+    from rssqa.provenance import save_results
+    board = bench_points(data, str(tables), repeats=repeats, seed=seed)
+    print(board.round(3).to_string(index=False))
+    command = f'rssqa bench points --repeats {repeats} --seed {seed}'
+    if out: save_results(board, out, 'each source from the other sources', 'RS-SQED-open', seed, command)
+
+
+@bench_app.command('fit')
+def bench_fit_command(
+    tiles: Annotated[Path, typer.Argument(help='Folder of tiles with masks.')],
+    methods: Annotated[str, typer.Option(help='Networks, separated by commas.')] = 'unet,segformer,pspnet',
+    steps: Annotated[int, typer.Option(min=1, help='Training steps of each network.')] = 200,
+    workers: Annotated[Optional[int], typer.Option(min=1, help='Processes; default one per core.')] = None,
+    weights: Annotated[Optional[Path], typer.Option(
+        help='Folder with encoder weights named after timm encoders.')] = None,
+    out: _CsvOption = None,
+):
+    "Fit a pack to tiles and report its measures and the time of each stage."
+    from rssqa.bench.own_domain import bench_fit
+    from rssqa.provenance import hardware, save_results
+    board = bench_fit(tiles, _split(methods), steps, workers, weights and str(weights))
+    print(board.T.to_string())
+    command = f'rssqa bench fit {tiles.name} --methods {methods} --steps {steps}'
+    if workers: command += f' --workers {workers}'
+    if out: save_results(board, out, 'scenes left out', tiles.name, 0, command, **hardware())
 
 
 @bench_app.command('explorer')

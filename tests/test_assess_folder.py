@@ -10,7 +10,7 @@ import rssqa.quality.assess_folder as module
 from rssqa.cli import main
 from rssqa.core import DataNotFound, Incompatible
 from rssqa.data.synthetic import CLASSES, scene
-from rssqa.quality.assess_folder import ROW_COLUMNS, assess_folder, find_map
+from rssqa.quality.assess_folder import ROW_COLUMNS, assess_folder
 from rssqa.quality.recommend import Pack, assess, bundled_pack
 
 NAMES = ('a.png', 'deep/b.png', 'deep/c.png')
@@ -136,14 +136,6 @@ def test_mistakes_are_found_before_any_work(home, pack, monkeypatch):
     with pytest.raises(DataNotFound): assess_folder(home/'images', folders(home), home/'none.json', pack=pack)
     with pytest.raises(Exception, match='(?i)expected .parquet or .csv'):
         assess_folder(home/'images', folders(home), CLASSES, pack=pack, out=home/'t.xls')
-
-
-@pytest.mark.parametrize('image, suffix', [('x.jpg', '.png'), ('a/b/x.TIF', '.npz'), ('x.y.png', '.tif')])
-def test_a_map_is_found_by_place_and_stem(tmp_path, image, suffix):
-    place = (tmp_path/image).with_suffix(suffix)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.touch()
-    assert find_map(tmp_path, image) == place
 
 
 def run(args, capsys, code=0):

@@ -415,7 +415,7 @@ def test_missing_values_do_not_count_in_features(new):
 
 
 def test_the_loss_ignores_points_without_a_value_and_learns(assessor):
-    samples = assessor._draw([assessor._prepare(training_image(i, 'a')) for i in range(4)])
+    samples = assessor._draw([assessor.prepare(training_image(i, 'a')) for i in range(4)])
     few = train_posterior(samples, assessor.methods, epochs=1, seed=0)
     many = train_posterior(samples, assessor.methods, epochs=25, seed=0)
     same_size = [s for s in samples if s.pred.shape[1] == 5]

@@ -8,7 +8,8 @@ __all__ = ['NEIGHBOURS', 'BLOCKS', 'SCALES', 'DENSE_DIRECTIONS', 'WINDOW', 'OWN_
            'window_mean', 'one_hot', 'probabilities_of_ids', 'point_maps', 'image_neighbours', 'grid_of_points',
            'points_of_grid', 'PointFeatures', 'point_features', 'margin', 'edge_density', 'PosteriorNet',
            'map_posterior', 'Expected', 'posterior_accuracy', 'agreement_weight', 'expected_accuracy', 'Sample',
-           'draw_samples', 'train_posterior', 'posterior_loss', 'posterior_weights', 'build_posteriors']
+           'draw_samples', 'with_methods', 'mix_networks', 'train_posterior', 'posterior_loss', 'posterior_weights',
+           'build_posteriors']
 
 # %% ../../nbs/57_quality.posterior.ipynb #9c1511b7
 from dataclasses import dataclass, replace
@@ -428,7 +429,7 @@ def _expected_iou(q, pred): # (K,h,w), (M,h,w) -> (M,K)
     rare = union < 0.002 * valid.sum((1, 2))[:, None].clamp_min(1)
     return torch.where(rare, torch.nan, inside / union.clamp_min(1e-6))
 
-# %% ../../nbs/57_quality.posterior.ipynb #f9ac1aa3
+# %% ../../nbs/57_quality.posterior.ipynb #d4775654
 @dataclass
 class Sample:
     "Maps of one image at labelled points."
@@ -486,6 +487,31 @@ def _sample_at(maps, truth, about, at): # about: group, scene, number
     )
 
 
+def with_methods(
+    net: PosteriorNet,
+    methods: tuple[str, ...], # names that get a learned vector
+) -> PosteriorNet: # in evaluation mode; a name that is new begins with the vector of an unknown method
+    "Copy a network for other methods."
+    renamed = PosteriorNet(methods, net.width, net.method_width)
+    state = net.state_dict()
+    known = net.method_numbers(renamed.methods).tolist()
+    state['method_vectors.weight'] = state['method_vectors.weight'][[0, *known]]
+    renamed.load_state_dict(state)
+    return renamed.eval()
+
+
+def mix_networks(
+    first: PosteriorNet,
+    second: PosteriorNet, # trained on from the first
+    share: float, # of the second, 0..1
+) -> PosteriorNet:
+    "Average the weights of two networks."
+    mixed = with_methods(second, second.methods)
+    of_first, of_second = with_methods(first, second.methods).state_dict(), second.state_dict()
+    mixed.load_state_dict({k: (1 - share) * of_first[k] + share * of_second[k] for k in of_second})
+    return mixed
+
+
 def train_posterior(
     samples: list[Sample],
     methods: tuple[str, ...] = (), # names with a learned vector, as in draw_samples
@@ -494,11 +520,12 @@ def train_posterior(
     lr: float = 4e-3, # largest learning rate of the one-cycle schedule
     width: int = 32, # of the hidden layers
     seed: int = 0,
+    start: PosteriorNet = None, # trained on other images, from which training goes on
 ) -> PosteriorNet:
     "Train a network."
     seed_all(seed)
     rng = np.random.default_rng(seed)
-    net = PosteriorNet(methods, width)
+    net = with_methods(start, methods) if start else PosteriorNet(methods, width)
     optimiser = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2)
     steps = epochs * len(_batches(samples, batch, rng))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps + 1, pct_start=0.15)
