@@ -7,14 +7,16 @@ __all__ = ['segmenters', 'encoders', 'fusions', 'datasets', 'MAX_PIXELS', 'PIL_F
            'DataNotFound', 'BadImage', 'Incompatible', 'LeakError', 'MissingFeatures', 'DownloadError', 'Registry',
            'unknown', 'digest', 'file_id', 'state_digest', 'as_image', 'check_file', 'check_size', 'file_faults',
            'decode_image', 'is_tiff', 'decode_picture', 'upright_size', 'open_tiff', 'read_bands', 'stretch',
-           'pick_device', 'seed_all', 'cache_dir', 'real_dir', 'bundled', 'atomic', 'write_json', 'read_json',
-           'load_tensors', 'weight_digests', 'load_recorded', 'model_faults', 'progress', 'say']
+           'pick_device', 'seed_all', 'cache_dir', 'real_dir', 'bundled', 'few_threads', 'without_compiler', 'atomic',
+           'write_json', 'read_json', 'load_tensors', 'weight_digests', 'load_recorded', 'model_faults', 'progress',
+           'say']
 
-# %% ../nbs/00_core.ipynb #d2b22c24
+# %% ../nbs/00_core.ipynb #ae77ace6
 import difflib, hashlib, importlib.metadata, json, os, random, re, sys, uuid
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Iterable
 
 import numpy as np
@@ -439,6 +441,69 @@ def bundled(
     installed = package.joinpath('models', *parts)
     checkout = package.parent.joinpath('data', 'models', *parts)
     return checkout if checkout.exists() and not installed.exists() else installed
+
+# %% ../nbs/00_core.ipynb #94d97d35
+@contextmanager
+def few_threads(
+    most: int = None, # default: RSSQA_THREADS, else 1
+):
+    "Limit the threads of torch and of numpy inside the block."
+    import torch
+    from threadpoolctl import threadpool_limits
+    most = most or int(os.environ.get('RSSQA_THREADS') or 1)
+    most = max(1, min(most, os.cpu_count() or 1))
+    before = torch.get_num_threads()
+    if before == most:
+        yield
+        return
+    with threadpool_limits(most):
+        torch.set_num_threads(most)
+        try: yield
+        finally: torch.set_num_threads(before)
+
+# %% ../nbs/00_core.ipynb #4b489189
+def _placeholder(): # a module that knows how not to compile, and loads the real one for anything else
+    module = ModuleType('torch._dynamo')
+    utils = ModuleType('torch._dynamo.utils')
+    def disable(fn=None, *args, **kwargs): return fn if callable(fn) else disable
+    def is_compile_supported(device):
+        from torch._dynamo.utils import is_compile_supported as real
+        return real(device)
+    module.__path__ = []
+    module.disable = disable
+    utils.is_compile_supported = is_compile_supported
+    def real_part(name, of):
+        if name.startswith('__'): raise AttributeError(name)              # asked of every module by inspect
+        return getattr(of(_real_compiler(module)), name)
+    module.__getattr__ = lambda name: real_part(name, lambda real: real)
+    utils.__getattr__ = lambda name: real_part(name, lambda real: real.utils)
+    module.utils = utils
+    return module
+
+
+def _remove(placeholder):
+    for name in ('torch._dynamo', 'torch._dynamo.utils'):
+        if sys.modules.get(name) in (placeholder, placeholder.utils): del sys.modules[name]
+    torch = sys.modules['torch']
+    if vars(torch).get('_dynamo') is placeholder: del torch._dynamo
+
+
+def _real_compiler(placeholder):
+    _remove(placeholder)
+    return importlib.import_module('torch._dynamo')
+
+
+@contextmanager
+def without_compiler():
+    "Open networks without loading torch's compiler."
+    import torch # noqa: F401 (the placeholder is for its parts)
+    if 'torch._dynamo' in sys.modules:
+        yield
+        return
+    placeholder = _placeholder()
+    sys.modules |= {'torch._dynamo': placeholder, 'torch._dynamo.utils': placeholder.utils}
+    try: yield
+    finally: _remove(placeholder)
 
 # %% ../nbs/00_core.ipynb #e4386958
 @contextmanager

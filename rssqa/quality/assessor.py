@@ -6,7 +6,7 @@
 __all__ = ['MANY_CALIBRATION_IMAGES', 'WEIGHTS', 'CALIBRATION', 'TrainingImage', 'Semantics', 'consensus_weight',
            'image_posterior', 'Assessor', 'points_right']
 
-# %% ../../nbs/58_quality.assessor.ipynb #12baa8e7
+# %% ../../nbs/58_quality.assessor.ipynb #1bd1b792
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from rssqa.core import (
-    BadImage, DataNotFound, Incompatible, MissingFeatures, SchemaError, as_image, atomic, load_recorded,
+    BadImage, DataNotFound, Incompatible, MissingFeatures, SchemaError, as_image, atomic, few_threads, load_recorded,
     model_faults, progress, read_json, unknown, weight_digests, write_json,
 )
 from ..data.datasets import IGNORE
@@ -109,7 +109,7 @@ def image_posterior(
     if not weight: return q
     return (1 - weight) * q + weight * consensus_posterior(consensus, grid_of_points(maps, source))
 
-# %% ../../nbs/58_quality.assessor.ipynb #96cc2a05
+# %% ../../nbs/58_quality.assessor.ipynb #4a88ca7f
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 
 
@@ -230,6 +230,7 @@ class Assessor:
         if len(others) in (0, len(samples)): return self.nets
         return self._train(others, 1)
 
+    @few_threads()
     def assess(self,
         image, # anything as_image takes
         maps, # a map, a list of maps, or a dictionary from names to maps; a map is anything read_map takes

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARRAY_SUFFIXES', 'ClassTable', 'class_table', 'Map', 'map_from_ids', 'map_from_scores', 'read_map']
 
-# %% ../../nbs/56_quality.maps.ipynb #f85f1b29
+# %% ../../nbs/56_quality.maps.ipynb #fdf201c7
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from rssqa.core import (
     BadImage, DataNotFound, Incompatible, SchemaError, check_size, decode_image, is_tiff, open_tiff, read_json,
 )
 from ..data.datasets import IGNORE
+from ..segment.protocol import SegOutput, segment_views
 
 # %% ../../nbs/56_quality.maps.ipynb #90a9d325
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _softmax(x): # over the first axis
     e = np.exp(x - x.max(0))
     return e / e.sum(0)
 
-# %% ../../nbs/56_quality.maps.ipynb #f445bb0d
+# %% ../../nbs/56_quality.maps.ipynb #609f7ad8
 ARRAY_SUFFIXES = ('.npy', '.npz')
 
 
@@ -226,9 +227,8 @@ def _run_segmenter(segmenter, table, name, image):
         raise Incompatible(f'cannot use segmenter {name!r}', found, 'pass its class table as classes=')
     x = torch.as_tensor(image)[None]
     temperature = getattr(segmenter, 'temperature', 1.0)
-    out = segmenter(x)
-    mirrored = segmenter(x.flip(-1)).probs(temperature).flip(-1)
-    p = (out.probs(temperature) + mirrored) / 2
+    out, mirrored = segment_views(segmenter, x)
+    p = (out.probs(temperature) + SegOutput(mirrored).probs(temperature)) / 2
     return Map(name, _to_numpy(out.mask[0]).astype(np.uint8), _to_numpy(p[0]))
 
 # %% ../../nbs/56_quality.maps.ipynb #a0572c6b

@@ -6,7 +6,7 @@
 __all__ = ['LABEL_COLUMNS', 'Pack', 'write_pack', 'bundled_pack', 'use_pack', 'default_pack', 'open_pack', 'assess', 'rank',
            'score', 'rank_folder', 'recommend', 'nothing_usable']
 
-# %% ../../nbs/59_quality.recommend.ipynb #d79eb148
+# %% ../../nbs/59_quality.recommend.ipynb #3c35940a
 import os
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,9 +18,10 @@ from .. import __version__
 from ..segment.confidence import agreement
 from ..core import BadImage, DataNotFound, Incompatible, SchemaError
 from rssqa.core import (
-    as_image, bundled, cache_dir, digest, file_id, pick_device, read_json, unknown, write_json
+    as_image, bundled, cache_dir, digest, few_threads, file_id, pick_device, read_json, unknown, write_json
 )
 from ..segment.methods.training import load_segmenter
+from ..segment.openvino import with_engine
 from .assessment import Assessment
 from .assessor import Assessor
 from .folders import FolderResult, check_folder, check_table_path, process_folder
@@ -30,7 +31,7 @@ from .consensus import ConsensusEnsemble, consensus_table, load_consensus, pool_
 from ..tables.grid import PredictionGrid, limit_grid, subsample
 from ..tables.description import describe_prediction
 
-# %% ../../nbs/59_quality.recommend.ipynb #62508357
+# %% ../../nbs/59_quality.recommend.ipynb #f6300838
 class Pack:
     "Segmenters and a quality model that belong together."
     def __init__(self,
@@ -79,8 +80,11 @@ class Pack:
         if key in self._added: return self._added[key]
         known = self.config['networks'][dataset]
         if method not in known: raise unknown(f'method for {dataset}', method, self.methods(dataset))
-        if key not in self._open: self._open[key] = load_segmenter(self.folder/known[method], self.device)
+        if key not in self._open: self._open[key] = self._load(known[method])
         return self._open[key]
+
+    @few_threads()
+    def _load(self, folder): return with_engine(load_segmenter(self.folder/folder, self.device))
 
     def add(self,
         method: str, # name in rankings
@@ -258,7 +262,8 @@ def open_pack(
     "Open a pack from its folder; return a Pack as it is."
     return pack if isinstance(pack, Pack) else Pack(pack or default_pack())
 
-# %% ../../nbs/59_quality.recommend.ipynb #f17b63de
+# %% ../../nbs/59_quality.recommend.ipynb #fedaf215
+@few_threads()
 def assess(
     image, # anything as_image takes
     maps=None, # a map, a list, or a dictionary from names to maps (see read_map); None runs the networks of the pack
@@ -280,10 +285,11 @@ def assess(
         raise Incompatible('cannot assess these maps', found, todo)
     return pack.assessor.assess(image, maps, classes, usual, labels)
 
-# %% ../../nbs/59_quality.recommend.ipynb #d66bfcd0
+# %% ../../nbs/59_quality.recommend.ipynb #a709840c
 LABEL_COLUMNS = ('oa', 'miou', 'mf1', 'n_valid', 'confusion')
 
 
+@few_threads()
 def rank(
     image, # anything as_image takes
     pack: Pack,
