@@ -461,49 +461,54 @@ def few_threads(
         try: yield
         finally: torch.set_num_threads(before)
 
-# %% ../nbs/00_core.ipynb #4b489189
-def _placeholder(): # a module that knows how not to compile, and loads the real one for anything else
-    module = ModuleType('torch._dynamo')
-    utils = ModuleType('torch._dynamo.utils')
-    def disable(fn=None, *args, **kwargs): return fn if callable(fn) else disable
-    def is_compile_supported(device):
-        from torch._dynamo.utils import is_compile_supported as real
-        return real(device)
-    module.__path__ = []
-    module.disable = disable
-    utils.is_compile_supported = is_compile_supported
-    def real_part(name, of):
-        if name.startswith('__'): raise AttributeError(name)              # asked of every module by inspect
-        return getattr(of(_real_compiler(module)), name)
-    module.__getattr__ = lambda name: real_part(name, lambda real: real)
-    utils.__getattr__ = lambda name: real_part(name, lambda real: real.utils)
-    module.utils = utils
+# %% ../nbs/00_core.ipynb #e3108569
+_COMPILER = 'torch._dynamo'
+_DECORATORS = ('disable', 'assume_constant_result', 'allow_in_graph') # for functions that may be compiled
+_COMPILER_PARTS = ('utils', '_trace_wrapped_higher_order_op') # that others import by name
+
+
+def _placeholders(): # name -> module; together they know how not to compile, and find the real ones when called
+    root = ModuleType(_COMPILER)
+    root.__path__ = []
+    modules = {_COMPILER: root}
+    for part in _COMPILER_PARTS: modules[f'{_COMPILER}.{part}'] = _deferred(f'{_COMPILER}.{part}')
+    def leave(fn=None, *args, **kwargs): return fn if callable(fn) else leave
+    def real(name):
+        if name.startswith('__'): raise AttributeError(name)              # inspect asks every module
+        _remove(modules)
+        return getattr(importlib.import_module(_COMPILER), name)
+    for name in _DECORATORS: setattr(root, name, leave)
+    root.__getattr__ = real
+    return modules
+
+
+def _deferred(module_name): # a module of functions that call those of the real module
+    module = ModuleType(module_name)
+    def defer(name):
+        if name.startswith('__'): raise AttributeError(name)
+        return lambda *args, **kwargs: getattr(importlib.import_module(module_name), name)(*args, **kwargs)
+    module.__getattr__ = defer
     return module
 
 
-def _remove(placeholder):
-    for name in ('torch._dynamo', 'torch._dynamo.utils'):
-        if sys.modules.get(name) in (placeholder, placeholder.utils): del sys.modules[name]
+def _remove(placeholders): # so that the next import finds the real modules
+    for name, module in placeholders.items():
+        if sys.modules.get(name) is module: del sys.modules[name]
     torch = sys.modules['torch']
-    if vars(torch).get('_dynamo') is placeholder: del torch._dynamo
-
-
-def _real_compiler(placeholder):
-    _remove(placeholder)
-    return importlib.import_module('torch._dynamo')
+    if vars(torch).get('_dynamo') is placeholders[_COMPILER]: del torch._dynamo
 
 
 @contextmanager
 def without_compiler():
     "Open networks without loading torch's compiler."
     import torch # noqa: F401 (the placeholder is for its parts)
-    if 'torch._dynamo' in sys.modules:
+    if _COMPILER in sys.modules:
         yield
         return
-    placeholder = _placeholder()
-    sys.modules |= {'torch._dynamo': placeholder, 'torch._dynamo.utils': placeholder.utils}
+    placeholders = _placeholders()
+    sys.modules.update(placeholders)
     try: yield
-    finally: _remove(placeholder)
+    finally: _remove(placeholders)
 
 # %% ../nbs/00_core.ipynb #e4386958
 @contextmanager
