@@ -11,10 +11,11 @@ __all__ = ['segmenters', 'encoders', 'fusions', 'datasets', 'MAX_PIXELS', 'PIL_F
            'write_json', 'read_json', 'load_tensors', 'weight_digests', 'load_recorded', 'model_faults', 'progress',
            'say']
 
-# %% ../nbs/00_core.ipynb #ae77ace6
+# %% ../nbs/00_core.ipynb #20c08d8a
 import difflib, hashlib, importlib.metadata, json, os, random, re, sys, uuid
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Iterable
@@ -442,21 +443,26 @@ def bundled(
     checkout = package.parent.joinpath('data', 'models', *parts)
     return checkout if checkout.exists() and not installed.exists() else installed
 
-# %% ../nbs/00_core.ipynb #94d97d35
+# %% ../nbs/00_core.ipynb #1d7dd77b
+@lru_cache(1)
+def _thread_pools(modules): # of the libraries that are loaded; looked up again after an import
+    from threadpoolctl import ThreadpoolController
+    return ThreadpoolController()
+
+
 @contextmanager
 def few_threads(
     most: int = None, # default: RSSQA_THREADS, else 1
 ):
     "Limit the threads of torch and of numpy inside the block."
     import torch
-    from threadpoolctl import threadpool_limits
     most = most or int(os.environ.get('RSSQA_THREADS') or 1)
     most = max(1, min(most, os.cpu_count() or 1))
     before = torch.get_num_threads()
     if before == most:
         yield
         return
-    with threadpool_limits(most):
+    with _thread_pools(len(sys.modules)).limit(limits=most):
         torch.set_num_threads(most)
         try: yield
         finally: torch.set_num_threads(before)
