@@ -1,4 +1,4 @@
-"""A network on OpenVINO gives the maps that it gives on torch, is kept between processes, and torch goes on where it fails."""
+"""A network on OpenVINO gives the maps that it gives on torch, is kept, and torch goes on where it fails."""
 import numpy as np
 import pytest
 import torch
@@ -37,7 +37,7 @@ def images(n=2, height=64, width=64): return torch.rand(n, 3, height, width, gen
 
 def converted(segmenter, after=0):
     fast = OpenVINOSegmenter(segmenter, after)
-    fast.images = {size: 1 for size in ((64, 64), (52, 40))}
+    fast.images = dict.fromkeys(((64, 64), (52, 40)), 1)
     return fast
 
 
@@ -71,7 +71,7 @@ def test_torch_runs_until_it_pays(small):
         fast(images())
         found.append(len(fast.compiled))
     assert found == [0, 0, 0, 1]
-    later = OpenVINOSegmenter(small, 6)                                     # of another process: kept, at the second call
+    later = OpenVINOSegmenter(small, 6)                                     # of another process
     later(images())
     assert not later.compiled
     later(images())

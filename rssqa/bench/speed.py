@@ -220,7 +220,8 @@ def sqed_speed(
     rates = {name: len(setup.table) / value for name, value in seconds.items()}
     rows = [measurement(f'{what}, rows a CPU second', rates['build'], 'rows/s', 'plain loop', plain, 3)]
     if 'openvino' not in rates: return rows
-    return [*rows, measurement(f'{what}, on OpenVINO, converted before', rates['openvino'], 'rows/s', 'plain loop', plain, 3)]
+    what = f'{what}, on OpenVINO, converted before'
+    return [*rows, measurement(what, rates['openvino'], 'rows/s', 'plain loop', plain, 3)]
 
 
 def _plain_network(folder): # as torch gives it
