@@ -16,8 +16,10 @@ import numpy as np
 from ..core import Incompatible, atomic, cache_dir, digest, say, unknown
 from .protocol import FeatureHooks, TorchSegmenter
 
-# %% ../../nbs/26_segment.openvino.ipynb #8652ba51
-def is_installed() -> bool: return find_spec('openvino') is not None
+# %% ../../nbs/26_segment.openvino.ipynb #1f7be986
+def is_installed() -> bool:
+    "Tell whether OpenVINO can be imported."
+    return find_spec('openvino') is not None
 
 
 def _core():
