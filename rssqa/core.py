@@ -7,14 +7,17 @@ __all__ = ['segmenters', 'encoders', 'fusions', 'datasets', 'MAX_PIXELS', 'PIL_F
            'DataNotFound', 'BadImage', 'Incompatible', 'LeakError', 'MissingFeatures', 'DownloadError', 'Registry',
            'unknown', 'digest', 'file_id', 'state_digest', 'as_image', 'check_file', 'check_size', 'file_faults',
            'decode_image', 'is_tiff', 'decode_picture', 'upright_size', 'open_tiff', 'read_bands', 'stretch',
-           'pick_device', 'seed_all', 'cache_dir', 'real_dir', 'bundled', 'atomic', 'write_json', 'read_json',
-           'load_tensors', 'weight_digests', 'load_recorded', 'model_faults', 'progress', 'say']
+           'pick_device', 'seed_all', 'cache_dir', 'real_dir', 'bundled', 'few_threads', 'without_compiler', 'atomic',
+           'write_json', 'read_json', 'load_tensors', 'weight_digests', 'load_recorded', 'model_faults', 'progress',
+           'say']
 
-# %% ../nbs/00_core.ipynb #d2b22c24
+# %% ../nbs/00_core.ipynb #20c08d8a
 import difflib, hashlib, importlib.metadata, json, os, random, re, sys, uuid
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Iterable
 
 import numpy as np
@@ -439,6 +442,79 @@ def bundled(
     installed = package.joinpath('models', *parts)
     checkout = package.parent.joinpath('data', 'models', *parts)
     return checkout if checkout.exists() and not installed.exists() else installed
+
+# %% ../nbs/00_core.ipynb #1d7dd77b
+@lru_cache(1)
+def _thread_pools(modules): # of the libraries that are loaded; looked up again after an import
+    from threadpoolctl import ThreadpoolController
+    return ThreadpoolController()
+
+
+@contextmanager
+def few_threads(
+    most: int = None, # default: RSSQA_THREADS, else 1
+):
+    "Limit the threads of torch and of numpy inside the block."
+    import torch
+    most = most or int(os.environ.get('RSSQA_THREADS') or 1)
+    most = max(1, min(most, os.cpu_count() or 1))
+    before = torch.get_num_threads()
+    if before == most:
+        yield
+        return
+    with _thread_pools(len(sys.modules)).limit(limits=most):
+        torch.set_num_threads(most)
+        try: yield
+        finally: torch.set_num_threads(before)
+
+# %% ../nbs/00_core.ipynb #e3108569
+_COMPILER = 'torch._dynamo'
+_DECORATORS = ('disable', 'assume_constant_result', 'allow_in_graph') # for functions that may be compiled
+_COMPILER_PARTS = ('utils', '_trace_wrapped_higher_order_op') # that others import by name
+
+
+def _placeholders(): # name -> module; together they know how not to compile, and find the real ones when called
+    root = ModuleType(_COMPILER)
+    root.__path__ = []
+    modules = {_COMPILER: root}
+    for part in _COMPILER_PARTS: modules[f'{_COMPILER}.{part}'] = _deferred(f'{_COMPILER}.{part}')
+    def leave(fn=None, *args, **kwargs): return fn if callable(fn) else leave
+    def real(name):
+        if name.startswith('__'): raise AttributeError(name)              # inspect asks every module
+        _remove(modules)
+        return getattr(importlib.import_module(_COMPILER), name)
+    for name in _DECORATORS: setattr(root, name, leave)
+    root.__getattr__ = real
+    return modules
+
+
+def _deferred(module_name): # a module of functions that call those of the real module
+    module = ModuleType(module_name)
+    def defer(name):
+        if name.startswith('__'): raise AttributeError(name)
+        return lambda *args, **kwargs: getattr(importlib.import_module(module_name), name)(*args, **kwargs)
+    module.__getattr__ = defer
+    return module
+
+
+def _remove(placeholders): # so that the next import finds the real modules
+    for name, module in placeholders.items():
+        if sys.modules.get(name) is module: del sys.modules[name]
+    torch = sys.modules['torch']
+    if vars(torch).get('_dynamo') is placeholders[_COMPILER]: del torch._dynamo
+
+
+@contextmanager
+def without_compiler():
+    "Open networks without loading torch's compiler."
+    import torch # noqa: F401 (the placeholder is for its parts)
+    if _COMPILER in sys.modules:
+        yield
+        return
+    placeholders = _placeholders()
+    sys.modules.update(placeholders)
+    try: yield
+    finally: _remove(placeholders)
 
 # %% ../nbs/00_core.ipynb #e4386958
 @contextmanager

@@ -7,6 +7,7 @@ from rssqa.bench.speed import enlarged, in_turns, largest_gap, measurement, plai
 from rssqa.cli import main
 from rssqa.core import UnknownName
 from rssqa.segment.methods.training import load_segmenter
+from rssqa.segment.openvino import is_installed
 from rssqa.tables.sqed import label_free_columns, stored_features
 from rssqa.tables.store import Store, get_vectors
 from trained import numbers, trained_setup, with_features
@@ -27,12 +28,15 @@ def quick(tmp_path_factory):
 
 @pytest.mark.parametrize('words', [
     'SQED table', 'consensus model fit', 'score of one map', 'score with cross-method features',
-    'quality model fit', 'the same, ', 'peak memory', 'vectors of', 'training on',
+    'quality model fit', 'the same, ', 'peak memory', 'vectors of', 'training on', 'assess, 7 networks, CPU',
+    'rssqa score, cold, CPU', 'rssqa score of a missing file, CPU',
 ])
 def test_every_measurement_is_printed_and_written(quick, words):
     printed, table = quick
     rows = table[table.what.str.startswith(words)]
-    assert len(rows) == (2 if words == 'score of one map' else 1) and len(table) == 10
+    engines = table.what.str.contains('on OpenVINO')
+    assert engines.sum() == is_installed() and len(table) == 13 + engines.sum()
+    assert len(rows) == (2 if words == 'score of one map' else 1)
     assert all(what in printed for what in rows.what) and 'target' in printed
 
 

@@ -7,7 +7,7 @@ __all__ = ['SemOutput', 'SemanticEncoder', 'resize', 'build_net', 'build_net_in_
            'OpenClipEncoder', 'spec_from_folder', 'spec_from_hub', 'spec_from_tag', 'load_encoder', 'encode',
            'BackboneEncoder', 'check_encoder']
 
-# %% ../../nbs/33_clip.encoders.ipynb #18903bc9
+# %% ../../nbs/33_clip.encoders.ipynb #6d49d544
 import copy, itertools, os, shutil, tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +20,7 @@ from .checkpoints import WEIGHT_SUFFIXES, detect_format, fitting_architectures, 
 from .checkpoints import misfit_hint, read_weights
 from ..core import BadImage, DataNotFound, DownloadError, Incompatible
 from ..core import as_image, bundled, cache_dir, digest, encoders, file_id, load_tensors, pick_device, progress
-from ..core import read_json, real_dir, say, state_digest, unknown, write_json
+from ..core import read_json, real_dir, say, state_digest, unknown, without_compiler, write_json
 from .towers import dense_map, long_clip, read_text, text_tokens
 from .specs import CLIP_MEAN, CLIP_STD, EncoderSpec
 from ..data.synthetic import KINDS, SCENE_TYPES, degrade, scene
@@ -600,11 +600,12 @@ def _download(spec): # path of published weights in open_clip's cache
         todo = 'go online once, or pass weights=<path> of a copy'
         raise DownloadError(f'cannot download the weights of {spec.name!r}', found, todo) from e
 
-# %% ../../nbs/33_clip.encoders.ipynb #18e12d92
+# %% ../../nbs/33_clip.encoders.ipynb #624fa937
 def _is_bundle_elsewhere(spec, home): # does the folder of the weights hold the config of a named spec?
     return spec.format == 'bundle' and not _local_folder(spec) and bool(_read_config(home))
 
 
+@without_compiler()
 def load_encoder(
     name, # registry name, EncoderSpec, folder, 'architecture/tag', or an encoder (returned as it is)
     weights=None, # file or folder that replaces the spec's own weights

@@ -7,7 +7,7 @@ __all__ = ['MANY_CALIBRATION_IMAGES', 'ENOUGH_SCENES', 'TUNE_BATCH', 'TUNE_STEPS
            'CONSENSUS_STEPS', 'CONSENSUS_EPOCHS', 'HALF_OWN', 'WEIGHTS', 'CALIBRATION', 'TrainingImage', 'Semantics',
            'consensus_weight', 'image_posterior', 'Assessor', 'points_right']
 
-# %% ../../nbs/58_quality.assessor.ipynb #c811cc01
+# %% ../../nbs/58_quality.assessor.ipynb #e3ed475a
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from rssqa.core import (
-    BadImage, DataNotFound, Incompatible, MissingFeatures, SchemaError, as_image, atomic, load_recorded,
+    BadImage, DataNotFound, Incompatible, MissingFeatures, SchemaError, as_image, atomic, few_threads, load_recorded,
     model_faults, progress, read_json, unknown, weight_digests, write_json,
 )
 from ..data.datasets import IGNORE
@@ -115,7 +115,7 @@ def image_posterior(
     if not weight: return q
     return (1 - weight) * q + weight * consensus_posterior(consensus, grid_of_points(maps, source))
 
-# %% ../../nbs/58_quality.assessor.ipynb #e03726d6
+# %% ../../nbs/58_quality.assessor.ipynb #cddbd342
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 ENOUGH_SCENES = 10 # for intervals of a source by its own scenes alone
 TUNE_BATCH = 12 # images
@@ -316,6 +316,7 @@ class Assessor:
         if len(others) in (0, len(samples)): return self.nets
         return self._train(others, 1)
 
+    @few_threads()
     def assess(self,
         image, # anything as_image takes
         maps, # a map, a list of maps, or a dictionary from names to maps; a map is anything read_map takes

@@ -6,7 +6,7 @@
 __all__ = ['SUFFIXES', 'ONE_THREAD', 'IMAGES_A_WORKER', 'check_table_path', 'write_table', 'Listing', 'check_folder',
            'list_images', 'plain_name', 'FolderResult', 'process_folder']
 
-# %% ../../nbs/58_quality.folders.ipynb #93f7ca2f
+# %% ../../nbs/58_quality.folders.ipynb #269e7c41
 import json, os, signal
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, wait
@@ -17,7 +17,7 @@ from typing import Callable, NamedTuple
 
 import pandas as pd
 
-from ..core import DataNotFound, Incompatible, Problem, atomic, check_file, digest, progress, say
+from ..core import DataNotFound, Incompatible, Problem, atomic, check_file, digest, few_threads, progress, say
 
 # %% ../../nbs/58_quality.folders.ipynb #8d5367bf
 def check_table_path(
@@ -170,23 +170,12 @@ def _process(function, path): # -> rows as JSON and '', or '' and the reason
 
 def _reason(path, found, todo): return str(Problem(f'cannot process {plain_name(path)}', found, todo))
 
-# %% ../../nbs/58_quality.folders.ipynb #d6fdf439
+# %% ../../nbs/58_quality.folders.ipynb #a419d82d
 ONE_THREAD = dict(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MKL_NUM_THREADS='1')
 
 
-@contextmanager
-def _one_thread(): # in this process
-    import torch
-    from threadpoolctl import threadpool_limits
-    threads = torch.get_num_threads()
-    with threadpool_limits(1):
-        torch.set_num_threads(1)
-        try: yield
-        finally: torch.set_num_threads(threads)
-
-
 def _from_here(function, paths): # yields path, rows, reason
-    with _one_thread():
+    with few_threads(1):
         for path in paths: yield path, *_process(function, path)
 
 

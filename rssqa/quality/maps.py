@@ -6,7 +6,7 @@
 __all__ = ['ARRAY_SUFFIXES', 'PICTURE_SUFFIXES', 'ClassTable', 'class_table', 'Map', 'map_from_ids', 'map_from_scores',
            'read_map', 'find_map']
 
-# %% ../../nbs/56_quality.maps.ipynb #f85f1b29
+# %% ../../nbs/56_quality.maps.ipynb #fdf201c7
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from rssqa.core import (
     BadImage, DataNotFound, Incompatible, SchemaError, check_size, decode_image, is_tiff, open_tiff, read_json,
 )
 from ..data.datasets import IGNORE
+from ..segment.protocol import SegOutput, segment_views
 
 # %% ../../nbs/56_quality.maps.ipynb #90a9d325
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _softmax(x): # over the first axis
     e = np.exp(x - x.max(0))
     return e / e.sum(0)
 
-# %% ../../nbs/56_quality.maps.ipynb #765235f3
+# %% ../../nbs/56_quality.maps.ipynb #70c146a7
 ARRAY_SUFFIXES = ('.npy', '.npz')
 PICTURE_SUFFIXES = ('.png', '.tif', '.tiff', '.bmp', '.webp', '.jpg', '.jpeg')
 
@@ -228,9 +229,8 @@ def _run_segmenter(segmenter, table, name, image):
         raise Incompatible(f'cannot use segmenter {name!r}', found, 'pass its class table as classes=')
     x = torch.as_tensor(image)[None]
     temperature = getattr(segmenter, 'temperature', 1.0)
-    out = segmenter(x)
-    mirrored = segmenter(x.flip(-1)).probs(temperature).flip(-1)
-    p = (out.probs(temperature) + mirrored) / 2
+    out, mirrored = segment_views(segmenter, x)
+    p = (out.probs(temperature) + SegOutput(mirrored).probs(temperature)) / 2
     return Map(name, _to_numpy(out.mask[0]).astype(np.uint8), _to_numpy(p[0]))
 
 # %% ../../nbs/56_quality.maps.ipynb #eba291a2

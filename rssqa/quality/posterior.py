@@ -23,7 +23,7 @@ from ..data.datasets import IGNORE
 from ..tables.grid import PredictionGrid, limit_points, subsample
 from .maps import Map
 
-# %% ../../nbs/57_quality.posterior.ipynb #1f4e9dc7
+# %% ../../nbs/57_quality.posterior.ipynb #e6c3c7d9
 NEIGHBOURS = 12
 BLOCKS = 8 # a side
 SCALES = (1.5, 4.0, 10.0) # pixels, standard deviation of the Gaussian
@@ -61,10 +61,21 @@ def add_dense(
     enlarged = nn.functional.interpolate(dense, shape, mode='bilinear', align_corners=False)
     x = enlarged[0].flatten(1).T.numpy()                                             # (n,C)
     x = x - x.mean(0)
-    directions = np.linalg.svd(x[::4], full_matrices=False)[2][:DENSE_DIRECTIONS]
-    projected = x @ directions.T
+    projected = x @ _principal_directions(x[::4])
     projected *= 1.5 / max(float(projected[:, 0].std()), 1e-6)
     return np.concatenate([0.6 * points, projected], 1)
+
+
+def _principal_directions(x): # (n,C) -> (C,10), strongest first; from the smaller of x x^T and x^T x
+    from scipy.linalg import eigh
+    x = x.astype(np.float64)
+    wide = x.shape[1] > len(x)
+    products = x @ x.T if wide else x.T @ x
+    last = len(products) - 1
+    _, vectors = eigh(products, subset_by_index=[max(last - DENSE_DIRECTIONS + 1, 0), last])
+    directions = x.T @ vectors if wide else vectors
+    lengths = np.maximum(np.linalg.norm(directions, axis=0), 1e-12)
+    return (directions / lengths)[:, ::-1].astype(np.float32)
 
 
 def find_neighbours(

@@ -6,7 +6,7 @@
 __all__ = ['POINT_COLUMNS', 'LABEL_COLUMNS', 'Pack', 'write_pack', 'bundled_pack', 'use_pack', 'default_pack', 'open_pack',
            'cached_pack', 'assess', 'calibrate_pack', 'rank', 'score', 'rank_folder', 'recommend', 'nothing_usable']
 
-# %% ../../nbs/59_quality.recommend.ipynb #2f2c1035
+# %% ../../nbs/59_quality.recommend.ipynb #a0180269
 import os, shutil
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,9 +18,11 @@ from .. import __version__
 from ..segment.confidence import agreement
 from ..core import BadImage, DataNotFound, Incompatible, SchemaError
 from rssqa.core import (
-    as_image, bundled, cache_dir, digest, file_id, pick_device, progress, read_json, say, unknown, write_json,
+    as_image, bundled, cache_dir, digest, few_threads, file_id, pick_device, progress, read_json, say, unknown,
+    write_json,
 )
 from ..segment.methods.training import load_segmenter
+from ..segment.openvino import with_engine
 from .assessment import Assessment
 from .assessor import Assessor
 from .folders import FolderResult, check_folder, check_table_path, process_folder
@@ -31,7 +33,7 @@ from .consensus import ConsensusEnsemble, consensus_table, load_consensus, pool_
 from ..tables.grid import PredictionGrid, limit_grid, subsample
 from ..tables.description import describe_prediction
 
-# %% ../../nbs/59_quality.recommend.ipynb #39a938c5
+# %% ../../nbs/59_quality.recommend.ipynb #4fd352de
 class Pack:
     "Segmenters and a quality model that belong together."
     def __init__(self,
@@ -88,8 +90,11 @@ class Pack:
         known = self.config['networks'][dataset]
         if not known: raise self._no_networks(dataset)
         if method not in known: raise unknown(f'method for {dataset}', method, self.methods(dataset))
-        if key not in self._open: self._open[key] = load_segmenter(self.folder/known[method], self.device)
+        if key not in self._open: self._open[key] = self._load(known[method])
         return self._open[key]
+
+    @few_threads()
+    def _load(self, folder): return with_engine(load_segmenter(self.folder/folder, self.device))
 
     def add(self,
         method: str, # name in rankings
@@ -316,7 +321,8 @@ def cached_pack(
     "Open a pack once in this process."
     return Pack(folder, device)
 
-# %% ../../nbs/59_quality.recommend.ipynb #9d853066
+# %% ../../nbs/59_quality.recommend.ipynb #7c731163
+@few_threads()
 def assess(
     image, # anything as_image takes
     maps=None, # a map, a list, or a dictionary from names to maps (see read_map); None runs the networks of the pack
@@ -398,10 +404,11 @@ def _write_copy(pack, assessor, out, points):
     os.replace(temporary, out)
     return out
 
-# %% ../../nbs/59_quality.recommend.ipynb #6461fc5b
+# %% ../../nbs/59_quality.recommend.ipynb #73dcc0f3
 LABEL_COLUMNS = ('oa', 'miou', 'mf1', 'n_valid', 'confusion')
 
 
+@few_threads()
 def rank(
     image, # anything as_image takes
     pack: Pack,

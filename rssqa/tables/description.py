@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_DEVIATION', 'Description', 'describe_prediction']
 
-# %% ../../nbs/42_tables.description.ipynb #f448d227
+# %% ../../nbs/42_tables.description.ipynb #ed3b9f00
 from typing import NamedTuple
 
 import numpy as np
@@ -13,9 +13,10 @@ import pandas as pd
 
 from ..segment.confidence import feature_columns, label_free, pool_features
 from ..segment.metrics import accuracy, confusion
+from ..segment.protocol import segment_views
 from .grid import grid_probabilities
 
-# %% ../../nbs/42_tables.description.ipynb #d2fbcb93
+# %% ../../nbs/42_tables.description.ipynb #8c3f279f
 MAX_DEVIATION = 20 # standard deviations; pooled features beyond are clipped
 
 
@@ -39,8 +40,8 @@ def describe_prediction(
     classes = len(segmenter.classes)
     temperature = getattr(segmenter, 'temperature', 1.0)
     reference = getattr(segmenter, 'reference', None)
-    out = segmenter(x)
-    mirrored = segmenter(x.flip(-1)).logits.flip(-1).cpu() if tta else None
+    out, mirrored = segment_views(segmenter, x) if tta else (segmenter(x), None)
+    if tta: mirrored = mirrored.cpu()
     logits = out.logits.cpu()
     masks = out.mask.cpu().byte().numpy()
     columns = [

@@ -45,7 +45,10 @@ class ClassAttention(nn.Module):
         mixed = (match / x.shape[1]**0.5).softmax(-1) @ self.value(centres)[:, None]    # (N,patches,T,C)
         return rough, self.out(torch.cat([x, from_windows(mixed, size, x.shape[-2:])], 1))
 
-# %% ../../../nbs/24_segment.methods.logcan.ipynb #f86900f4
+# %% ../../../nbs/24_segment.methods.logcan.ipynb #7a6617d3
+def _tokens(x): return x.flatten(2).transpose(1, 2) # (N,C,h,w) -> (N,h*w,C)
+
+
 class LoGDecoder(nn.Module):
     "Attend to class centres at every level; return rough logits of all levels, then the joined map."
     def __init__(self,
@@ -63,7 +66,7 @@ class LoGDecoder(nn.Module):
     def forward(self, maps): # list of (N,C_i,h_i,w_i) -> [rough logits ..., (N,width,H/4,W/4)]
         maps = [enter(m) for enter, m in zip(self.enter, maps)]
         first = self.rough(maps[-1])
-        centres = class_centres(maps[-1].flatten(2).mT, first.flatten(2).mT)     # (N,K,width)
+        centres = class_centres(_tokens(maps[-1]), _tokens(first))     # (N,K,width)
         rough_logits = [first]
         outputs = []
         for level, m in zip(reversed(self.levels), reversed(maps)):
