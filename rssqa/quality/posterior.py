@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['NEIGHBOURS', 'BLOCKS', 'SCALES', 'DENSE_DIRECTIONS', 'WINDOW', 'OWN_CLASS', 'OWN_FEATURES', 'SHARED_FEATURES',
-           'MAP_STATISTICS', 'AGREEMENT_SHARE', 'describe_points', 'add_dense', 'find_neighbours', 'PointMaps',
-           'window_mean', 'one_hot', 'probabilities_of_ids', 'point_maps', 'image_neighbours', 'grid_of_points',
-           'points_of_grid', 'PointFeatures', 'point_features', 'margin', 'edge_density', 'PosteriorNet',
-           'map_posterior', 'Expected', 'posterior_accuracy', 'agreement_weight', 'expected_accuracy', 'Sample',
-           'draw_samples', 'with_methods', 'mix_networks', 'train_posterior', 'posterior_loss', 'posterior_weights',
-           'build_posteriors']
+           'MAP_STATISTICS', 'IDS_SHARE', 'PROBABILITIES_SHARE', 'describe_points', 'add_dense', 'find_neighbours',
+           'PointMaps', 'window_mean', 'one_hot', 'probabilities_of_ids', 'point_maps', 'image_neighbours',
+           'grid_of_points', 'points_of_grid', 'PointFeatures', 'point_features', 'margin', 'edge_density',
+           'PosteriorNet', 'map_posterior', 'Expected', 'posterior_accuracy', 'agreement_weight', 'expected_accuracy',
+           'Sample', 'draw_samples', 'alter_maps', 'with_methods', 'mix_networks', 'train_posterior', 'posterior_loss',
+           'posterior_weights', 'build_posteriors']
 
-# %% ../../nbs/57_quality.posterior.ipynb #9c1511b7
+# %% ../../nbs/57_quality.posterior.ipynb #739271e6
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import nn
 from ..core import seed_all
 from ..data.datasets import IGNORE
 from ..tables.grid import PredictionGrid, limit_points, subsample
+from .altered_maps import alter_map
 from .maps import Map
 
 # %% ../../nbs/57_quality.posterior.ipynb #e6c3c7d9
@@ -377,7 +378,7 @@ def map_posterior(
     q = net(own, shared, statistics, number).softmax(-1)                             # (n,K)
     return q.T.reshape(maps.classes, *maps.shape)
 
-# %% ../../nbs/57_quality.posterior.ipynb #bcb29847
+# %% ../../nbs/57_quality.posterior.ipynb #8eb8aced
 @dataclass
 class Expected:
     "What the posterior says about the maps of one image."
@@ -397,7 +398,8 @@ def posterior_accuracy(
     return _mean_where(probability, pred != IGNORE)
 
 
-AGREEMENT_SHARE = 0.75 # for class ids of methods that were not in training
+IDS_SHARE = 0.75 # of agreement, for class ids of methods that were not in training
+PROBABILITIES_SHARE = 0.4 # of agreement, for probabilities of such methods
 
 
 def agreement_weight(
@@ -405,8 +407,10 @@ def agreement_weight(
     maps: PointMaps,
 ) -> float: # 0..0.75
     "Weigh agreement against the posterior in the order of maps."
+    if len(maps.names) < 3: return 0.0
     unknown = net.method_numbers(maps.names).numpy() == 0
-    return AGREEMENT_SHARE * float((unknown & ~maps.has_probabilities).mean())
+    share = np.where(maps.has_probabilities, PROBABILITIES_SHARE, IDS_SHARE)
+    return float((unknown * share).mean())
 
 
 def expected_accuracy(
@@ -440,7 +444,7 @@ def _expected_iou(q, pred): # (K,h,w), (M,h,w) -> (M,K)
     rare = union < 0.002 * valid.sum((1, 2))[:, None].clamp_min(1)
     return torch.where(rare, torch.nan, inside / union.clamp_min(1e-6))
 
-# %% ../../nbs/57_quality.posterior.ipynb #d4775654
+# %% ../../nbs/57_quality.posterior.ipynb #52345c2e
 @dataclass
 class Sample:
     "Maps of one image at labelled points."
@@ -472,12 +476,33 @@ def draw_samples(
     sizes = [m, int(rng.integers(1, m + 1)), int(rng.integers(1, min(3, m) + 1))]
     samples = []
     for size in sizes:
-        part = maps.select(np.sort(rng.choice(m, size, replace=False)))
-        part = part.drop_probabilities(_drawn_to_drop(rng, size) & part.has_probabilities)
+        samples.append(maps.select(np.sort(rng.choice(m, size, replace=False))))
+    altered = maps.select(np.sort(rng.choice(m, int(rng.integers(1, min(5, m) + 1)), replace=False)))
+    samples.append(alter_maps(altered, truth, rng))
+    drawn = []
+    for part in samples:
+        part = part.drop_probabilities(_drawn_to_drop(rng, len(part.names)) & part.has_probabilities)
         at = rng.choice(labelled, min(points, len(labelled)), replace=False)
         about = dict(group=group, scene=scene, number=numbers(part.names))
-        samples.append(_sample_at(part, truth, about, torch.as_tensor(at)))
-    return samples
+        drawn.append(_sample_at(part, truth, about, torch.as_tensor(at)))
+    return drawn
+
+
+def alter_maps(
+    maps: PointMaps,
+    truth: np.ndarray, # (h,w) uint8 true classes, 255 = ignore
+    rng: np.random.Generator,
+) -> PointMaps: # one altered map or more, as class ids of an unknown method
+    "Make some maps look like those of other programs."
+    m = len(maps.names)
+    chosen = rng.random(m) < rng.uniform(0.3, 1)
+    chosen[rng.integers(m)] = True
+    pred = maps.pred.copy()
+    for i in np.flatnonzero(chosen): pred[i] = alter_map(pred[i], truth, maps.classes, rng)
+    p = maps.p.copy()
+    p[chosen] = probabilities_of_ids(pred[chosen], maps.classes)
+    names = ['' if altered else name for name, altered in zip(maps.names, chosen)]
+    return replace(maps, names=names, pred=pred, p=p, has_probabilities=maps.has_probabilities & ~chosen)
 
 
 def _drawn_to_drop(rng, size): # (size,) bool: half of the time all, a quarter none, a quarter some
