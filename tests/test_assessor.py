@@ -431,3 +431,11 @@ def test_methods_have_vectors_and_strangers_have_none(assessor, new):
     known = map_posterior(assessor.nets[0], maps)
     strange = map_posterior(assessor.nets[0], replace(maps, names=['x', 'y']))
     assert not torch.allclose(known, strange)
+
+
+def test_an_image_that_would_fill_the_memory_is_refused(assessor, monkeypatch):
+    import rssqa.quality.assessor as module
+    monkeypatch.setattr(module, 'MAX_PIXELS', 64 * 64 - 1)
+    ids = np.zeros((64, 64), np.uint8)
+    with pytest.raises(BadImage, match='64x64 pixels.*(?i:cut it into tiles)'):
+        assessor.assess(np.random.default_rng(0).random((3, 64, 64)).astype(np.float32), ids, CLASSES)

@@ -175,3 +175,22 @@ def test_a_map_is_returned_as_it_is():
     m = Map('mine', IDS)
     assert read_map(m, TABLE) is m
     assert map_from_scores(np.eye(3)[IDS].transpose(2, 0, 1), TABLE).ids.dtype == np.uint8
+
+
+class ByColour:
+    "A segmenter whose logits are the colours: windows cannot change its map."
+    classes = ('red', 'green', 'blue')
+    temperature = 1.0
+
+    def __call__(self, x): return SegOutput(4 * x)
+
+
+def test_a_large_image_is_segmented_in_windows(monkeypatch):
+    import rssqa.quality.maps as module
+    image = np.random.default_rng(0).random((3, 600, 530)).astype(np.float32)
+    whole = read_map(ByColour(), class_table(ByColour.classes), 'a', image)
+    monkeypatch.setattr(module, 'WINDOWED', 600 * 530 - 1)
+    windows = read_map(ByColour(), class_table(ByColour.classes), 'a', image)
+    assert (windows.ids == whole.ids).all() and windows.probabilities.dtype == np.float16
+    np.testing.assert_allclose(windows.probabilities.sum(0, dtype=np.float32), 1, atol=4e-3)
+    np.testing.assert_allclose(windows.probabilities, whole.probabilities, atol=2e-3)

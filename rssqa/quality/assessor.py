@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANY_CALIBRATION_IMAGES', 'ENOUGH_SCENES', 'TUNE_BATCH', 'TUNE_STEPS', 'TUNE_EPOCHS', 'TUNE_RATE', 'CONSENSUS_BATCH',
-           'CONSENSUS_STEPS', 'CONSENSUS_EPOCHS', 'HALF_OWN', 'WEIGHTS', 'CALIBRATION', 'TrainingImage', 'Semantics',
-           'consensus_weight', 'image_posterior', 'Assessor', 'points_right']
+           'CONSENSUS_STEPS', 'CONSENSUS_EPOCHS', 'HALF_OWN', 'MAX_PIXELS', 'WEIGHTS', 'CALIBRATION', 'TrainingImage',
+           'Semantics', 'consensus_weight', 'image_posterior', 'Assessor', 'points_right']
 
 # %% ../../nbs/58_quality.assessor.ipynb #e3ed475a
 from copy import copy
@@ -115,7 +115,7 @@ def image_posterior(
     if not weight: return q
     return (1 - weight) * q + weight * consensus_posterior(consensus, grid_of_points(maps, source))
 
-# %% ../../nbs/58_quality.assessor.ipynb #cddbd342
+# %% ../../nbs/58_quality.assessor.ipynb #73bb1457
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 ENOUGH_SCENES = 10 # for intervals of a source by its own scenes alone
 TUNE_BATCH = 12 # images
@@ -483,10 +483,16 @@ def _map_name(source, i):
     return f'map {i}'
 
 
+MAX_PIXELS = 4096 * 4096 # of an image; its maps are kept in memory
+
+
 def _check_size(x):
-    if min(x.shape[1:]) >= MIN_SIDE: return
-    found = f'found {x.shape[2]}x{x.shape[1]} pixels, expected at least {MIN_SIDE}'
-    raise BadImage('cannot assess maps of this image', found, 'use a larger one')
+    found = f'found {x.shape[2]}x{x.shape[1]} pixels'
+    if min(x.shape[1:]) < MIN_SIDE:
+        raise BadImage('cannot assess maps of this image', f'{found}, expected at least {MIN_SIDE}', 'use a larger one')
+    if x.shape[1] * x.shape[2] > MAX_PIXELS:
+        expected = 'expected at most as many as 4096x4096 have'
+        raise BadImage('cannot assess maps of this image', f'{found}, {expected}', 'cut it into tiles first')
 
 
 def _without_nodata(m, nodata): # the map, without values where the image has no data
