@@ -6,10 +6,10 @@
 __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PARTS', 'main', 'demo_command', 'assess_command',
            'use_command', 'show_command', 'build_command', 'build_demo_command', 'calibrate_command', 'fit_command',
            'score_command', 'recommend_command', 'ls_command', 'get_command', 'check_command', 'paper_command',
-           'speed_command', 'encoders_command', 'projection_command', 'assessor_command', 'own_domain_command',
-           'points_command', 'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command',
-           'conformance_command', 'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command',
-           'train_command', 'eval_command', 'doctor_command']
+           'speed_command', 'encoders_command', 'projection_command', 'assessor_command', 'semantics_command',
+           'bench_pack_command', 'own_domain_command', 'points_command', 'bench_fit_command', 'explorer_command',
+           'clip_command', 'probe_command', 'conformance_command', 'degradation_command', 'apps', 'app_command',
+           'shards_command', 'purify_command', 'train_command', 'eval_command', 'doctor_command']
 
 # %% ../nbs/91_cli.ipynb #a05f4187
 import os, sys
@@ -550,7 +550,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #591bba7f
+# %% ../nbs/91_cli.ipynb #301d2a92
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -568,6 +568,40 @@ def assessor_command(
 
 
 _DataOption = Annotated[Path, typer.Option(help='Folder of dataset folders: the imagery of the committed tables.')]
+
+
+@bench_app.command('semantics')
+def semantics_command(
+    data: _DataOption,
+    tables: _TablesOption = Path('data/tables'),
+    encoders: Annotated[str, typer.Option(help='Encoders, separated by commas; "none" for none.')] = 'none,clip-rs-mini',
+    seed: Annotated[int, typer.Option(help='Of the drawn points and the weights.')] = 0,
+    out: _CsvOption = None,
+):
+    "Measure what semantics bring to the assessor: a quarter of an hour for each encoder."
+    from rssqa.bench.assessor import bench_semantics
+    from rssqa.provenance import save_results
+    names = tuple(name.replace('none', '') for name in _split(encoders))
+    board = bench_semantics(data, str(tables), names, seed=seed)
+    print(board.groupby(['input', 'encoder'])[['srocc_image', 'mae', 'coverage']].mean().round(3).to_string())
+    command = f'rssqa bench semantics --encoders {encoders} --seed {seed}'
+    if out: save_results(board, out, 'each source from the other sources', 'RS-SQED-open', seed, command)
+
+
+@bench_app.command('pack')
+def bench_pack_command(
+    data: _DataOption,
+    tables: _TablesOption = Path('data/tables'),
+    pack: _PackOption = None,
+    out: _CsvOption = None,
+):
+    "Measure the answers of a pack on tiles of scenes that neither its networks nor its assessor learned from."
+    from rssqa.bench.assessor import bench_pack, measure_pack
+    from rssqa.provenance import save_results
+    board = measure_pack(bench_pack(data, str(tables), pack))
+    print(board.set_index('group').T.round(3).to_string())
+    protocol = 'scenes that neither the networks nor the assessor learned from'
+    if out: save_results(board, out, protocol, 'scenes held out by the networks of the pack', 0, 'rssqa bench pack')
 
 
 @bench_app.command('own-domain')

@@ -415,7 +415,7 @@ def test_missing_values_do_not_count_in_features(new):
 
 
 def test_the_loss_ignores_points_without_a_value_and_learns(assessor):
-    samples = assessor._draw([assessor.prepare(training_image(i, 'a')) for i in range(4)])
+    samples = assessor.draw([assessor.prepare(training_image(i, 'a')) for i in range(4)])
     few = train_posterior(samples, assessor.methods, epochs=1, seed=0)
     many = train_posterior(samples, assessor.methods, epochs=25, seed=0)
     same_size = [s for s in samples if s.pred.shape[1] == 5]
@@ -439,3 +439,13 @@ def test_an_image_that_would_fill_the_memory_is_refused(assessor, monkeypatch):
     ids = np.zeros((64, 64), np.uint8)
     with pytest.raises(BadImage, match='64x64 pixels.*(?i:cut it into tiles)'):
         assessor.assess(np.random.default_rng(0).random((3, 64, 64)).astype(np.float32), ids, CLASSES)
+
+
+def test_refit_learns_from_other_images_and_leaves_scenes_out_of_the_intervals(assessor, answer, new, maps):
+    images = [training_image(i, 'a') for i in range(4)]
+    left_out = {('b', str(scene)) for scene in assessor.calibration.scene[assessor.calibration.dataset == 'b']}
+    other = assessor.refit(images, left_out)
+    assert other.calibration is assessor.calibration and other.bounds.state() != assessor.bounds.state()
+    again = assessor.assess(new.image, maps, CLASSES).table
+    pd.testing.assert_frame_equal(again.drop(columns='iou'), answer.table.drop(columns='iou'))
+    assert not np.allclose(other.assess(new.image, maps, CLASSES).table.predicted, again.predicted, atol=1e-6)

@@ -115,7 +115,7 @@ def image_posterior(
     if not weight: return q
     return (1 - weight) * q + weight * consensus_posterior(consensus, grid_of_points(maps, source))
 
-# %% ../../nbs/58_quality.assessor.ipynb #73bb1457
+# %% ../../nbs/58_quality.assessor.ipynb #0322d75c
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 ENOUGH_SCENES = 10 # for intervals of a source by its own scenes alone
 TUNE_BATCH = 12 # images
@@ -168,7 +168,7 @@ class Assessor:
         "Train the networks, then calibrate intervals by leaving out one dataset at a time."
         prepared = self._read(images)
         learned = [image for image in prepared if not learn_from or image.dataset in learn_from]
-        samples = self._draw(learned)
+        samples = self.draw(learned)
         self.nets = self._train(samples, self.members)
         self.consensus = self._train_consensus(learned)
         self.sources = {image.dataset: image.grid.p.shape[1] for image in learned}
@@ -185,7 +185,7 @@ class Assessor:
         "Fit to the maps of one dataset, starting from other datasets, and calibrate by leaving out scenes."
         prepared = self._read(images)
         source = _only_source(prepared)
-        samples = self._draw(prepared)
+        samples = self.draw(prepared)
         self.consensus_share = {'own': 1.0, 'start': 0.0, 'tuned': _own_share(prepared)}[networks]
         self.nets, self.consensus = self._learn_source(prepared, samples, start, networks)
         self.sources = {source: prepared[0].grid.p.shape[1]}
@@ -227,7 +227,10 @@ class Assessor:
             has_probabilities=_or_all(image.has_probabilities, len(image.grid.methods)),
         )
 
-    def _draw(self, prepared): # samples of all images
+    def draw(self,
+        prepared: list, # training images
+    ) -> list: # samples
+        "Draw the training samples of all images."
         samples = []
         for i, image in enumerate(progress(prepared, 'drawing points', unit='image')):
             options = dict(scene=image.scene, points=self.points, seed=1000 * self.seed + i)
@@ -286,11 +289,27 @@ class Assessor:
         samples: list, # drawn from them
     ) -> pd.DataFrame: # a row a map and kind of input: kind, dataset, scene, image_id, method, oa, predicted, shortfall
         "Assess each dataset, then each third of the scenes, by networks that did not learn from it."
+        parts = [self.assess_sources(prepared, samples), self.assess_scenes(prepared, samples)]
+        return pd.concat([part for part in parts if len(part)], ignore_index=True)
+
+    def assess_sources(self,
+        prepared: list, # training images
+        samples: list, # drawn from them
+    ) -> pd.DataFrame: # as from cross_assess
+        "Assess each dataset by networks that did not learn from it."
         rows = []
         for dataset in progress(sorted({image.dataset for image in prepared}), 'calibrating', unit='dataset'):
             own = [image for image in prepared if image.dataset == dataset]
             nets = self._train_without(dataset, samples)
             rows += self._assess_some(nets, own, _NEW_SOURCE)
+        return _calibration_table(rows)
+
+    def assess_scenes(self,
+        prepared: list, # training images
+        samples: list, # drawn from them
+    ) -> pd.DataFrame: # as from cross_assess
+        "Assess each third of the scenes of the known sources by networks and a consensus model that did not learn from it."
+        rows = []
         learned = _with_several_scenes([image for image in prepared if image.dataset in self.sources])
         fold = _scene_folds(learned)
         for k in progress(np.unique(fold), 'calibrating', unit='fold'):
@@ -300,6 +319,20 @@ class Assessor:
             own = [image for image, f in zip(learned, fold) if f == k]
             rows += self._assess_some(self._train(part, 1), own, _KNOWN_SOURCE, self._train_consensus(train))
         return _calibration_table(rows)
+
+    def refit(self,
+        images: Iterable[TrainingImage], # of the sources in training
+        left_out: set = frozenset(), # (dataset, scene) without any say in the intervals
+    ) -> 'Assessor':
+        "Return an assessor of the same kind whose networks learn from these images alone."
+        fitted = copy(self)
+        prepared = [fitted.prepare(image) for image in progress(images, 'reading images', unit='image')]
+        fitted.nets = fitted._train(fitted.draw(prepared), fitted.members)
+        fitted.consensus = fitted._train_consensus(prepared)
+        scenes = zip(self.calibration.dataset, self.calibration.scene.astype(str))
+        kept = np.array([scene not in left_out for scene in scenes], bool)
+        fitted.bounds = Bounds(self.confidence).fit(*_split_calibration(self.calibration[kept]))
+        return fitted
 
     def _assess_some(self, nets, images, naming, consensus=None, inputs=CALIBRATION_INPUTS): # rows of some images
         rng = np.random.default_rng(self.seed)
@@ -557,7 +590,8 @@ def _only_source(prepared): # its name
 def _or_all(known, n): return np.ones(n, bool) if known is None else np.asarray(known, bool)
 
 
-def _calibration_table(rows):
+def _calibration_table(rows): # [] gives a table without rows
+    if not rows: return pd.DataFrame()
     return pd.DataFrame(rows).astype(dict.fromkeys(('oa', 'predicted', 'shortfall'), 'float32'))
 
 
