@@ -106,7 +106,7 @@ def _build_demo(data, out, sources, weights, encoder, steps, every, workers, see
     board = run_full_demo(plan, out, workers, seed, None if every else FIVE_RIVALS)
     print(full_demo_summary(board, plan, out))
 
-# %% ../nbs/91_cli.ipynb #ab1d97b5
+# %% ../nbs/91_cli.ipynb #da85c098
 @app.command('assess')
 def assess_command(
     image: Annotated[Path, typer.Argument(help='Image from above, or a folder of images.')],
@@ -150,7 +150,8 @@ def assess_command(
 def _check_folder_options(labels, pictures): # of assess
     given = [name for name, value in (('--labels', labels), ('--pictures', pictures)) if value]
     if not given: return
-    raise Incompatible(f'cannot use {given[0]} with a folder', 'it belongs to one image', 'assess the images one by one')
+    todo = 'assess the images one by one'
+    raise Incompatible(f'cannot use {given[0]} with a folder', 'it belongs to one image', todo)
 
 
 def _assess_folder(folder, named, classes, usual, as_json, out, workers, dataset, pack):
@@ -550,7 +551,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #301d2a92
+# %% ../nbs/91_cli.ipynb #0a8f038c
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -574,7 +575,8 @@ _DataOption = Annotated[Path, typer.Option(help='Folder of dataset folders: the 
 def semantics_command(
     data: _DataOption,
     tables: _TablesOption = Path('data/tables'),
-    encoders: Annotated[str, typer.Option(help='Encoders, separated by commas; "none" for none.')] = 'none,clip-rs-mini',
+    encoders: Annotated[str, typer.Option(
+        help='Encoders, separated by commas; "none" for none.')] = 'none,clip-rs-mini',
     seed: Annotated[int, typer.Option(help='Of the drawn points and the weights.')] = 0,
     out: _CsvOption = None,
 ):

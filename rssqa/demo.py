@@ -51,7 +51,7 @@ def draw_tiles(
     tiles = pd.concat(parts, ignore_index=True)
     return tiles.assign(fold=folds(tiles, 2))
 
-# %% ../nbs/90_demo.ipynb #94aad380
+# %% ../nbs/90_demo.ipynb #a4361e08
 @dataclass
 class Demo:
     "What a demo has found."
@@ -78,7 +78,8 @@ def assess_tiles(
 
 def _with_predictions(table, tiles, answers): # the SQED table with the columns of the answers
     rows = pd.concat([a.table.assign(image_id=i) for i, a in answers.items()], ignore_index=True)
-    rows = rows.rename(columns=dict(name='method'))[['image_id', 'method', 'predicted', 'lower', 'upper', 'recommended']]
+    columns = ['image_id', 'method', 'predicted', 'lower', 'upper', 'recommended']
+    rows = rows.rename(columns=dict(name='method'))[columns]
     table = table.merge(rows, on=['image_id', 'method'])
     return table.merge(tiles[['image_id', 'condition', 'scene_type']], on='image_id')
 
@@ -161,12 +162,12 @@ def _report_facts(demo, table, seed):
         command='rssqa demo',
     )
 
-# %% ../nbs/90_demo.ipynb #a945947c
+# %% ../nbs/90_demo.ipynb #483358be
 def demo_summary(
     demo: Demo,
 ) -> str:
     "Say what the assessor advises, how good it was here, and how good it is on real tiles."
-    first = demo.tiles[demo.tiles.condition == 'whole'].iloc[0]
+    first = demo.tiles[(demo.tiles.condition == 'whole') & (demo.tiles.scene_type == 'town')].iloc[0]
     twins = demo.tiles[(demo.tiles.path == first.path) & (demo.tiles.condition != 'whole')]
     lines = _advice_lines(demo, first)
     for twin in twins.itertuples(): lines += ['', *_advice_lines(demo, twin)]
@@ -198,7 +199,8 @@ def _all_lines(demo): # all tiles
     ]
     means = table.groupby('condition')[['predicted', 'oa']].mean()
     for condition in CONDITIONS:
-        lines.append(f'  {condition:<8} mean predicted {means.predicted[condition]:.2f}, true {means.oa[condition]:.2f}')
+        predicted, true = means.loc[condition]
+        lines.append(f'  {condition:<8} mean predicted {predicted:.2f}, true {true:.2f}')
     return lines + [_choice_line(table)]
 
 
@@ -206,8 +208,8 @@ def _choice_line(table):
     best = table.groupby('image_id').oa.max().mean()
     picked = table[table.recommended].oa.mean()
     usual = table.groupby('method', observed=True).oa.mean()
-    return (f'  mean OA of the recommended maps {picked:.3f}; of {usual.idxmax()} for all tiles, the best single method, '
-            f'{usual.max():.3f}; of the best map of each tile {best:.3f}')
+    single = f'of {usual.idxmax()} for all tiles, the best single method, {usual.max():.3f}'
+    return f'  mean OA of the recommended maps {picked:.3f}; {single}; of the best map of each tile {best:.3f}'
 
 
 def _evidence_lines(): # from the card of the pack that comes with rssqa

@@ -43,10 +43,12 @@ def test_measures_are_those_of_a_plain_loop():
 
 def test_scenes_count_equally_whatever_their_number_of_tiles():
     table = rows(scenes=2)
-    many = pd.concat([table] + [table[table.scene == 's0'].assign(image_id=lambda t, i=i: t.image_id + f'.{i}') for i in range(5)])
+    first = table[table.scene == 's0']
+    many = pd.concat([table, *[first.assign(image_id=first.image_id + f'.{i}') for i in range(5)]])
     equal = measure_pack(many).set_index('group').loc['scenes counted equally']
     once = measure_pack(table).set_index('group').loc['scenes counted equally']
-    for column in ('mae', 'coverage', 'gap_closed', 'regret: agreement'): assert equal[column] == pytest.approx(once[column])
+    for column in ('mae', 'coverage', 'gap_closed', 'regret: agreement'):
+        assert equal[column] == pytest.approx(once[column])
 
 
 def test_never_changing_closes_nothing_and_is_never_wrong():

@@ -1,4 +1,4 @@
-"`rssqa demo`: drawn scenes, maps, predictions, truth, report; with the assessor that everybody uses, and no labels in it."
+"`rssqa demo`: drawn scenes, maps, predictions, truth, report; with the assessor that everybody uses."
 import numpy as np
 import pandas as pd
 import pytest

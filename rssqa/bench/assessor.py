@@ -99,7 +99,7 @@ def _assess_tile(pack, tile, spec): # a row a map
         ))
     return rows
 
-# %% ../../nbs/88_bench.assessor.ipynb #81de00c8
+# %% ../../nbs/88_bench.assessor.ipynb #15584214
 CHOICES = {
     'advice': 'recommended',
     'highest prediction': 'predicted',
@@ -115,8 +115,8 @@ def measure_pack(
     "Measure predictions, intervals and choices."
     rows = rows[rows.oa.notna()]
     images = _choices_of_images(rows)
-    weights = {'all tiles': None, 'scenes counted equally': 1 / images.groupby(['dataset', 'scene']).oa.transform('size')}
-    out = {name: _average(images, weight) for name, weight in weights.items()}
+    of_scene = images.groupby(['dataset', 'scene']).oa.transform('size')
+    out = {'all tiles': _average(images, None), 'scenes counted equally': _average(images, 1 / of_scene)}
     for dataset, part in images.groupby('dataset'): out[dataset] = _average(part, None)
     return pd.DataFrame(out).T.rename_axis('group').reset_index()
 
@@ -131,7 +131,8 @@ def _choices_of_images(rows): # a row an image
         for name, column in CHOICES.items():
             row[f'regret: {name}'] = best - maps.oa[maps[column].astype(float).idxmax()]
         change = row['regret: usual method'] - row['regret: advice']
-        row |= dict(changed=float(not maps.usual[maps.recommended.idxmax()]), wrong_change=float(change < 0), gain=change)
+        changed = not maps.usual[maps.recommended.idxmax()]
+        row |= dict(changed=float(changed), wrong_change=float(change < 0), gain=change)
         images.append(row)
     return pd.DataFrame(images)
 

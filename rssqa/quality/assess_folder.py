@@ -38,7 +38,7 @@ def _plain(value): # what JSON knows; None for no number
     if isinstance(value, (bool, np.bool_)): return bool(value)
     return float(value) if np.isfinite(value) else None
 
-# %% ../../nbs/59_quality.assess_folder.ipynb #4c220d2e
+# %% ../../nbs/59_quality.assess_folder.ipynb #4951a870
 class _AssessOne:
     "Assess the maps of one image; a worker opens the pack once."
     def __init__(self,
@@ -97,8 +97,10 @@ def assess_folder(
         usual = usual or pack.usual(dataset)
     one = _AssessOne(folder, maps or {}, table, usual, pack, dataset)
     if pick_device(pack.device) != 'cpu' or pack.has_added: workers = 1
-    identity = (pack.fingerprint(dataset or pack.datasets[0]), dataset, usual, table, _maps_identity(maps)) if out else ''
-    fingerprint = digest(*identity) if out else ''
+    fingerprint = ''
+    if out:
+        of_pack = pack.fingerprint(dataset or pack.datasets[0])
+        fingerprint = digest(of_pack, dataset, usual, table, _maps_identity(maps))
     return process_folder(folder, one, out, workers, fingerprint, 'assessing')
 
 
