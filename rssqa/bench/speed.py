@@ -198,7 +198,7 @@ def largest_gap(
     plain = plain.set_index(key)[columns].astype(float)
     return (built.loc[plain.index] - plain).abs().max().sort_values(ascending=False)
 
-# %% ../../nbs/82_bench.speed.ipynb #cf4251ba
+# %% ../../nbs/82_bench.speed.ipynb #44f8b7ea
 def sqed_speed(
     setup: Setup, # receives store, table and plain_table
     size: Size = Size(),
