@@ -68,3 +68,14 @@ def test_held_out_scenes_are_whole_and_a_small_part(real):
         assert not set(part.scene[inside]) & set(part.scene[~inside])
         config = read_json(pack.folder/pack.config['networks'][dataset]['unet']/'config.json')
         assert config['holdout'] == 'scenes' and set(part.scene.astype(str)) == set(config['scenes'])
+
+
+def test_tiles_without_an_answer_are_counted_apart():
+    table = rows()
+    one = table.image_id == table.image_id.iloc[0]
+    table.loc[one, ['predicted', 'lower', 'upper', 'agreement', 'confidence']] = np.nan
+    table.loc[one, 'recommended'] = False
+    measured = measure_pack(table).set_index('group')
+    assert measured.refused['d'] == 1 and measured.images['d'] == 11
+    others = measure_pack(table[~one]).set_index('group')
+    assert measured.mae['d'] == others.mae['d'] and others.refused['d'] == 0

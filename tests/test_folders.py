@@ -272,7 +272,9 @@ def test_a_killed_or_interrupted_run_goes_on(folder, tmp_path, signal_number):
     script.write_text(SLOW)
     block.write_text('')
     command = [sys.executable, script, folder, out, block, '2']
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    def listen(): signal.signal(signal.SIGINT, signal.SIG_DFL) # where the tests run in the background
+    options = dict(stderr=subprocess.PIPE, start_new_session=True, preexec_fn=listen)
+    process = subprocess.Popen(command, **options)
     part = tmp_path/'t.csv.part.jsonl'
     while process.poll() is None and (not part.exists() or part.read_bytes().count(b'\n') < 4): time.sleep(0.05)
     if signal_number == signal.SIGINT: os.killpg(process.pid, signal_number) # Ctrl-C reaches all processes

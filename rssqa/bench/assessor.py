@@ -99,7 +99,7 @@ def _assess_tile(pack, tile, spec): # a row a map
         ))
     return rows
 
-# %% ../../nbs/88_bench.assessor.ipynb #15584214
+# %% ../../nbs/88_bench.assessor.ipynb #84e68189
 CHOICES = {
     'advice': 'recommended',
     'highest prediction': 'predicted',
@@ -112,13 +112,15 @@ CHOICES = {
 def measure_pack(
     rows: pd.DataFrame, # from bench_pack
 ) -> pd.DataFrame: # a row a dataset, one for all tiles, one for scenes counted equally
-    "Measure predictions, intervals and choices."
+    "Measure predictions, intervals and choices of the tiles that have an answer."
     rows = rows[rows.oa.notna()]
-    images = _choices_of_images(rows)
+    images = _choices_of_images(rows[rows.predicted.notna()])
+    refused = rows[rows.predicted.isna()].groupby('dataset').image_id.nunique()
     of_scene = images.groupby(['dataset', 'scene']).oa.transform('size')
     out = {'all tiles': _average(images, None), 'scenes counted equally': _average(images, 1 / of_scene)}
     for dataset, part in images.groupby('dataset'): out[dataset] = _average(part, None)
-    return pd.DataFrame(out).T.rename_axis('group').reset_index()
+    table = pd.DataFrame(out).T.rename_axis('group').reset_index()
+    return table.assign(refused=table.group.map(refused).fillna(refused.sum()))
 
 
 def _choices_of_images(rows): # a row an image
