@@ -6,7 +6,7 @@
 __all__ = ['SMALL_SOURCES', 'SCENES', 'PROTOCOL_WORDS', 'FIVE_RIVALS', 'MEASURE_LABELS', 'Plan', 'synthetic_plan', 'real_plan',
            'run_full_demo', 'project_table', 'pixel_loader', 'worst_cases', 'leaderboard_text', 'full_demo_summary']
 
-# %% ../nbs/89_build_demo.ipynb #805d8a7c
+# %% ../nbs/89_build_demo.ipynb #0f2741c0
 import os, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +23,6 @@ from .data.splits import folds
 from .viz.explorer import known_without_labels, save_run
 from .segment.methods.training import Recipe, cross_fit
 from .segment.metrics import single_best
-from .quality.model import QualityModel, save_model
 from .quality.recommend import write_pack
 from .tables.sqed import build_sqed, stored_mask
 from .tables.store import Store, extract
@@ -96,7 +95,7 @@ def _find_weights(data): # folder, or None
     for folder in (real_dir('weights'), data.parent/'weights'):
         if folder and folder.is_dir(): return str(folder)
 
-# %% ../nbs/89_build_demo.ipynb #c0d27bd8
+# %% ../nbs/89_build_demo.ipynb #75dbb834
 @contextmanager
 def _stage(plan, name):
     say(f'── {name}')
@@ -128,14 +127,7 @@ def _encode_tiles(plan, tiles, store): # -> name of the feature table
     from rssqa.clip.encoders import load_encoder
     return extract(tiles, load_encoder(plan.encoder, dtype='float32'), store)
 
-
-def _fit_and_save(plan, table, store, semantic, networks, board, seed):
-    model = QualityModel(store=str(store.root), semantic=semantic, seed=seed).fit(table)
-    facts = {measure: float(board.loc[RS_SQA, measure]) for measure in VIEWS}
-    save_model(model, plan.home/'model', **facts, data=plan.title, rows=len(table), seed=seed)
-    write_pack(plan.home, networks, 'model', plan.encoder, name=f'demo: {plan.title}')
-
-# %% ../nbs/89_build_demo.ipynb #fa63f91f
+# %% ../nbs/89_build_demo.ipynb #956f4efc
 PROTOCOL_WORDS = '5-fold cross-validation by scene'
 FIVE_RIVALS = (
     'mean of dataset and method',
@@ -168,8 +160,7 @@ def run_full_demo(
         processes = workers or os.cpu_count() or 1
         options = dict(seed=seed, rivals=rivals, workers=processes)
         board, predicted = compare(table, str(store.root), semantic, **options)
-    with _stage(plan, 'fitting the model that is kept'):
-        _fit_and_save(plan, table, store, semantic, networks, board, seed)
+    write_pack(plan.home, networks, '', name=f'demo: {plan.title}')
     table = table.assign(predicted=predicted[RS_SQA])
     save_run(out, table, tiles, store, semantic, plan.encoder, 'float32')
     save_results(board, out/'results.csv', PROTOCOL_WORDS, plan.title, seed, _command())

@@ -63,7 +63,7 @@ def test_an_image_without_a_map_and_one_with_two(home, pack):
     reasons = dict(zip(skipped.path, skipped.reason))
     assert rows.path.unique().tolist() == ['deep/c.png'] and set(reasons) == {'a.png', 'deep/b.png', 'torn.png'}
     assert 'no map of a.png' in reasons['a.png'].lower() and 'name maps like their images' in reasons['a.png'].lower()
-    assert 'b.png and b.npy' in reasons['deep/b.png']
+    assert 'b.png, b.npy' in reasons['deep/b.png']
 
 
 def test_a_map_of_another_size_or_with_unknown_ids_is_a_reason(home, pack):

@@ -266,11 +266,11 @@ def _stays_inside(path): # no absolute path, nothing above the pack
     parts = Path(os.path.normpath(path)).parts
     return not Path(path).is_absolute() and '..' not in parts and bool(path)
 
-# %% ../../nbs/58_quality.recommend.ipynb #9629aab6
+# %% ../../nbs/58_quality.recommend.ipynb #100c6052
 def write_pack(
     folder, # of the pack; networks must lie below it
     networks: pd.DataFrame, # from cross_fit
-    model: str = 'model', # folder of the quality model, relative
+    model: str = 'model', # folder of the quality model, relative; '' for none: an assessor answers
     encoder: str = '', # name for load_encoder
     fold: int = 0, # whose networks serve new images
     **more, # such as consensus='consensus' (folder, relative), default='dubai' (dataset if none is named)
@@ -280,7 +280,8 @@ def write_pack(
     for network in networks[networks.fold.isin([fold, -1])].itertuples():
         path = Path(network.folder).relative_to(folder)
         paths.setdefault(network.dataset, {})[network.method] = str(path)
-    config = dict(networks=paths, model=model, encoder=str(encoder)) | more
+    config = dict(networks=paths, encoder=str(encoder)) | more
+    if model: config['model'] = model
     return write_json(Path(folder)/'pack.json', config).parent
 
 
