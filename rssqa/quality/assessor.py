@@ -115,7 +115,7 @@ def image_posterior(
     if not weight: return q
     return (1 - weight) * q + weight * consensus_posterior(consensus, grid_of_points(maps, source))
 
-# %% ../../nbs/57_quality.assessor.ipynb #ac44a94e
+# %% ../../nbs/57_quality.assessor.ipynb #54751bc9
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 ENOUGH_SCENES = 10 # for intervals of a source by its own scenes alone
 TUNE_BATCH = 12 # images
@@ -346,7 +346,9 @@ class Assessor:
 
     def _train_without(self, dataset, samples): # networks that never saw the dataset; all where there is no other
         others = [sample for sample in samples if sample.group != dataset]
-        if len(others) in (0, len(samples)): return self.nets
+        if len(others) in (0, len(samples)):
+            if not hasattr(self, 'nets'): self.nets = self._train(samples, self.members)
+            return self.nets
         return self._train(others, 1)
 
     @few_threads()
