@@ -1,5 +1,6 @@
 "The assessor: symmetric in maps and classes, silent where it cannot know, equal after saving, mended by labels."
 import json
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from rssqa.core import BadImage, DataNotFound, Incompatible, Problem, SchemaError, UnknownName
 from rssqa.data.synthetic import CLASSES, scene
+from rssqa.quality.assessment import give_advice
 from rssqa.quality.assessor import Assessor, TrainingImage, points_right
 from rssqa.quality.bounds import (
     CALIBRATION_INPUTS, KNOWN_METHODS, KNOWN_SOURCE, MANY_MAPS, disagreements, gain_shortfalls, input_kind,
@@ -17,6 +19,7 @@ from rssqa.quality.maps import Map, class_table
 from rssqa.quality.posterior import (
     find_neighbours, image_neighbours, map_posterior, point_features, point_maps, posterior_loss, train_posterior
 )
+from rssqa.quality.switching import fit_switch_rules
 from rssqa.tables.grid import PredictionGrid, subsample
 
 SIDE = 64
@@ -449,3 +452,32 @@ def test_refit_learns_from_other_images_and_leaves_scenes_out_of_the_intervals(a
     again = assessor.assess(new.image, maps, CLASSES).table
     pd.testing.assert_frame_equal(again.drop(columns='iou'), answer.table.drop(columns='iou'))
     assert not np.allclose(other.assess(new.image, maps, CLASSES).table.predicted, again.predicted, atol=1e-6)
+
+
+def switch_gains(noise, scenes=20, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = []
+    for scene_number in range(scenes):
+        for image in range(3):
+            oa = rng.uniform(0.5, 0.9, 3)
+            predicted = oa + rng.normal(0, noise, 3)
+            about = dict(kind='k', dataset='d', scene=scene_number, image_id=f'{scene_number}-{image}')
+            rows += [about | dict(method=m, oa=o, predicted=p) for m, o, p in zip('xyz', oa, predicted)]
+    return pd.DataFrame(rows)
+
+
+def test_a_change_is_advised_where_it_paid_on_enough_scenes():
+    rule = fit_switch_rules(switch_gains(0.02))['k']['d']
+    assert rule['margin'] == 0 and 0.02 < rule['lower'] < rule['gain'] < 0.4
+    assert fit_switch_rules(switch_gains(3.0)) == {} and fit_switch_rules(switch_gains(0.02, scenes=7)) == {}
+    table = pd.DataFrame(dict(name=['a', 'b'], predicted=[0.8, 0.79], lower=0.5, upper=0.9, as_good=True))
+    table['gain_lower'] = -0.1
+    assert give_advice(table, 'b')[0] == 'b' and give_advice(table, 'b', rule)[0] == 'a'
+    assert give_advice(table, 'b', rule | dict(margin=0.05))[0] == 'b'
+    assert 'such changes gained' in give_advice(table, 'b', rule)[1]
+
+
+def test_rules_are_saved(assessor, tmp_path):
+    changed = copy(assessor)
+    changed.switch_rules = fit_switch_rules(switch_gains(0.02))
+    assert Assessor.load(changed.save(tmp_path)).switch_rules == changed.switch_rules

@@ -89,26 +89,31 @@ def safe_name(name: str) -> str:
 
 def _number(x): return None if not np.isfinite(x) else round(float(x), 4)
 
-# %% ../../nbs/56_quality.assessment.ipynb #be3711f7
+# %% ../../nbs/56_quality.assessment.ipynb #51a03c20
 def give_advice(
     table: pd.DataFrame, # name, predicted, lower, upper, as_good, gain_lower (against the usual map), best first
     usual: str = '', # name of the map that would be used otherwise
+    rule: dict = None, # of the source, see rssqa.quality.switching; None for staying unless the gain is certain
 ) -> tuple[str, str]: # name of the recommended map, the advice
     "Say which map to use."
     best = table.iloc[0]
     level = f'predicted OA {best.predicted:.2f}, between {best.lower:.2f} and {best.upper:.2f}'
     if len(table) == 1: return best['name'], f'{best["name"]}: {level}. There is no other map to compare with.'
-    if usual and usual != best['name']: return _stay_or_change(table, best, usual, level)
+    if usual and usual != best['name']: return _stay_or_change(table, best, usual, rule, level)
     others = list(table.name[table.as_good & (table.name != best['name'])])
     if not others: return best['name'], f'Use {best["name"]}: {level}; better than all others.'
     return best['name'], f'Use {best["name"]}: {level}. As good, as far as can be told: {", ".join(others)}.'
 
 
-def _stay_or_change(table, best, usual, level):
+def _stay_or_change(table, best, usual, rule, level):
     row = table.set_index('name').loc[usual]
     gain = best.predicted - row.predicted
     if row.gain_lower > 0:
         change = f'Change from {usual} to {best["name"]}'
         return best['name'], f'{change}: it gains {gain:.2f}, at least {row.gain_lower:.2f}; {level}.'
+    if rule and gain > rule['margin']:
+        gained = f'such changes gained {rule["gain"]:.3f} a tile on other scenes of this source'
+        change = f'Change from {usual} to {best["name"]}'
+        return best['name'], f'{change}: predicted gain {gain:.3f}; {gained}, at least {rule["lower"]:.3f}; {level}.'
     words = f'{best["name"]} may be better by {gain:.2f}, but this is not certain'
     return usual, f'Stay with {usual}: {words}.'

@@ -7,7 +7,7 @@ __all__ = ['MANY_CALIBRATION_IMAGES', 'ENOUGH_SCENES', 'TUNE_BATCH', 'TUNE_STEPS
            'CONSENSUS_STEPS', 'CONSENSUS_EPOCHS', 'HALF_OWN', 'MAX_PIXELS', 'WEIGHTS', 'CALIBRATION', 'TrainingImage',
            'Semantics', 'consensus_weight', 'image_posterior', 'Assessor', 'points_right']
 
-# %% ../../nbs/57_quality.assessor.ipynb #e3ed475a
+# %% ../../nbs/57_quality.assessor.ipynb #b920d4b1
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +36,7 @@ from rssqa.quality.domain import (
 )
 from .intervals import ShiftCheck
 from .maps import ClassTable, Map, class_table, read_map
+from .switching import fit_switch_rules
 from rssqa.quality.posterior import (
     PointFeatures, PointMaps, PosteriorNet, agreement_weight, build_posteriors, draw_samples, expected_accuracy,
     grid_of_points, image_neighbours, map_posterior, mix_networks, point_features, point_maps, points_of_grid,
@@ -115,7 +116,7 @@ def image_posterior(
     if not weight: return q
     return (1 - weight) * q + weight * consensus_posterior(consensus, grid_of_points(maps, source))
 
-# %% ../../nbs/57_quality.assessor.ipynb #54751bc9
+# %% ../../nbs/57_quality.assessor.ipynb #f7e375e3
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 ENOUGH_SCENES = 10 # for intervals of a source by its own scenes alone
 TUNE_BATCH = 12 # images
@@ -174,6 +175,7 @@ class Assessor:
         self.sources = {image.dataset: image.grid.p.shape[1] for image in learned}
         self.calibration = self.cross_assess(prepared, samples)
         self.bounds = Bounds(self.confidence).fit(*_split_calibration(self.calibration))
+        self.switch_rules = fit_switch_rules(_of_known_sources(self.calibration))
         self._learn_domain(prepared)
         return self
 
@@ -194,6 +196,7 @@ class Assessor:
         if own.scene.nunique() >= ENOUGH_SCENES: others = others[~others.kind.isin(own.kind.unique())]
         self.calibration = pd.concat([own, others], ignore_index=True)
         self.bounds = Bounds(self.confidence).fit(*_split_calibration(self.calibration))
+        self.switch_rules = fit_switch_rules(_of_known_sources(self.calibration))
         self._learn_domain(prepared)
         return self
 
@@ -332,6 +335,7 @@ class Assessor:
         scenes = zip(self.calibration.dataset, self.calibration.scene.astype(str))
         kept = np.array([scene not in left_out for scene in scenes], bool)
         fitted.bounds = Bounds(self.confidence).fit(*_split_calibration(self.calibration[kept]))
+        fitted.switch_rules = fit_switch_rules(_of_known_sources(self.calibration[kept]))
         return fitted
 
     def _assess_some(self, nets, images, naming, consensus=None, inputs=CALIBRATION_INPUTS): # rows of some images
@@ -380,7 +384,8 @@ class Assessor:
         posterior = image_posterior(self.nets, maps, features, self.consensus, source, self.consensus_share)
         expected = expected_accuracy(posterior, features, agreement_weight(self.nets[0], maps))
         answer = self._table(expected, maps, report, table, labels, read, source)
-        recommended, advice = give_advice(answer, usual)
+        rule = self.switch_rules.get(self._kind(maps, source), {}).get(source)
+        recommended, advice = give_advice(answer, usual, rule)
         answer['recommended'] = answer.name == recommended
         fused = min(max(float(posterior.amax(0).mean()) + expected.level_change, 0), 1)
         shown = answer.drop(columns='gain_lower')
@@ -416,10 +421,13 @@ class Assessor:
             findings.append(Finding('one map', 'note', reason))
         return findings
 
-    def _table(self, expected, maps, report, table, labels, read, source): # best first
+    def _kind(self, maps, source): # of input
         known = self.nets[0].method_numbers(maps.names) > 0
         share = float(known.float().mean())
-        kind = input_kind(len(known), maps.has_probabilities.any(), share, bool(source))
+        return input_kind(len(known), maps.has_probabilities.any(), share, bool(source))
+
+    def _table(self, expected, maps, report, table, labels, read, source): # best first
+        kind = self._kind(maps, source)
         predicted = self.shift.apply(expected.oa)
         bounds = self.bounds
         spread = self.shift.spread
@@ -628,11 +636,14 @@ def _rows_of(kind, image, names, oa, predicted, pred):
     return [about | dict(method=n, oa=o, predicted=p, shortfall=s) for n, o, p, s in columns]
 
 
+def _of_known_sources(table): return table[table.kind.str.endswith(KNOWN_SOURCE)]
+
+
 def _split_calibration(table): # rows with labels; gains
     labelled = table[table.oa.notna()]
     return labelled, labelled[labelled.shortfall.notna()]
 
-# %% ../../nbs/57_quality.assessor.ipynb #782bd5cd
+# %% ../../nbs/57_quality.assessor.ipynb #7e206993
 WEIGHTS = 'assessor.safetensors'
 CALIBRATION = 'calibration.parquet'
 _SETTINGS = ('encoder', 'members', 'epochs', 'points', 'confidence', 'seed', 'name')
@@ -661,6 +672,7 @@ def _save(assessor, folder):
         encoder_fingerprint=assessor.encoder_fingerprint,
         datasets=assessor.datasets,
         bounds=assessor.bounds.state(),
+        switch_rules=assessor.switch_rules,
         ranges=assessor.ranges.state(),
         shift_limits=limits,
         level_shift=vars(assessor.shift),
@@ -695,6 +707,7 @@ def _build(cls, folder, stored, weights):
     assessor.consensus_share = stored.get('consensus_share', 1.0)
     assessor.sources = stored['sources']
     assessor.bounds = Bounds.from_state(stored['bounds'])
+    assessor.switch_rules = stored.get('switch_rules', {})                       # older files have none
     assessor.ranges = StatisticRanges.from_state(stored['ranges'])
     assessor.shift = LevelShift(**stored['level_shift'])
     assessor.shift_check = _build_shift_check(weights, stored['shift_limits'])
