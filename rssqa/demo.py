@@ -6,7 +6,7 @@
 __all__ = ['FIRST_SEED', 'CONDITIONS', 'RIVALS', 'ASSESSOR', 'PROTOCOL', 'draw_tiles', 'Demo', 'assess_tiles',
            'compare_with_rivals', 'run_demo', 'demo_summary']
 
-# %% ../nbs/90_demo.ipynb #5b4393c9
+# %% ../nbs/90_demo.ipynb #f30c2fee
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
