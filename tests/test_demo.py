@@ -8,7 +8,7 @@ from rssqa.cli import main
 from rssqa.core import bundled, read_json
 from rssqa.data.datasets import read_image, read_mask, folder_spec
 from rssqa.demo import ASSESSOR, RIVALS, demo_summary, draw_tiles, run_demo
-from rssqa.quality.recommend import Pack, bundled_pack, default_pack
+from rssqa.quality.recommend import Pack, bundled_pack, calibrate_pack, default_pack
 from rssqa.viz.explorer import open_run
 
 
@@ -86,3 +86,14 @@ def test_the_command_leaves_the_default_pack(monkeypatch, capsys, demo):
     with pytest.raises(SystemExit) as e: main(['demo'])
     assert e.value.code == 0 and 'Report:' in capsys.readouterr().out
     assert default_pack() == bundled_pack()
+
+
+def test_a_pack_without_an_assessor_of_its_own_can_be_calibrated(demo, tmp_path):
+    tile = demo.tiles.iloc[0]
+    truth = read_mask(tile, folder_spec(demo.out/'scenes'/'whole'))
+    y, x = np.random.default_rng(0).integers(0, len(truth), (2, 10))
+    points = pd.DataFrame({'image': 'tile.png', 'x': x, 'y': y, 'class': truth[y, x]})
+    (tmp_path/'tile.png').write_bytes((demo.out/'scenes'/'whole'/tile.path).read_bytes())
+    own = Pack(calibrate_pack(points, tmp_path/'own', tmp_path, pack=bundled('demo')))
+    assert own.config['calibrated']['points'] == 10 and own.assessor.name == 'own'
+    assert own.assessor.shift.spread < 1

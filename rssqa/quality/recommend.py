@@ -351,7 +351,7 @@ def _source_of_maps(pack, source): # given, or the only one of a pack that was f
     todo = f'pass classes=, a list of names or the path of a classes.json, or source={pack.datasets[0]!r}'
     raise Incompatible('cannot assess these maps', found, todo)
 
-# %% ../../nbs/58_quality.recommend.ipynb #0e9c6b46
+# %% ../../nbs/58_quality.recommend.ipynb #444ea168
 POINT_COLUMNS = ('image', 'x', 'y', 'class')
 
 
@@ -399,9 +399,10 @@ def _write_copy(pack, assessor, out, points):
     temporary = out.with_name(f'.{out.name}.part')
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(pack.folder, temporary, ignore=shutil.ignore_patterns('store', 'fit.json'))
-    assessor.save(temporary/pack.config['assessor'])
+    folder = pack.config.get('assessor', 'assessor')                          # a pack may use that of rssqa
+    assessor.save(temporary/folder)
     facts = dict(points=points, level_shift=round(assessor.shift.mean, 4), from_pack=pack.name)
-    write_json(temporary/'pack.json', pack.config | dict(name=out.name, calibrated=facts))
+    write_json(temporary/'pack.json', pack.config | dict(name=out.name, assessor=folder, calibrated=facts))
     os.replace(temporary, out)
     return out
 
