@@ -19,7 +19,7 @@ from rssqa.quality.maps import Map, class_table
 from rssqa.quality.posterior import (
     find_neighbours, image_neighbours, map_posterior, point_features, point_maps, posterior_loss, train_posterior
 )
-from rssqa.quality.switching import fit_switch_rules
+from rssqa.quality.switching import ONE_SIDED, fit_switch_rules, pool_means
 from rssqa.tables.grid import PredictionGrid, subsample
 
 SIDE = 64
@@ -475,6 +475,42 @@ def test_a_change_is_advised_where_it_paid_on_enough_scenes():
     assert give_advice(table, 'b')[0] == 'b' and give_advice(table, 'b', rule)[0] == 'a'
     assert give_advice(table, 'b', rule | dict(margin=0.05))[0] == 'b'
     assert 'such changes gained' in give_advice(table, 'b', rule)[1]
+
+
+def gains_of_scenes(**scenes): # dataset -> mean gains of its scenes
+    values = {(dataset, i): gain for dataset, gains in scenes.items() for i, gain in enumerate(gains)}
+    return pd.Series(values).rename_axis(['dataset', 'scene'])
+
+
+def test_few_scenes_follow_the_other_sources_and_many_speak_for_themselves():
+    rng = np.random.default_rng(0)
+    good, bad = 0.1 + rng.normal(0, 0.01, 40), -0.1 + rng.normal(0, 0.01, 40)
+    few = pool_means(gains_of_scenes(a=good, b=good + 0.01, c=[-0.02]))
+    assert abs(few.gain['a'] - good.mean()) < 0.01 and few.gain['c'] > -0.02
+    assert few.error['c'] > few.error['a']
+    many = pool_means(gains_of_scenes(a=good, b=bad))
+    assert np.allclose(many.gain, [good.mean(), bad.mean()], atol=0.002)
+    alone = pool_means(gains_of_scenes(a=good))
+    assert np.isclose(alone.gain['a'], good.mean()) and np.isclose(alone.error['a'], good.std(ddof=1) / np.sqrt(40))
+
+
+@pytest.mark.parametrize('between', [0.0, 0.01, 0.05])
+def test_bounds_of_pooled_means_hold_as_often_as_promised(between):
+    rng = np.random.default_rng(1)
+    holds = []
+    for _ in range(300):
+        true = 0.01 + rng.normal(0, between, 6)
+        of_scenes = gains_of_scenes(**{f'd{i}': t + rng.normal(0, 0.03, 4 + 5 * i) for i, t in enumerate(true)})
+        pooled = pool_means(of_scenes)
+        holds.append((pooled.gain - ONE_SIDED * pooled.error).to_numpy() <= true)
+    assert 0.85 <= np.mean(holds) <= 0.97
+
+
+def test_a_source_with_few_scenes_changes_where_it_pays_elsewhere():
+    elsewhere, here = switch_gains(0.02), switch_gains(0.02, scenes=2, seed=1).assign(dataset='e')
+    assert set(fit_switch_rules(pd.concat([elsewhere, here]))['k']) == {'d', 'e'}
+    noise = switch_gains(3.0, scenes=40, seed=1).assign(dataset='e')
+    assert set(fit_switch_rules(pd.concat([elsewhere, noise]))['k']) == {'d'}
 
 
 def test_rules_are_saved(assessor, tmp_path):
