@@ -170,12 +170,11 @@ def test_another_folder_with_the_same_names_shows_its_own_images(pack, tmp_path)
     assert view.which.value == 'a.png' and pictures(view)[0] != first[0]
 
 
-def test_predictions_may_be_missing(pack, monkeypatch):
-    real = module.rank
-    monkeypatch.setattr(module, 'rank', lambda *a, **k: real(*a, **k).assign(predicted=np.nan))
+def test_a_wider_interval_is_explained(pack):
     view = Recommender([scene('town', 1, 64).image], pack).view()
-    assert 'no prediction' in view.numbers.value and 'no interval: no prediction' in view.numbers.value
-    assert '–' in view.choices.value
+    ranking = view.state.ranked()
+    assert set(ranking.state) == {'widened'} and ranking.lower.lt(ranking.upper).all()
+    assert 'wider intervals: ' in view.numbers.value and 'unlike the training images' in view.numbers.value
 
 
 # ---------------------------------------------------------------- pair reviewer

@@ -7,7 +7,7 @@ __all__ = ['RANKING_COLUMNS', 'CHOICE_COLUMNS', 'BORDER', 'GREY', 'LAST_CHOICES'
            'REMOVED', 'ADDED', 'EXTRA_TEXT', 'read_table', 'Recommender', 'class_table', 'view_recommender',
            'PairReviewer', 'marked', 'view_reviewer', 'app_settings', 'example_review']
 
-# %% ../../nbs/67_viz.widgets.ipynb #b48badbe
+# %% ../../nbs/67_viz.widgets.ipynb #b8c3f0ec
 import html, os, sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..data.datasets import colourise
 from ..data.synthetic import CLASSES, PALETTE
 from ..quality.folders import SUFFIXES
 from ..quality.recommend import Pack, default_pack, rank
-from .degradation import as_png, class_key, error_html, interval_rows, with_intervals
+from .degradation import as_png, class_key, error_html, interval_rows
 from .explorer import write_table
 from .figures import PALETTE as MARKS
 
@@ -34,9 +34,9 @@ def read_table(
     if not path.is_file(): raise DataNotFound(f'no table {path}', '', 'check the path')
     return pd.read_csv(path, keep_default_na=False) if path.suffix == '.csv' else pd.read_parquet(path)
 
-# %% ../../nbs/67_viz.widgets.ipynb #65a6377e
-RANKING_COLUMNS = ['method', 'predicted', 'low', 'high', 'state', 'reason', 'mask']
-CHOICE_COLUMNS = ['image', 'chosen', 'predicted', 'low', 'high', 'recommended', 'by']
+# %% ../../nbs/67_viz.widgets.ipynb #3f8a6d3d
+RANKING_COLUMNS = ['method', 'predicted', 'lower', 'upper', 'state', 'reason', 'mask']
+CHOICE_COLUMNS = ['image', 'chosen', 'predicted', 'lower', 'upper', 'recommended', 'by']
 
 
 class Recommender:
@@ -84,7 +84,7 @@ class Recommender:
 
     def ranked(self,
         name: str = None, # of an image; default: the current one
-    ) -> pd.DataFrame: # best first: method, predicted, low, high, state, reason, mask
+    ) -> pd.DataFrame: # best first: method, predicted, lower, upper, state, reason, mask
         "Rank the methods for an image; computed once."
         name = self._name(name)
         if name in self.problems: raise BadImage(*self.problems[name])
@@ -93,7 +93,7 @@ class Recommender:
             except BadImage as e:
                 self.problems[name] = (e.what, e.found, e.todo)
                 raise
-            self.rankings[name] = with_intervals(ranking, self.pack)[RANKING_COLUMNS]
+            self.rankings[name] = ranking[RANKING_COLUMNS]
         return self.rankings[name]
 
     def choose(self,
@@ -112,7 +112,7 @@ class Recommender:
         chosen = self.chosen.get(name, recommended)
         row = ranking.set_index('method').loc[chosen]
         by = 'person' if name in self.chosen else 'recommendation'
-        return [name, chosen, row.predicted, row.low, row.high, recommended, by]
+        return [name, chosen, row.predicted, row.lower, row.upper, recommended, by]
 
     def table(self) -> pd.DataFrame: # one row an image that was ranked, see CHOICE_COLUMNS
         "List what was chosen; images without a choice keep the recommendation."
@@ -178,7 +178,7 @@ def class_table(
     if palette and len(palette) >= len(names): return names, palette[:len(names)]
     return names, [_rgb(MARKS[i % len(MARKS)]) for i in range(len(names))]
 
-# %% ../../nbs/67_viz.widgets.ipynb #88fec973
+# %% ../../nbs/67_viz.widgets.ipynb #f95cdbed
 BORDER = '1px solid #d5dbe1'
 GREY = '#5c6670' # of small print
 LAST_CHOICES = 12 # rows of the table of choices
@@ -339,7 +339,7 @@ def _show_maps(view, name, ranking):
         pictures.append(_captioned(colourise(row.mask, palette), _map_caption(row, i == 0)))
     view.maps.children = pictures
     reasons = '; '.join(sorted(set(ranking.reason) - {''}))
-    note = _small_print(f'no interval: {html.escape(reasons)}') if reasons else ''
+    note = _small_print(f'wider intervals: {html.escape(reasons)}') if reasons else ''
     view.numbers.value = interval_rows(ranking) + note + class_key(classes, palette)
     view.choice.options = list(ranking.method)
     view.ranking = ranking
