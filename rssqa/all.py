@@ -17,7 +17,8 @@ from .clip.purify import apply_decisions, purify
 from .viz.projection import Projection, neighbour_graph, project, separation, stages
 from .quality.model import QualityModel, explain, load_model, save_model
 from .quality.assessor import Assessor, TrainingImage
-from .quality.recommend import Pack, assess, rank, recommend, score, use_pack
+from .quality.pack import Pack, use_pack
+from .quality.recommend import assess, rank, recommend, score
 from .segment.protocol import METHOD_NAMES, MethodSpec, Segmenter, SegOutput, TorchSegmenter, check_segmenter, methods, predict_large
 from .tables.sqed import build_sqed, check_sqed, load_sqed, save_sqed
 from .tables.store import Store, extract

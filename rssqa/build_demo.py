@@ -6,7 +6,7 @@
 __all__ = ['SMALL_SOURCES', 'SCENES', 'PROTOCOL_WORDS', 'FIVE_RIVALS', 'MEASURE_LABELS', 'Plan', 'synthetic_plan', 'real_plan',
            'run_full_demo', 'project_table', 'pixel_loader', 'worst_cases', 'leaderboard_text', 'full_demo_summary']
 
-# %% ../nbs/89_build_demo.ipynb #0f2741c0
+# %% ../nbs/89_build_demo.ipynb #ce9ecadc
 import os, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from .data.splits import folds
 from .viz.explorer import known_without_labels, save_run
 from .segment.methods.training import Recipe, cross_fit
 from .segment.metrics import single_best
-from .quality.recommend import write_pack
+from .quality.pack import write_pack
 from .tables.sqed import build_sqed, stored_mask
 from .tables.store import Store, extract
 from .data.synthetic import SCENE_TYPES, write_scenes
@@ -127,7 +127,7 @@ def _encode_tiles(plan, tiles, store): # -> name of the feature table
     from rssqa.clip.encoders import load_encoder
     return extract(tiles, load_encoder(plan.encoder, dtype='float32'), store)
 
-# %% ../nbs/89_build_demo.ipynb #956f4efc
+# %% ../nbs/89_build_demo.ipynb #f8a0370d
 PROTOCOL_WORDS = '5-fold cross-validation by scene'
 FIVE_RIVALS = (
     'mean of dataset and method',
@@ -160,7 +160,7 @@ def run_full_demo(
         processes = workers or os.cpu_count() or 1
         options = dict(seed=seed, rivals=rivals, workers=processes)
         board, predicted = compare(table, str(store.root), semantic, **options)
-    write_pack(plan.home, networks, '', name=f'demo: {plan.title}')
+    write_pack(plan.home, networks, name=f'demo: {plan.title}')
     table = table.assign(predicted=predicted[RS_SQA])
     save_run(out, table, tiles, store, semantic, plan.encoder, 'float32')
     save_results(board, out/'results.csv', PROTOCOL_WORDS, plan.title, seed, _command())

@@ -106,7 +106,7 @@ def _build_demo(data, out, sources, weights, encoder, steps, every, workers, see
     board = run_full_demo(plan, out, workers, seed, None if every else FIVE_RIVALS)
     print(full_demo_summary(board, plan, out))
 
-# %% ../nbs/91_cli.ipynb #da85c098
+# %% ../nbs/91_cli.ipynb #e314f189
 @app.command('assess')
 def assess_command(
     image: Annotated[Path, typer.Argument(help='Image from above, or a folder of images.')],
@@ -157,7 +157,8 @@ def _check_folder_options(labels, pictures): # of assess
 def _assess_folder(folder, named, classes, usual, as_json, out, workers, dataset, pack):
     import json
     from rssqa.quality.assess_folder import assess_folder
-    from rssqa.quality.recommend import nothing_usable, open_pack
+    from rssqa.quality.pack import open_pack
+    from rssqa.quality.recommend import nothing_usable
     opened = open_pack(pack)
     result = assess_folder(folder, named or None, classes, usual, opened, dataset, out, workers)
     if as_json: print(json.dumps(_assessed_json(result, opened.assessor.name), indent=1))
@@ -208,7 +209,7 @@ def _named_paths(options): # ['a=x.png'] -> {'a': Path('x.png')}; without a name
         named[name] = Path(path)
     return named
 
-# %% ../nbs/91_cli.ipynb #7aa8ecc4
+# %% ../nbs/91_cli.ipynb #6dd4be8a
 pack_app = typer.Typer(no_args_is_help=True, help='Choose the networks and the assessor that answer.')
 app.add_typer(pack_app, name='pack')
 
@@ -218,14 +219,14 @@ def use_command(
     folder: Annotated[Optional[Path], typer.Argument(help='Folder of a pack; omit for the one of rssqa.')] = None,
 ):
     "Use a pack in all later commands."
-    from rssqa.quality.recommend import use_pack
+    from rssqa.quality.pack import use_pack
     print(f'pack {use_pack(folder or "")}')
 
 
 @pack_app.command('show')
 def show_command(pack: _PackOption = None):
     "Say which pack answers, and what is in it."
-    from rssqa.quality.recommend import open_pack
+    from rssqa.quality.pack import open_pack
     opened = open_pack(pack)
     print(opened, opened.folder, sep='\n')
 
@@ -241,7 +242,7 @@ def build_command(
 ):
     "Fit the assessor of a pack: about half an hour on two cores."
     from rssqa.quality.build_pack import build_assessor
-    from rssqa.quality.recommend import bundled_pack
+    from rssqa.quality.pack import bundled_pack
     folder = pack or bundled_pack()
     assessor = build_assessor(folder, data, str(tables), encoder=encoder, seed=seed)
     print(f'{folder/"assessor"}: {", ".join(assessor.sources)}, {len(assessor.methods)} methods')
@@ -276,7 +277,8 @@ def calibrate_command(
     from rssqa.core import check_file
     check_file(points)
     named = _named_paths(maps or ())
-    from rssqa.quality.recommend import Pack, calibrate_pack
+    from rssqa.quality.pack import Pack
+    from rssqa.quality.recommend import calibrate_pack
     folder = calibrate_pack(pd.read_csv(points), out, images, named or None, classes, pack, dataset)
     config = Pack(folder).config['calibrated']
     print(f'{folder}: {config["points"]} points, level {config["level_shift"]:+.2f} on the logit scale')
@@ -314,7 +316,7 @@ def _next_step(pack, maps): # what to type now
     given = ''.join(f' --map {name}=PATH' for name in maps)
     return f'next: rssqa assess IMAGE{given} --pack {pack}'
 
-# %% ../nbs/91_cli.ipynb #8401b891
+# %% ../nbs/91_cli.ipynb #d3b52dee
 @app.command('score')
 def score_command(
     image: Annotated[Path, typer.Argument(help='Image from above.')],
@@ -326,7 +328,8 @@ def score_command(
     "Predict the overall accuracy of each method on an image, without labels."
     from rssqa.core import check_file
     check_file(image)
-    from rssqa.quality.recommend import open_pack, rank
+    from rssqa.quality.pack import open_pack
+    from rssqa.quality.recommend import rank
     opened = open_pack(pack)
     if method: opened.segmenter(method, dataset)
     predicted = rank(image, opened, dataset).set_index('method').predicted
@@ -359,7 +362,8 @@ def recommend_command(
     from rssqa.quality.folders import check_table_path
     check_table_path(out)
     import json
-    from rssqa.quality.recommend import nothing_usable, open_pack, rank_folder
+    from rssqa.quality.pack import open_pack
+    from rssqa.quality.recommend import nothing_usable, rank_folder
     opened = open_pack(pack)
     result = rank_folder(folder, opened, dataset, out, workers)
     if as_json: print(json.dumps(_folder_json(result, opened.name), indent=1))
@@ -551,7 +555,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #0a8f038c
+# %% ../nbs/91_cli.ipynb #bc08bab9
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -560,7 +564,7 @@ def assessor_command(
     "Measure the assessor on sources and scenes that its networks did not learn from."
     from rssqa.provenance import stamp, write_results
     from rssqa.quality.build_pack import measure_calibration
-    from rssqa.quality.recommend import open_pack
+    from rssqa.quality.pack import open_pack
     measured = measure_calibration(open_pack(pack).assessor.calibration)
     print(measured.round(3).to_string(index=False))
     protocol = 'sources left out; for known sources, scenes left out'
@@ -921,7 +925,7 @@ def eval_command(
     print(measures.round(3).to_string(index=False))
     if out: measures.to_csv(out, index=False)
 
-# %% ../nbs/91_cli.ipynb #0b74da33
+# %% ../nbs/91_cli.ipynb #6b3383c2
 PARTS = (
     'torch',
     'torchvision',
@@ -973,6 +977,6 @@ def _size(folder):
 
 
 def _known_pack():
-    from rssqa.quality.recommend import Pack, default_pack
+    from rssqa.quality.pack import Pack, default_pack
     try: return Pack(default_pack())
     except Problem: return None

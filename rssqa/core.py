@@ -6,10 +6,10 @@
 __all__ = ['segmenters', 'encoders', 'fusions', 'datasets', 'MAX_PIXELS', 'PIL_FORMATS', 'Problem', 'UnknownName', 'SchemaError',
            'DataNotFound', 'BadImage', 'Incompatible', 'LeakError', 'MissingFeatures', 'DownloadError', 'Registry',
            'unknown', 'digest', 'file_id', 'state_digest', 'as_image', 'check_file', 'check_size', 'file_faults',
-           'decode_image', 'is_tiff', 'decode_picture', 'upright_size', 'open_tiff', 'read_bands', 'stretch',
-           'pick_device', 'seed_all', 'cache_dir', 'real_dir', 'bundled', 'few_threads', 'without_compiler', 'atomic',
-           'write_json', 'read_json', 'load_tensors', 'weight_digests', 'load_recorded', 'model_faults', 'progress',
-           'say']
+           'decode_image', 'is_tiff', 'decode_picture', 'upright_size', 'open_tiff', 'read_bands', 'image_size',
+           'stretch', 'pick_device', 'seed_all', 'cache_dir', 'real_dir', 'bundled', 'few_threads', 'without_compiler',
+           'atomic', 'write_json', 'read_json', 'load_tensors', 'weight_digests', 'load_recorded', 'model_faults',
+           'progress', 'say']
 
 # %% ../nbs/00_core.ipynb #20c08d8a
 import difflib, hashlib, importlib.metadata, json, os, random, re, sys, uuid
@@ -382,6 +382,19 @@ def _decode_tiff(path): # (H,W) or (H,W,3)
 
 def _palette(colours): # {number: (r,g,b,a)} -> (n,3)
     return np.array([colours[i][:3] for i in sorted(colours)], np.uint8)
+
+# %% ../nbs/00_core.ipynb #00425d91
+def image_size(
+    path, # image file
+) -> tuple[int, int]: # width, height in pixels, upright
+    "Read the size of an image file from its header, or say why it cannot be used."
+    from PIL import Image
+    check_file(path)
+    if is_tiff(path):
+        with open_tiff(path) as f: return f.width, f.height
+    with file_faults(path), Image.open(path, formats=PIL_FORMATS) as im:
+        check_size(path, *im.size)
+        return upright_size(im)
 
 # %% ../nbs/00_core.ipynb #d09de4a5
 def stretch(

@@ -6,7 +6,7 @@
 __all__ = ['FIRST_SEED', 'CONDITIONS', 'RIVALS', 'ASSESSOR', 'PROTOCOL', 'draw_tiles', 'Demo', 'assess_tiles',
            'compare_with_rivals', 'run_demo', 'demo_summary']
 
-# %% ../nbs/90_demo.ipynb #f30c2fee
+# %% ../nbs/90_demo.ipynb #b6795cd0
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from .data.splits import folds
 from .data.synthetic import SCENE_TYPES, write_scenes
 from .build_demo import pixel_loader, project_table, worst_cases
 from .provenance import save_results
-from .quality.recommend import Pack, bundled_pack
+from .quality.pack import Pack, bundled_pack
 from .segment.methods.training import manifest
 from .segment.metrics import single_best
 from .tables.sqed import build_sqed

@@ -62,9 +62,18 @@ def pytest_unconfigure(config):
     if FIRST: shutil.rmtree(os.environ['RSSQA_TEST_RUN'], ignore_errors=True)
 
 
+def uses_module_fixture(item) -> bool:
+    "Tell whether a test uses a fixture that is made once for its module."
+    info = getattr(item, '_fixtureinfo', None)
+    definitions = info.name2fixturedefs.values() if info else ()
+    return any(definition[-1].scope == 'module' for definition in definitions)
+
+
 def pytest_collection_modifyitems(config, items):
     off = FLAGS.keys() - asked_flags(config)
     for item in items:
+        # one worker makes what the tests of a module share
+        if uses_module_fixture(item): item.add_marker(pytest.mark.xdist_group(item.path.stem))
         for mark in item.iter_markers():
             if mark.name in off:
                 item.add_marker(

@@ -9,7 +9,7 @@ from PIL import Image
 import rssqa
 from rssqa.cli import main
 from rssqa.data.synthetic import CLASSES, PALETTE, scene
-from rssqa.quality.recommend import bundled_pack
+from rssqa.quality.pack import bundled_pack
 
 SIDE = 96
 

@@ -11,7 +11,8 @@ from rssqa.cli import main
 from rssqa.core import DataNotFound, Incompatible
 from rssqa.data.synthetic import CLASSES, scene
 from rssqa.quality.assess_folder import ROW_COLUMNS, assess_folder
-from rssqa.quality.recommend import Pack, assess, bundled_pack
+from rssqa.quality.pack import Pack, bundled_pack
+from rssqa.quality.recommend import assess
 
 NAMES = ('a.png', 'deep/b.png', 'deep/c.png')
 

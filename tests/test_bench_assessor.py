@@ -6,7 +6,7 @@ import pytest
 from rssqa.bench.assessor import CHOICES, held_out_rows, measure_pack
 from rssqa.core import read_json
 from rssqa.data.datasets import scan
-from rssqa.quality.recommend import Pack, bundled_pack
+from rssqa.quality.pack import Pack, bundled_pack
 
 
 def rows(seed=0, scenes=4, images=3, methods=('a', 'b', 'c')):

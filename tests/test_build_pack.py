@@ -9,7 +9,8 @@ from rssqa.core import Incompatible, read_json
 from rssqa.data.synthetic import scene
 from rssqa.quality.bounds import KNOWN_METHODS, KNOWN_SOURCE
 from rssqa.quality.build_pack import LEARN_FROM, best_on_average, measure_calibration
-from rssqa.quality.recommend import Pack, assess, bundled_pack
+from rssqa.quality.pack import Pack, bundled_pack
+from rssqa.quality.recommend import assess
 
 
 ROOT = Path(__file__).parent.parent

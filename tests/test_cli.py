@@ -13,7 +13,7 @@ from rssqa.build_demo import (
 )
 from rssqa.cli import main
 from rssqa.data.synthetic import scene, write_scenes
-from rssqa.quality.recommend import Pack, bundled_pack, default_pack
+from rssqa.quality.pack import Pack, bundled_pack, default_pack
 from rssqa.segment.methods.training import Recipe
 
 

@@ -10,7 +10,6 @@ from filelock import FileLock
 
 from rssqa.core import Incompatible, SchemaError, UnknownName, bundled, read_json, write_json
 from rssqa.data.synthetic import CLASSES, scene
-from rssqa.quality.recommend import Pack
 from rssqa.segment.metrics import accuracy, confusion
 from rssqa.viz.degradation import (
     DEGRADATIONS, FEW_METHODS, DegradationExplorer, apply_degradations, as_png, bench_degradation, interval_rows,

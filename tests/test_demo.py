@@ -8,7 +8,8 @@ from rssqa.cli import main
 from rssqa.core import bundled, read_json
 from rssqa.data.datasets import read_image, read_mask, folder_spec
 from rssqa.demo import ASSESSOR, RIVALS, demo_summary, draw_tiles, run_demo
-from rssqa.quality.recommend import Pack, bundled_pack, calibrate_pack, default_pack
+from rssqa.quality.pack import Pack, bundled_pack, default_pack
+from rssqa.quality.recommend import calibrate_pack
 from rssqa.viz.explorer import open_run
 
 

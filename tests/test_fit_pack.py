@@ -14,7 +14,8 @@ from rssqa.data.synthetic import CLASSES, scene, write_scenes
 from rssqa.quality import assessor, fit_pack as module
 from rssqa.quality.bounds import KNOWN_SOURCE
 from rssqa.quality.fit_pack import card_text, fit_pack, measure_scenes, plan_fit, read_tiles, tile_spec
-from rssqa.quality.recommend import Pack, assess, bundled_pack, calibrate_pack, rank, score
+from rssqa.quality.pack import Pack, bundled_pack
+from rssqa.quality.recommend import assess, calibrate_pack, rank, score
 from rssqa.segment.methods import training
 from rssqa.segment.methods.training import Recipe
 

@@ -11,7 +11,8 @@ import rssqa.quality.folders as module
 from rssqa.cli import main
 from rssqa.core import BadImage, DataNotFound, Incompatible, as_image, read_json, write_json
 from rssqa.quality.folders import SUFFIXES, check_table_path, list_images, plain_name, process_folder, write_table
-from rssqa.quality.recommend import Pack, rank_folder, recommend
+from rssqa.quality.pack import Pack
+from rssqa.quality.recommend import rank_folder, recommend
 from trained import METHODS, trained_setup
 
 

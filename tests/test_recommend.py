@@ -9,11 +9,9 @@ from torch import nn
 
 from rssqa.core import BadImage, DataNotFound, Incompatible, SchemaError, read_json, write_json
 from rssqa.data.datasets import read_image
-from rssqa.quality.consensus import ConsensusEnsemble, ConsensusNet, save_consensus
 from rssqa.quality.folders import SUFFIXES
-from rssqa.quality.recommend import (
-    Pack, bundled_pack, default_pack, open_pack, rank, recommend, score, use_pack, write_pack
-)
+from rssqa.quality.pack import Pack, bundled_pack, default_pack, open_pack, use_pack, write_pack
+from rssqa.quality.recommend import rank, recommend, score
 from rssqa.segment.protocol import TorchSegmenter
 from trained import METHODS, trained_setup
 
@@ -37,11 +35,11 @@ def folder(tmp_path):
 
 
 def pack_with(tmp_path, **change):
-    "A pack in another folder, with the networks and the model of trained_setup and a changed configuration."
+    "A pack in another folder, with the networks of trained_setup and a changed configuration."
     home = trained_setup().home
     for path in home.iterdir():
         if path.is_dir() and not (tmp_path/path.name).exists(): (tmp_path/path.name).symlink_to(path)
-    config = dict(networks=read_json(home/'pack.json')['networks'], model='model', encoder='')
+    config = dict(networks=read_json(home/'pack.json')['networks'])
     write_json(tmp_path/'pack.json', config | change)
     return Pack(tmp_path)
 
@@ -53,7 +51,7 @@ def test_pack_lists_what_it_holds(pack):
     assert pack.methods('synth_town') == pack.methods(None) == METHODS
     assert pack.segmenter('pspnet') is pack.segmenter('pspnet', 'synth_town')
     assert pack.classes() == pack.segmenter('pspnet').classes
-    assert pack.encoder is None and pack.segmenter('pspnet').config['fold'] == 0
+    assert pack.segmenter('pspnet').config['fold'] == 0
 
 
 def test_missing_packs_are_named(tmp_path, monkeypatch, image):
@@ -81,10 +79,10 @@ def test_a_pack_is_used_only_where_it_is_chosen(monkeypatch, tmp_path, image):
     dict(networks=None), dict(networks={}), dict(networks=[]), dict(networks={'town': {}}), dict(networks={'town': 3}),
     dict(networks={'town': {'unet': '/etc'}}), dict(networks={'town': {'unet': '../outside'}}),
     dict(networks={'town': {'unet': 'a/../../outside'}}), dict(networks={'town': {'unet': 7}}),
-    dict(model='/etc'), dict(consensus='../x'), dict(assessor=3),
+    dict(assessor='/etc'), dict(assessor='../x'), dict(assessor=3),
 ])
 def test_a_pack_of_wrong_shape_or_that_leaves_its_folder(tmp_path, change):
-    config = dict(networks={'town': {'unet': 'networks/unet'}}, model='model', encoder='')
+    config = dict(networks={'town': {'unet': 'networks/unet'}}, assessor='assessor')
     write_json(tmp_path/'pack.json', config)
     Pack(tmp_path)
     write_json(tmp_path/'pack.json', config | change)
@@ -118,20 +116,6 @@ def test_bundled_pack_scores_any_photo(image):
     assert {'data', 'licence', 'metrics', 'made_by'} <= set(card) and set(card['data']) == set(pack.datasets)
 
 
-def test_consensus_is_used_only_where_most_of_its_methods_are_present(tmp_path, image):
-    ensemble = ConsensusEnsemble([*METHODS, 'unet'], {'': [ConsensusNet(3, {})]})
-    save_consensus(ensemble, tmp_path/'consensus')
-    with_consensus = pack_with(tmp_path, consensus='consensus')
-    plain = Pack(trained_setup().home)
-    # one of three methods: no consensus
-    one = rank(image, with_consensus, methods=['pspnet']).predicted[0]
-    assert one == rank(image, plain, methods=['pspnet']).predicted[0]
-    two = rank(image, with_consensus)
-    expected = rank(image, plain)
-    assert not np.allclose(two.predicted, expected.predicted)
-    assert sorted(two.method) == sorted(expected.method)
-
-
 @pytest.mark.parametrize('method, dataset, message', [
     ('pspnett', None, 'mean pspnet'),
     ('unet', None, 'no method for synth_town'),
@@ -154,7 +138,7 @@ def test_broken_packs_are_refused(tmp_path):
     with pytest.raises(ValueError, match='pack.json'): Pack(tmp_path)
     without_network = pack_with(tmp_path, networks=dict(synth_town=dict(pspnet='nowhere')))
     with pytest.raises(DataNotFound, match='nowhere'): without_network.segmenter('pspnet')
-    with pytest.raises(DataNotFound, match='no-model'): pack_with(tmp_path, model='no-model').model
+    with pytest.raises(DataNotFound, match='no-assessor'): pack_with(tmp_path, assessor='no-assessor').assessor
 
 
 def test_pack_has_relative_paths_and_one_fold():
@@ -247,7 +231,8 @@ def test_rank_is_sorted_and_label_free(pack, image):
     assert sorted(ranked.method) == METHODS
     assert ranked.predicted.is_monotonic_decreasing and ranked.predicted.between(0, 1).all()
     assert ranked['mask'].iloc[0].shape == (64, 64)
-    assert not {'oa', 'n_valid', 'confusion'} & set(ranked) and {'conf', 'agree_mean'} <= set(ranked)
+    assert {'lower', 'upper', 'agreement', 'confidence', 'state', 'reason'} <= set(ranked) and 'oa' not in ranked
+    assert (ranked.lower <= ranked.predicted).all() and (ranked.predicted <= ranked.upper).all()
     assert 'mask' not in rank(image, pack)
     assert rank(image, pack, methods=['pspnet']).method.tolist() == ['pspnet']
 
@@ -271,8 +256,9 @@ def test_any_size_is_scored(size, pack):
 
 
 @pytest.mark.parametrize('value', [0, 255])
-def test_flat_images_are_scored(value, pack):
-    assert rank(np.full((64, 64, 3), value, np.uint8), pack).predicted.between(0, 1).all()
+def test_flat_images_are_refused(value, pack):
+    with pytest.raises(BadImage, match='no prediction.*no data|no prediction.*same value'):
+        rank(np.full((64, 64, 3), value, np.uint8), pack)
 
 
 def test_too_small_image_is_named(pack, tmp_path):
@@ -280,6 +266,13 @@ def test_too_small_image_is_named(pack, tmp_path):
     with pytest.raises(BadImage, match='small.png.*40x8 pixels, expected at least 16'):
         score(tmp_path/'small.png', 'pspnet', pack=pack)
     with pytest.raises(BadImage, match='this image'): rank(np.zeros((8, 40, 3), np.uint8), pack)
+
+
+def test_a_large_image_is_refused_before_it_is_decoded(pack, tmp_path, monkeypatch):
+    Image.new('L', (8192, 4096)).save(tmp_path/'large.png')
+    monkeypatch.setattr('rssqa.quality.assessor.as_image', None)
+    with pytest.raises(BadImage, match='large.png.*8192x4096 pixels.*4096x4096.*(?i:cut it into tiles)'):
+        score(tmp_path/'large.png', 'pspnet', pack=pack)
 
 
 def test_no_such_image(pack, tmp_path):
@@ -327,15 +320,3 @@ def test_a_mask_beside_the_image_does_not_matter(pack, tmp_path):
     copy.write_bytes(path.read_bytes())
     expected = rank(read_image(tile), pack)
     assert rank(path, pack).equals(expected) and rank(copy, pack).equals(expected)
-
-
-def test_no_label_reaches_the_quality_model(pack, image, monkeypatch):
-    inputs = []
-    def record_inputs(table, semantic, intermediate, grid):
-        inputs.append((table, grid))
-        return np.linspace(0, 1, len(table))
-    monkeypatch.setattr(pack, 'predict', record_inputs)
-    rank(image, pack)
-    table, grid = inputs[0]
-    assert (table.n_valid == 0).all() and table[['oa', 'miou', 'mf1']].isna().all(axis=None)
-    assert (grid.truth == 255).all() and grid.truth.shape == (16, 16)

@@ -7,7 +7,7 @@ from PIL import Image
 import rssqa.viz.widgets as module
 from rssqa.core import BadImage, DataNotFound, Incompatible, SchemaError, UnknownName
 from rssqa.data.synthetic import scene
-from rssqa.quality.recommend import Pack
+from rssqa.quality.pack import Pack
 from rssqa.viz.explorer import write_table
 from rssqa.viz.widgets import PairReviewer, Recommender, example_review, marked, read_table
 from test_degradation import small_pack

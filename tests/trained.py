@@ -12,8 +12,7 @@ from rssqa.core import cache_dir
 from rssqa.data.datasets import folder_spec, scan
 from rssqa.data.splits import folds
 from rssqa.segment.methods.training import Recipe, cross_fit
-from rssqa.quality.model import QualityModel, save_model
-from rssqa.quality.recommend import write_pack
+from rssqa.quality.pack import write_pack
 from rssqa.tables.sqed import build_sqed, features_table
 from rssqa.tables.store import Store, put_vectors
 from rssqa.data.synthetic import write_scenes
@@ -30,7 +29,6 @@ def _make(home: Path):
     specs = {spec.name: spec}
     networks = cross_fit(tiles, specs, home/'models', METHODS, RECIPE, workers=1)
     sqed = build_sqed(tiles, networks, specs, Store(home/'store'), workers=1)
-    save_model(QualityModel(epochs=6, members=1, store=str(home/'store')).fit(sqed), home/'model')
     write_pack(home, networks)
     (home/'done.pickle').write_bytes(pickle.dumps((tiles, networks, sqed)))
 

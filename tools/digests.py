@@ -8,7 +8,6 @@ MODELS = Path(__file__).parents[1]/'data/models'
 
 
 def weight_files(config): # names of the weight files that a JSON file describes, [] where it describes none
-    if config.get('kind') == 'QualityModel': return ['weights.safetensors']
     if config.get('kind') == 'ConsensusEnsemble': return ['consensus.safetensors']
     if 'fingerprint' in config: return [config.get('weights', 'model.safetensors'), 'reference.safetensors']
     return []

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'bench_semantics', 'bench_pack', 'held_out_rows', 'measure_pack']
 
-# %% ../../nbs/88_bench.assessor.ipynb #92f00de6
+# %% ../../nbs/88_bench.assessor.ipynb #3cb4b75a
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..data.datasets import IGNORE, read_image, read_mask
 from ..data.splits import calibration_rows
 from ..quality.assessor import Assessor
 from ..quality.build_pack import LEARN_FROM, measure_calibration, training_images
-from ..quality.recommend import Pack, bundled_pack
+from ..quality.pack import Pack, bundled_pack
 from ..segment.metrics import srocc
 from ..tables.rs_sqed_open import open_tiles
 

@@ -8,7 +8,7 @@ __all__ = ['QUICK_SIZE', 'STEPS', 'cpu_seconds', 'in_turns', 'measurement', 'Siz
            'known_rows', 'enlarged', 'fit_speed', 'peak_mb', 'fit_peak', 'fit_memory', 'cache_speed', 'training_speed',
            'run_speed', 'speed_text', 'save_speed']
 
-# %% ../../nbs/82_bench.speed.ipynb #38335727
+# %% ../../nbs/82_bench.speed.ipynb #273a4b9c
 import os, re, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,12 +26,13 @@ from ..segment.confidence import agreement, label_free, feature_columns
 from ..core import pick_device, progress, say, unknown
 from ..clip.encoders import load_encoder
 from ..data.datasets import DatasetSpec, folder_spec, read_image, read_mask, scan
-from ..quality.consensus import ConsensusModel, save_consensus
+from ..quality.consensus import ConsensusModel
 from ..segment.methods.training import Recipe, load_segmenter, manifest, train
 from ..segment.metrics import accuracy, confusion
 from ..tables.rs_sqed_open import unpack
-from ..quality.model import QualityModel, save_model
-from ..quality.recommend import Pack, bundled_pack, rank, write_pack
+from ..quality.model import QualityModel
+from ..quality.pack import Pack, bundled_pack, write_pack
+from ..quality.recommend import rank
 from ..segment.openvino import is_installed, with_engine
 from ..segment.protocol import METHOD_NAMES
 from ..tables.sqed import build_sqed, label_free_columns, features_table
@@ -76,7 +77,7 @@ def measurement(
     if np.isnan(target): return row | dict(met='')
     return row | dict(met='yes' if ratio >= target else 'no')
 
-# %% ../../nbs/82_bench.speed.ipynb #ca6e1675
+# %% ../../nbs/82_bench.speed.ipynb #c3bf923b
 @dataclass(frozen=True)
 class Size:
     "How much is measured."
@@ -114,8 +115,6 @@ class Setup:
     store: Store = None # from sqed_speed, with table and plain_table
     table: pd.DataFrame = None # SQED table of the tiles
     plain_table: pd.DataFrame = None # the same from the plain loop, some of the tiles
-    model: QualityModel = None # from model_speed
-    consensus: ConsensusModel = None # from model_speed
 
 
 def make_setup(
@@ -254,17 +253,17 @@ def eightfold(
             maps.append(torch.rot90(logits, -turns, (2, 3)).flip(axes).max(1).indices)
     return float(torch.stack([mask == maps[0] for mask in maps[1:]]).float().mean())
 
-# %% ../../nbs/82_bench.speed.ipynb #8a57f6d1
+# %% ../../nbs/82_bench.speed.ipynb #44869311
 def model_speed(
-    setup: Setup, # after sqed_speed; receives model and consensus
+    setup: Setup, # after sqed_speed
     size: Size = Size(),
 ) -> list[dict]:
     "Time the fit of the consensus model and of the quality model on the same rows."
-    setup.model = QualityModel(store=setup.store.root, **size.options)
-    setup.consensus = ConsensusModel(setup.store.root)
+    model = QualityModel(store=setup.store.root, **size.options)
+    consensus = ConsensusModel(setup.store.root)
     jobs = dict(
-        model=lambda: setup.model.fit(setup.table),
-        consensus=lambda: setup.consensus.fit(setup.table),
+        model=lambda: model.fit(setup.table),
+        consensus=lambda: consensus.fit(setup.table),
     )
     with _threads(1): seconds = in_turns(jobs, 1)
     what = f'consensus model fit, {len(setup.table)} rows'
@@ -272,12 +271,12 @@ def model_speed(
 
 
 def score_speed(
-    setup: Setup, # after model_speed
+    setup: Setup, # after sqed_speed
     size: Size = Size(),
 ) -> list[dict]:
     "Time a score, the segmentation it is for, and eightfold test-time augmentation; milliseconds a map."
     import torch
-    pack = _write_pack(setup)
+    pack = Pack(write_pack(setup.home, setup.networks), 'cpu')
     image = read_image(setup.tiles.iloc[0])
     x = torch.as_tensor(image)[None]
     networks = [pack.segmenter(method) for method in size.methods]
@@ -296,12 +295,6 @@ def score_speed(
         measurement('score of one map', ms['score'], 'ms', 'its segmentation alone', ms['segmentation']),
         measurement(what, ms['cross_method'], 'ms', '8 views', ms['views']),
     ]
-
-
-def _write_pack(setup):
-    save_model(setup.model, setup.home/'model')
-    save_consensus(setup.consensus.ensemble_, setup.home/'consensus')
-    return Pack(write_pack(setup.home, setup.networks, consensus='consensus'))
 
 # %% ../../nbs/82_bench.speed.ipynb #40bb2291
 def assess_speed(

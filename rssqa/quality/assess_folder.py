@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROW_COLUMNS', 'answer_rows', 'assess_folder']
 
-# %% ../../nbs/59_quality.assess_folder.ipynb #f111d7d2
+# %% ../../nbs/59_quality.assess_folder.ipynb #1d17e36a
 import os
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from ..core import DataNotFound, Incompatible, digest, file_id, pick_device
 from .assessment import Assessment
 from .folders import FolderResult, check_folder, check_table_path, process_folder
 from .maps import ClassTable, class_table, find_map
-from .recommend import Pack, assess, cached_pack, open_pack
+from .pack import Pack, cached_pack, open_pack
+from .recommend import assess
 
 # %% ../../nbs/59_quality.assess_folder.ipynb #f4e1a85d
 ROW_COLUMNS = ('predicted', 'lower', 'upper', 'as_good', 'recommended', 'agreement', 'confidence')

@@ -151,7 +151,7 @@ def best_on_average(
         best[dataset] = str(rows.groupby('method', observed=True).oa.mean().idxmax())
     return best
 
-# %% ../../nbs/59_quality.build_pack.ipynb #65c6921c
+# %% ../../nbs/59_quality.build_pack.ipynb #b8503c8b
 DEMO_SEED = 50_000 # of the scenes that the networks learn from; the demo draws others
 DEMO_SCENES = 24 # of each type
 
@@ -179,7 +179,7 @@ def build_demo_pack(
     networks = {method: f'networks/synthetic/{method}' for method in methods}
     usual = max(accuracy, key=accuracy.get)
     write_json(out/'pack.json', dict(name='rssqa demo pack', networks=dict(synthetic=networks),
-                                     usual=dict(synthetic=usual), encoder=''))
+                                     usual=dict(synthetic=usual)))
     write_json(out/'card.json', dict(
         learned_from=f'{len(tiles)} drawn tiles of {tiles.scene.nunique()} scenes, half of them damaged',
         recipe=dict(preset='nano', steps=steps, batch=8, crop=96, lr=5e-3, seed=seed),

@@ -283,7 +283,7 @@ def _grid_of_maps(maps, truth, tile, k): # -> PredictionGrid, (M,) bool: which h
     names = [m.name for m in maps]
     return PredictionGrid(tile.image_id, tile.dataset, names, p, p, pred, at_points(truth)), known
 
-# %% ../../nbs/59_quality.fit_pack.ipynb #f1797074
+# %% ../../nbs/59_quality.fit_pack.ipynb #91f00fa2
 def fit_pack(
     tiles, # folder, see tile_spec
     out, # folder of the pack; the same call goes on where an earlier one was stopped
@@ -359,7 +359,6 @@ def _write_pack(plan, made):
         classes={name: classes},
         assessor='assessor',
         usual={name: _usual(made.table)},
-        encoder=plan.encoder,
     )
     return write_json(plan.out/'pack.json', config).parent
 

@@ -7,7 +7,7 @@ __all__ = ['DEGRADATIONS', 'FIRST_SCENE', 'FEW_METHODS', 'COLUMNS', 'GREY', 'INK
            'WARM_UP', 'apply_degradations', 'DegradationResult', 'DegradationExplorer', 'as_png', 'interval_rows',
            'class_key', 'error_html', 'show_result', 'view_degradation', 'bench_degradation']
 
-# %% ../../nbs/66_viz.degradation.ipynb #b72b0834
+# %% ../../nbs/66_viz.degradation.ipynb #1cddb28e
 import html, time
 from dataclasses import dataclass
 
@@ -16,7 +16,8 @@ import pandas as pd
 
 from ..core import Incompatible, Problem, SchemaError, bundled, unknown
 from ..data.synthetic import CLASSES, SCENE_TYPES, PALETTE, colours, degrade, scene
-from ..quality.recommend import Pack, rank
+from ..quality.pack import Pack
+from ..quality.recommend import rank
 from ..segment.metrics import accuracy, confusion
 from .figures import png_bytes
 from .figures import PALETTE as MARKS

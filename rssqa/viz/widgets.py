@@ -7,7 +7,7 @@ __all__ = ['RANKING_COLUMNS', 'CHOICE_COLUMNS', 'BORDER', 'GREY', 'LAST_CHOICES'
            'REMOVED', 'ADDED', 'EXTRA_TEXT', 'read_table', 'Recommender', 'class_table', 'view_recommender',
            'PairReviewer', 'marked', 'view_reviewer', 'app_settings', 'example_review']
 
-# %% ../../nbs/67_viz.widgets.ipynb #b8c3f0ec
+# %% ../../nbs/67_viz.widgets.ipynb #0534a652
 import html, os, sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +20,8 @@ from ..core import BadImage, DataNotFound, Incompatible, Problem, SchemaError, a
 from ..data.datasets import colourise
 from ..data.synthetic import CLASSES, PALETTE
 from ..quality.folders import SUFFIXES
-from ..quality.recommend import Pack, default_pack, rank
+from ..quality.pack import Pack, default_pack
+from ..quality.recommend import rank
 from .degradation import as_png, class_key, error_html, interval_rows
 from .explorer import write_table
 from .figures import PALETTE as MARKS
