@@ -555,7 +555,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #bc08bab9
+# %% ../nbs/91_cli.ipynb #b7f40ece
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -563,7 +563,7 @@ def assessor_command(
 ):
     "Measure the assessor on sources and scenes that its networks did not learn from."
     from rssqa.provenance import stamp, write_results
-    from rssqa.quality.build_pack import measure_calibration
+    from rssqa.quality.bounds import measure_calibration
     from rssqa.quality.pack import open_pack
     measured = measure_calibration(open_pack(pack).assessor.calibration)
     print(measured.round(3).to_string(index=False))

@@ -615,7 +615,7 @@ def model_faults(
         found = f'its files do not fit together ({type(e).__name__}: {lines[min(1, len(lines) - 1)][:120]})'
         raise Incompatible(f'cannot read the model in {folder}', found, 'copy the whole folder again') from e
 
-# %% ../nbs/00_core.ipynb #922fdb18
+# %% ../nbs/00_core.ipynb #42992901
 def progress(
     items: Iterable, # what to loop over
     what: str, # two or three words
@@ -626,8 +626,10 @@ def progress(
     "Loop with a bar that shows rate and time left."
     from tqdm import tqdm
     quiet = os.environ.get('RSSQA_QUIET') == '1'
+    is_watched = sys.stderr.isatty() or 'ipykernel' in sys.modules
+    seconds = 0.5 if is_watched else 10                                    # between updates; a log needs few
     return tqdm(items, what, total, unit=f' {unit}', disable=quiet, file=sys.stderr,
-                dynamic_ncols=True, mininterval=0.5, **kwargs)
+                dynamic_ncols=True, mininterval=seconds, **kwargs)
 
 
 def say(message: str) -> None:

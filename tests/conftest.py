@@ -1,5 +1,6 @@
 """One thread, one cache, no network, no noise; opt-in work by flag: `pytest --nb-flags "slow real"`."""
 import os, shutil, tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -62,18 +63,28 @@ def pytest_unconfigure(config):
     if FIRST: shutil.rmtree(os.environ['RSSQA_TEST_RUN'], ignore_errors=True)
 
 
-def uses_module_fixture(item) -> bool:
-    "Tell whether a test uses a fixture that is made once for its module."
-    info = getattr(item, '_fixtureinfo', None)
-    definitions = info.name2fixturedefs.values() if info else ()
-    return any(definition[-1].scope == 'module' for definition in definitions)
+@cache
+def shares_fixtures(path) -> bool:
+    "Tell whether tests of a file share something that is made once."
+    return "scope='module'" in path.read_text(encoding='utf-8')
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "Give a file whose tests share something to one worker, and each other test to whichever is free."
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split('::')[0]
+            return file if shares_fixtures(config.rootpath/file) else nodeid
+
+    return Scheduler(config, log)
 
 
 def pytest_collection_modifyitems(config, items):
     off = FLAGS.keys() - asked_flags(config)
     for item in items:
-        # one worker makes what the tests of a module share
-        if uses_module_fixture(item): item.add_marker(pytest.mark.xdist_group(item.path.stem))
         for mark in item.iter_markers():
             if mark.name in off:
                 item.add_marker(

@@ -7,8 +7,8 @@ import pytest
 
 from rssqa.core import Incompatible, read_json
 from rssqa.data.synthetic import scene
-from rssqa.quality.bounds import KNOWN_METHODS, KNOWN_SOURCE
-from rssqa.quality.build_pack import LEARN_FROM, best_on_average, measure_calibration
+from rssqa.quality.bounds import KNOWN_METHODS, KNOWN_SOURCE, measure_calibration
+from rssqa.quality.build_pack import LEARN_FROM, best_on_average
 from rssqa.quality.pack import Pack, bundled_pack
 from rssqa.quality.recommend import assess
 

@@ -12,8 +12,8 @@ from rssqa.core import (
 )
 from rssqa.data.synthetic import CLASSES, scene, write_scenes
 from rssqa.quality import assessor, fit_pack as module
-from rssqa.quality.bounds import KNOWN_SOURCE
-from rssqa.quality.fit_pack import card_text, fit_pack, measure_scenes, plan_fit, read_tiles, tile_spec
+from rssqa.quality.bounds import KNOWN_SOURCE, measure_calibration
+from rssqa.quality.fit_pack import card_text, fit_pack, plan_fit, read_tiles, tile_spec
 from rssqa.quality.pack import Pack, bundled_pack
 from rssqa.quality.recommend import assess, calibrate_pack, rank, score
 from rssqa.segment.methods import training
@@ -150,7 +150,9 @@ def test_own_maps_are_ordered_and_enclosed(own):
 
 def test_intervals_of_a_known_source_cover_scenes_left_out(own):
     calibration = Pack(own).assessor.calibration
-    measured = measure_scenes(calibration, 'synth_town').set_index('input')
+    known = calibration[calibration.kind.str.endswith(KNOWN_SOURCE)]
+    measured = measure_calibration(known, datasets=['synth_town'])
+    measured = measured.set_index(measured.input.str.removesuffix(KNOWN_SOURCE))
     assert (measured.coverage >= 0.75).all() and measured.coverage['few'] >= 0.85 and (measured.scenes == 4).all()
     assert measured.srocc_image['few, ids only'] > 0.5
     few = calibration[(calibration.kind == f'few{KNOWN_SOURCE}') & (calibration.dataset == 'synth_town')]

@@ -168,6 +168,22 @@ def test_a_full_disk_is_a_problem_and_keeps_the_rows(folder, tmp_path, monkeypat
     assert len((tmp_path/'t.csv.part.jsonl').read_bytes().splitlines()) == 5
 
 
+def test_two_calls_never_write_one_table(folder, tmp_path):
+    out = tmp_path/'t.csv'
+    refused = []
+
+    def call_again(path):
+        with pytest.raises(Incompatible, match='t.csv.*(?i:another call is writing it)') as e:
+            process_folder(folder, brightness, out)
+        refused.append(e.value.todo)
+        return brightness(path)
+
+    rows = process_folder(folder, call_again, out, workers=1).rows
+    assert len(refused) == 5 and len(rows) == 5
+    assert process_folder(folder, brightness, out).rows.equals(rows)              # the claim has ended
+    assert sorted(path.name for path in tmp_path.glob('t.csv*')) == ['t.csv']
+
+
 # ---------------------------------------------------------------- resuming
 
 class Stopping:

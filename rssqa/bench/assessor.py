@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'bench_semantics', 'bench_pack', 'held_out_rows', 'measure_pack']
 
-# %% ../../nbs/88_bench.assessor.ipynb #3cb4b75a
+# %% ../../nbs/88_bench.assessor.ipynb #5cf5b2c5
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ from ..core import cache_dir, progress, read_json
 from ..data.datasets import IGNORE, read_image, read_mask
 from ..data.splits import calibration_rows
 from ..quality.assessor import Assessor
-from ..quality.build_pack import LEARN_FROM, measure_calibration, training_images
+from ..quality.bounds import measure_calibration
+from ..quality.build_pack import LEARN_FROM, training_images
 from ..quality.pack import Pack, bundled_pack
 from ..segment.metrics import srocc
 from ..tables.rs_sqed_open import open_tiles

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['CALIBRATION_INPUTS', 'MANY_MAPS', 'KNOWN_METHODS', 'KNOWN_SOURCE', 'input_kind', 'error_scale', 'worst_quantile',
-           'Bounds', 'disagreements', 'gain_shortfalls', 'LevelShift', 'fit_shift']
+           'Bounds', 'disagreements', 'gain_shortfalls', 'LevelShift', 'fit_shift', 'measure_calibration']
 
-# %% ../../nbs/55_quality.bounds.ipynb #419fd163
+# %% ../../nbs/55_quality.bounds.ipynb #2218109d
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from ..data.datasets import IGNORE
+from ..segment.metrics import srocc
 
 # %% ../../nbs/55_quality.bounds.ipynb #23b53358
 CALIBRATION_INPUTS = {
@@ -189,3 +190,48 @@ def fit_shift(
         curvature = (weight * p * (1 - p)).sum() + precision
         shift += gradient / curvature
     return LevelShift(float(shift), float(np.sqrt(precision / curvature)))
+
+# %% ../../nbs/55_quality.bounds.ipynb #06d559f3
+def measure_calibration(
+    calibration: pd.DataFrame, # of an Assessor: kind, dataset, scene, image_id, method, oa, predicted, shortfall
+    confidence: float = 0.9, # of intervals
+    datasets: list = None, # to measure; default all
+) -> pd.DataFrame: # a row an input and dataset
+    "Measure predictions and intervals on each source, as seen from the others."
+    rows = []
+    for (kind, dataset), part in calibration.groupby(['kind', 'dataset']):
+        if datasets and dataset not in datasets: continue
+        lower, upper = _interval_from_others(calibration, kind, dataset, part, confidence)
+        within = [srocc(image.oa, image.predicted) for _, image in part.groupby('image_id') if len(image) > 1]
+        level = part.groupby('image_id')[['oa', 'predicted']].mean()
+        rows.append(dict(
+            input=kind,
+            dataset=dataset,
+            images=part.image_id.nunique(),
+            scenes=part.scene.nunique(),
+            srocc_image=float(np.nanmean(within)) if np.isfinite(within).any() else np.nan,
+            srocc_dataset=srocc(part.oa, part.predicted),
+            mae=(part.oa - part.predicted).abs().mean(),
+            mae_level=(level.oa - level.predicted).abs().mean(),
+            bias=(part.predicted - part.oa).mean(),
+            coverage=((part.oa >= lower) & (part.oa <= upper)).mean(),
+            width=(upper - lower).mean(),
+        ))
+    return pd.DataFrame(rows)
+
+
+def _interval_from_others(calibration, kind, dataset, part, confidence):
+    own = calibration[calibration.kind == kind]
+    if not kind.endswith(KNOWN_SOURCE): return _from_rows(own[own.dataset != dataset], part, kind, confidence)
+    lower, upper = np.zeros(len(part)), np.ones(len(part))
+    for scene in part.scene.unique():                # a known source: each scene as seen from the other scenes
+        here = (part.scene == scene).to_numpy()
+        others = own[(own.dataset != dataset) | (own.scene != scene)]
+        lower[here], upper[here] = _from_rows(others, part[here], kind, confidence)
+    return lower, upper
+
+
+def _from_rows(rows, part, kind, confidence): # bounds learned from rows, of the rows of part
+    if rows.empty: return np.zeros(len(part)), np.ones(len(part))
+    bounds = Bounds(confidence).fit(rows, rows[rows.shortfall.notna()])
+    return bounds.interval(part.predicted.to_numpy(), kind)

@@ -112,7 +112,7 @@ def plain_name(
     r"Write a file name as text: bytes that are not UTF-8 become \x escapes."
     return os.fsencode(path).decode('utf-8', 'backslashreplace')
 
-# %% ../../nbs/56_quality.folders.ipynb #cd2a6ae7
+# %% ../../nbs/56_quality.folders.ipynb #82f99ee0
 class _Part:
     "Rows of finished images, on disk until the table is written."
     def __init__(self,
@@ -141,6 +141,21 @@ class _Part:
 
     def __exit__(self, *error): self.file.close()
     def remove(self): self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _claim(out): # while this call writes the table, no other may
+    from filelock import FileLock, Timeout
+    lock = FileLock(f'{out}.part.lock', timeout=0)
+    with _write_faults(out):
+        try: lock.acquire()
+        except Timeout as e:
+            found = 'another call is writing it'
+            raise Incompatible(f'cannot write {out}', found, 'wait for it, or name another table') from e
+    try: yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _read_line(line): # -> {key: rows}, empty for a torn line
@@ -223,7 +238,7 @@ def _one_by_one(function, paths): # yields path, rows, reason
             path = waiting.popleft()
             yield path, '', _reason(path, found, 'cut it into tiles first')
 
-# %% ../../nbs/56_quality.folders.ipynb #8f2c9272
+# %% ../../nbs/56_quality.folders.ipynb #f4e6c545
 IMAGES_A_WORKER = 16 # for fewer, the start of a process (torch, networks) costs more than it saves
 
 
@@ -249,12 +264,13 @@ def process_folder(
         expected = f'expected files ending in {", ".join(SUFFIXES)}'
         raise DataNotFound(f'no image in {folder}', expected, 'point to a folder with images')
     keys = {path: _key(folder, path, fingerprint) for path in listing.images}
-    rows, reasons = _rows_and_reasons(folder, function, out and _Part(out), workers, keys, what)
-    names = {path: plain_name(path) for path in listing.images if path in rows}
-    table = _table(rows, names)
+    with _claim(out) if out else nullcontext():
+        rows, reasons = _rows_and_reasons(folder, function, out and _Part(out), workers, keys, what)
+        names = {path: plain_name(path) for path in listing.images if path in rows}
+        table = _table(rows, names)
+        if out and len(table): write_table(table, out)
+        if out: _Part(out).remove()
     skipped = [(plain_name(path), reason) for path, reason in sorted([*reasons.items(), *listing.skipped])]
-    if out and len(table): write_table(table, out)
-    if out: _Part(out).remove()
     return FolderResult(table, pd.DataFrame(skipped, columns=['path', 'reason']), listing.others)
 
 
