@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LABEL_COLUMNS', 'RS_SQA', 'VIEWS', 'SUMMARY_MEASURES', 'DIRECTION', 'KEYS', 'ROW_KEYS', 'cross_predict', 'FoldMasks',
            'fold_keys', 'fold_masks', 'predictors', 'measure', 'compare', 'comparison_summary', 'run',
-           'save_predictions', 'load_predictions', 'leaderboard', 'by_group', 'bootstrap', 'transfer']
+           'save_predictions', 'load_predictions', 'leaderboard', 'by_group', 'align_predictions', 'bootstrap',
+           'sort_by_unit', 'predictions_and_choices', 'transfer']
 
 # %% ../../nbs/80_bench.protocol.ipynb #fa0a7561
 import re, warnings
@@ -316,7 +317,7 @@ def _check_predictions(predictions, name):
     if predictions.duplicated([*ROW_KEYS, 'seed']).any():
         raise SchemaError(what, 'found a second row for one (image_id, method, seed)', 'keep one')
 
-# %% ../../nbs/80_bench.protocol.ipynb #46d8a55c
+# %% ../../nbs/80_bench.protocol.ipynb #e67d69c8
 def leaderboard(
     table: pd.DataFrame, # an SQED table
     predictions: pd.DataFrame, # from run
@@ -336,7 +337,7 @@ def by_group(
 ) -> pd.DataFrame: # one row a group and predictor
     "Measure predictions in all views within each group, averaged over seeds."
     by = [by] if isinstance(by, str) else list(by)
-    table, seeds = _align(table, predictions)
+    table, seeds = align_predictions(table, predictions)
     lines = []
     for fold, predicted in seeds:
         single_bests = _single_bests(table, fold, train)
@@ -356,7 +357,11 @@ def _group_measures(rows, chosen, by, threshold): # yields ({column: value}, mea
         yield dict(zip(by, key)), _measures(part, chosen_here, threshold)
 
 
-def _align(table, predictions): # labelled rows of the table, and for each seed their fold and predictions
+def align_predictions(
+    table: pd.DataFrame, # an SQED table
+    predictions: pd.DataFrame, # from run
+) -> tuple: # labelled rows of the table; for each seed (fold (n,), predictions (n, predictors))
+    "Bring predictions into the order of a table."
     _check_predictions(predictions, 'these')
     table = table[np.isfinite(table.oa.to_numpy(float))].reset_index(drop=True)
     names = predictions.columns.difference(KEYS, sort=False)
@@ -377,7 +382,7 @@ def _no_match(seed, missing, n):
     todo = 'predict this very table, with every predictor'
     return SchemaError('predictions and table do not match', found, todo)
 
-# %% ../../nbs/80_bench.protocol.ipynb #6c02fea9
+# %% ../../nbs/80_bench.protocol.ipynb #4d3902f9
 def bootstrap(
     table: pd.DataFrame, # an SQED table
     predictions: pd.DataFrame, # from run
@@ -398,11 +403,11 @@ def bootstrap(
     for name in measures:
         if name not in DIRECTION: raise unknown('measure', name, list(DIRECTION))
     measures = [name for name in DIRECTION if name in measures]
-    table, seeds = _align(_sort_by_unit(table, unit), predictions)
+    table, seeds = align_predictions(sort_by_unit(table, unit), predictions)
     compared = [models] if isinstance(models, str) else list(models)
     names = _predictor_names(compared, others, list(seeds[0][1]))
     resampled = BootstrapTable(table, n, seed, threshold)
-    pairs = _predictions_and_choices(table, seeds, names, train)
+    pairs = predictions_and_choices(table, seeds, names, train)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)                # a mean over no group is NaN
         shape = (len(seeds), len(names), len(measures), n + 1)
@@ -415,7 +420,11 @@ def bootstrap(
         unit=unit, units=n_units.sum(), fewest=n_units.min(), draws=n, failure_below=threshold)
 
 
-def _sort_by_unit(table, unit): # rows in the order of BootstrapTable, with a column unit
+def sort_by_unit(
+    table: pd.DataFrame, # an SQED table
+    unit: str, # 'scene' or 'image'
+) -> pd.DataFrame: # with a column unit
+    "Sort rows as BootstrapTable expects them."
     table = table.assign(unit=table.scene if unit == 'scene' else table.image_id)
     table = table.astype(dict(dataset=str, unit=str))
     return table.sort_values(['dataset', 'unit', 'image_id', 'method'])
@@ -429,7 +438,13 @@ def _predictor_names(models, others, known):
     return names
 
 
-def _predictions_and_choices(table, seeds, names, train): # one pair for each seed and predictor
+def predictions_and_choices(
+    table: pd.DataFrame, # from align_predictions
+    seeds: list, # from align_predictions
+    names: list, # of predictors
+    train: pd.DataFrame = None, # rows the single best method is chosen on; default: the other folds
+) -> list: # (predicted (n,), choices) a seed and predictor, seed by seed
+    "Choose by each predictor of each seed."
     pairs = []
     for fold, predicted in seeds:
         single_bests = _single_bests(table, fold, train)
@@ -455,7 +470,7 @@ def _intervals(draws, names, model, measures): # (P,M,1+n), the first column mea
     index = pd.MultiIndex.from_product([names, measures], names=['predictor', 'measure'])
     return pd.DataFrame({name: values.ravel() for name, values in columns.items()}, index)
 
-# %% ../../nbs/80_bench.protocol.ipynb #085d120a
+# %% ../../nbs/80_bench.protocol.ipynb #c468cece
 # measures made of ranks -> rows that are ranked together: of a dataset, of a dataset and method, all
 RANKED_WITHIN = dict(
     srocc_dataset='dataset', srocc_method='method', srocc='all', failure_auroc='all', aurc='all')
@@ -483,7 +498,8 @@ class BootstrapTable:
         self.method_order = np.argsort(method, kind='stable')           # dataset by dataset, method by method
         everything = np.zeros(len(table), int)
         self.groups = dict(dataset=self.dataset, method=method[self.method_order], all=everything)
-        self.weights = _draw_units(self.dataset_of_unit, n, np.random.default_rng(seed)) # (1+n,U)
+        # (1+n,U), all units once and n draws; others may take their place
+        self.weights = _draw_units(self.dataset_of_unit, n, np.random.default_rng(seed))
 
     def measure(self,
         predictions: list, # [(predicted, choices)]
