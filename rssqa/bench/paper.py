@@ -6,13 +6,13 @@
 __all__ = ['TABLES', 'ROW_KEY', 'CONSENSUS', 'ENSEMBLE', 'MODELS', 'MEMBERS', 'SCENE_RIVALS', 'BASIC_PREDICTORS', 'MEASURES',
            'COMPARED_MEASURES', 'MODEL_SD', 'LEARNING_CURVE', 'SHARES', 'BY_SCENE', 'EXPERIMENTS', 'COMMAND',
            'MEASURE_TOLERANCE', 'REFIT_TOLERANCE', 'REFITTED', 'Evidence', 'open_evidence', 'choose_predictors',
-           'all_predictors', 'basic_predictors', 'add_pooled_ensemble', 'differences', 'best_baseline_comparison',
-           'comparison_text', 'interval_coverage', 'ablation_models', 'FewScenes', 'fewer_scenes_models', 'Experiment',
-           'find_experiment', 'predict_experiment', 'prediction_file', 'load_table', 'measure_experiment',
-           'measure_changes', 'unseen_coverage', 'write_experiment', 'verify', 'compare_with_file', 'refit',
-           'verify_all']
+           'all_predictors', 'rivals', 'basic_predictors', 'add_pooled_ensemble', 'differences',
+           'best_baseline_comparison', 'comparison_text', 'interval_coverage', 'ablation_models', 'FewScenes',
+           'fewer_scenes_models', 'Experiment', 'find_experiment', 'predict_experiment', 'prediction_file',
+           'load_table', 'measure_experiment', 'measure_changes', 'unseen_coverage', 'write_experiment', 'verify',
+           'compare_with_file', 'refit', 'verify_all']
 
-# %% ../../nbs/82_bench.paper.ipynb #d3e03495
+# %% ../../nbs/82_bench.paper.ipynb #c694079a
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Callable
 import numpy as np
 import pandas as pd
 
-from ..quality.baselines import map_keys
+from ..quality.baselines import has_grids, map_keys
 from rssqa.bench.protocol import (
     DIRECTION, KEYS, RS_SQA, bootstrap, by_group, leaderboard, load_predictions, predictors, run, transfer
 )
@@ -35,6 +35,8 @@ from ..quality.consensus import ConsensusModel, pool_image_level
 from ..segment.metrics import srocc
 from ..tables.rs_sqed_open import open_tiles, unpack, unpack_grids
 from ..quality.model import QualityModel
+from ..quality.ranking import RankBaseline, has_lightgbm
+from ..quality.votes import VoteBaseline
 from ..tables.sqed import label_free_columns
 from ..tables.store import Store
 
@@ -81,7 +83,7 @@ def _add_prediction_grids(table, store, path, data): # and the true classes, whe
     if not data and store.missing('grid', map_keys(table)):
         unpack_grids(path, table, store)
 
-# %% ../../nbs/82_bench.paper.ipynb #1c37eee5
+# %% ../../nbs/82_bench.paper.ipynb #96dad86a
 CONSENSUS = 'consensus model'
 ENSEMBLE = 'level-pooled ensemble'
 MODELS = (ENSEMBLE, CONSENSUS, RS_SQA) # ours
@@ -119,8 +121,25 @@ def all_predictors(
 ) -> dict: # name -> unfitted estimator
     "List our models and all baselines."
     found = predictors(evidence.table, evidence.store, evidence.semantic, seed)
+    found |= rivals(evidence, seed)
     if evidence.has_truth: found[CONSENSUS] = ConsensusModel(evidence.store, seed=seed)
     return choose_predictors(found, only)
+
+
+def rivals(
+    evidence: Evidence,
+    seed: int = 0,
+) -> dict: # name -> unfitted estimator
+    "List the rivals that are trained for order, or that fuse the same votes as the consensus model."
+    found = {}
+    if has_lightgbm():
+        everything = ('single_map', 'cross_method', 'prior', 'intermediate', 'semantic')
+        found['LambdaRank: dispersion and agreement'] = RankBaseline(seed=seed)
+        found['LambdaRank: everything'] = RankBaseline(everything, evidence.store, evidence.semantic, seed=seed)
+    if evidence.has_truth: found['weighted vote, confusion counted'] = VoteBaseline(evidence.store)
+    if has_grids(Store(evidence.store), evidence.table):
+        found['weighted vote, Dawid-Skene'] = VoteBaseline(evidence.store, labels=False)
+    return found
 
 
 def basic_predictors(
@@ -369,7 +388,7 @@ def find_experiment(name: str) -> Experiment:
     if name not in EXPERIMENTS: raise unknown('experiment', name, EXPERIMENTS)
     return EXPERIMENTS[name]
 
-# %% ../../nbs/82_bench.paper.ipynb #d8b73992
+# %% ../../nbs/82_bench.paper.ipynb #b6e277a8
 def predict_experiment(
     name: str, # key of EXPERIMENTS
     folder: str = TABLES,
@@ -391,7 +410,7 @@ def predict_experiment(
 
 
 def _need_prediction_grids(only):
-    return not only or any(name.startswith(('ATC', 'MetaSeg')) for name in only)
+    return not only or any(name.startswith(('ATC', 'MetaSeg', 'weighted vote')) for name in only)
 
 
 def _add_damaged(evidence, folder): # the table and its degraded copies in one

@@ -430,7 +430,7 @@ def _map_means(trees, x, described, row): # predicted share of correct points of
     area = _values(described, 'area')
     return np.bincount(row, trees.predict(x) * area) / np.bincount(row, area)
 
-# %% ../../nbs/54_quality.baselines.ipynb #7afa5f3f
+# %% ../../nbs/54_quality.baselines.ipynb #d8913b23
 TUNING_GRIDS = dict(
     ridge=[dict(alpha=float(a)) for a in np.logspace(-1, 5, 13)],
     trees=[
@@ -529,6 +529,10 @@ class BlockBaseline(RegressorMixin, BaseEstimator):
             self.directions,
         )
         self.features_ = extractor.fit(X)
+        self._learn(X, self._training_inputs(X))
+        return self
+
+    def _training_inputs(self, X): # function: (n,) bool rows that are learned from -> (n,F) of all rows
         label_free = self._label_free(X)
         def inputs(train): # the prior of the training rows, for each of them without its own scene
             prior = Prior().fit(X[train])
@@ -536,8 +540,9 @@ class BlockBaseline(RegressorMixin, BaseEstimator):
             values[train] = prior.transform(X[train], training=True)
             if not train.all(): values[~train] = prior.transform(X[~train])
             return self._join(Scaler().fit(logit_of_shares(values[train])), values, label_free)
-        self.learner_ = _tune(self.learner, X, inputs, self.seed)
-        return self
+        return inputs
+
+    def _learn(self, X, inputs): self.learner_ = _tune(self.learner, X, inputs, self.seed)
 
     def predict(self, X: pd.DataFrame) -> np.ndarray: # (len(X),) 0..1
         return np.clip(self.learner_.predict(self._inputs(X)), 0, 1)

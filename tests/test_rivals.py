@@ -1,0 +1,134 @@
+"""Votes weighted by confusion matrices and learning to rank: by hand, by simulation, and through the bench."""
+import numpy as np
+import pandas as pd
+import pytest
+
+from rssqa.core import MissingFeatures
+from rssqa.data.datasets import IGNORE
+from rssqa.quality.baselines import BlockBaseline
+from rssqa.quality.ranking import RankBaseline, grades, has_lightgbm
+from rssqa.quality.votes import VoteBaseline, class_posterior, count_confusion, dawid_skene, vote_logits
+from rssqa.segment.metrics import grouped_srocc
+from trained import numbers, trained_setup
+
+needs_lightgbm = pytest.mark.skipif(not has_lightgbm(), reason='LightGBM is an extra')
+
+
+def simulated(n=6000, accuracies=(0.9, 0.75, 0.6), classes=3, seed=0):
+    rng = np.random.default_rng(seed)
+    truth = rng.choice(classes, n, p=[0.5, 0.3, 0.2])
+    wrong = (truth[:, None] + rng.integers(1, classes, (n, len(accuracies)))) % classes
+    votes = np.where(rng.random((n, len(accuracies))) < accuracies, truth[:, None], wrong)
+    return truth, votes.astype(np.uint8)
+
+
+# ---------------------------------------------------------------- votes
+
+def test_confusion_is_counted_by_hand():
+    votes = np.array([[0], [0], [1], [1], [IGNORE]], np.uint8)
+    truth = np.array([0, 0, 0, 1, 1])
+    table = count_confusion(votes, np.eye(2)[truth])[0]
+    # one point in each cell before counting: class 0 was voted 0, 0, 1; class 1 was voted 1
+    assert np.allclose(table, [[3 / 5, 2 / 5], [1 / 3, 2 / 3]])
+
+
+def test_the_posterior_is_that_of_bayes():
+    truth, votes = simulated()
+    confusion = count_confusion(votes, np.eye(3)[truth])
+    prior = np.bincount(truth) / len(truth)
+    posterior = class_posterior(vote_logits(votes[:1], confusion), prior)[0]
+    likelihood = prior * np.prod([confusion[m, :, votes[0, m]] for m in range(3)], 0)
+    assert np.allclose(posterior, likelihood / likelihood.sum())
+    flat = class_posterior(vote_logits(votes[:1], confusion), prior, 1e9)[0]
+    assert np.allclose(flat, prior, atol=1e-6)
+
+
+def test_absent_votes_count_for_nothing():
+    truth, votes = simulated()
+    confusion = count_confusion(votes, np.eye(3)[truth])
+    absent = votes.copy()
+    absent[:, 2] = IGNORE
+    assert np.allclose(vote_logits(absent, confusion), vote_logits(votes[:, :2], confusion[:2]))
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_dawid_skene_finds_accuracies_without_labels(seed):
+    truth, votes = simulated(seed=seed)
+    confusion, prior = dawid_skene(votes, 3)
+    counted = count_confusion(votes, np.eye(3)[truth])
+    assert np.abs(confusion - counted).max() < 0.1
+    assert np.abs(prior - np.bincount(truth) / len(truth)).max() < 0.05
+    fused = class_posterior(vote_logits(votes, confusion), prior).argmax(1)
+    assert (fused == truth).mean() > max((votes == truth[:, None]).mean(0))
+
+
+def test_classes_may_be_renamed():
+    _, votes = simulated(2000)
+    names = np.array([2, 0, 1])
+    confusion, prior = dawid_skene(votes, 3)
+    renamed, other_prior = dawid_skene(names[votes].astype(np.uint8), 3)
+    assert np.allclose(renamed[:, names][:, :, names], confusion, atol=1e-6)
+    assert np.allclose(other_prior[names], prior, atol=1e-6)
+
+
+@pytest.mark.parametrize('labels', [True, False])
+def test_a_vote_baseline_learns_from_grids(labels):
+    setup = trained_setup()
+    store = str(setup.home/'store')
+    model = VoteBaseline(store, labels).fit(setup.sqed)
+    predicted = model.predict(setup.sqed)
+    assert predicted.shape == (len(setup.sqed),) and ((predicted >= 0) & (predicted <= 1)).all()
+    order = setup.sqed.sample(len(setup.sqed), random_state=0)
+    assert np.allclose(model.predict(order), pd.Series(predicted, setup.sqed.index)[order.index])
+    assert np.abs(predicted - setup.sqed.oa).mean() < setup.sqed.oa.std() + 0.05
+    with pytest.raises(MissingFeatures, match='(?i)not in training'):
+        model.predict(setup.sqed.assign(dataset='elsewhere'))
+
+
+def test_votes_need_grids(tmp_path):
+    with pytest.raises(MissingFeatures, match='prediction grid'): VoteBaseline(str(tmp_path)).fit(numbers())
+
+
+# ---------------------------------------------------------------- ranking
+
+def test_grades_are_ranks_within_images():
+    oa = np.array([0.3, 0.9, 0.3, 0.5, 0.6])
+    assert grades(oa, np.array([0, 0, 0, 0, 1])).tolist() == [0, 2, 0, 1, 0]
+
+
+def ordered_table(seed=0): # one column tells the differences within an image, another the level
+    rng = np.random.default_rng(seed)
+    t = numbers(datasets=1, scenes=16, images=4, seed=seed)
+    level = t.groupby('image_id').oa.transform('mean')
+    difference = rng.normal(0, 0.05, len(t))
+    oa = (level + difference).clip(0, 1)
+    return t.assign(oa=oa, entropy=1 - level, margin=0.5 + difference + rng.normal(0, 0.01, len(t)))
+
+
+@needs_lightgbm
+def test_ranking_orders_maps_and_keeps_the_level_of_trees():
+    t = ordered_table()
+    test = t.scene.isin(['s0', 's1', 's2', 's3'])
+    blocks = ('single_map', 'cross_method', 'prior')
+    ranked = RankBaseline(blocks, seed=1).fit(t[~test])
+    trees = BlockBaseline(blocks, 'trees', seed=1).fit(t[~test])
+    rows, image = t[test], pd.factorize(t.image_id[test])[0]
+    predicted, level = ranked.predict(rows), trees.predict(rows)
+    means = [pd.Series(p).groupby(image).mean() for p in (predicted, level)]
+    assert np.allclose(*means, atol=0.01)
+    oa = rows.oa.to_numpy()
+    assert np.nanmean(grouped_srocc(oa, predicted, image)) > 0.6 and ranked.slope_ > 0
+    again = RankBaseline(blocks, seed=1).fit(t[~test].sample(frac=1, random_state=0)).predict(rows)
+    assert np.abs(again - predicted).max() < 0.05
+
+
+@needs_lightgbm
+def test_ranking_is_repeated_exactly():
+    t = ordered_table()
+    first, second = (RankBaseline(('single_map', 'prior'), seed=2).fit(t).predict(t) for _ in range(2))
+    assert np.array_equal(first, second)
+
+
+def test_without_lightgbm_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr('rssqa.quality.ranking.has_lightgbm', lambda: False)
+    with pytest.raises(MissingFeatures, match='(?i)no LightGBM.*rssqa.rivals'): RankBaseline().fit(ordered_table())
