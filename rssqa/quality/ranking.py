@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LEAVES', 'ROUNDS', 'SETTINGS', 'has_lightgbm', 'grades', 'RankBaseline']
 
-# %% ../../nbs/55_quality.ranking.ipynb #a84cec47
-import importlib.util
+# %% ../../nbs/55_quality.ranking.ipynb #1607588f
+from functools import cache
+from importlib import import_module
 
 import numpy as np
 import pandas as pd
@@ -17,10 +18,13 @@ from ..data.splits import scene_parts
 from .baselines import BlockBaseline
 from ..segment.metrics import grouped_srocc
 
-# %% ../../nbs/55_quality.ranking.ipynb #c3c5480c
+# %% ../../nbs/55_quality.ranking.ipynb #c6d0983e
+@cache
 def has_lightgbm() -> bool:
-    "Check whether LightGBM is installed."
-    return importlib.util.find_spec('lightgbm') is not None
+    "Check whether LightGBM can be used; its wheel needs libgomp from the system."
+    try: import_module('lightgbm')
+    except (ImportError, OSError): return False
+    return True
 
 
 def grades(
@@ -32,7 +36,7 @@ def grades(
     parts = [rankdata(part, 'dense') - 1 for part in np.split(oa, starts[1:])]
     return np.concatenate(parts).astype(int)
 
-# %% ../../nbs/55_quality.ranking.ipynb #24a49287
+# %% ../../nbs/55_quality.ranking.ipynb #a6961821
 LEAVES = (5, 15, 31) # of a tree; the number that orders scenes left out best is chosen
 ROUNDS = 150
 SETTINGS = dict(objective='lambdarank', n_estimators=ROUNDS, learning_rate=0.05, min_child_samples=10, reg_lambda=1.0,
@@ -52,7 +56,7 @@ class RankBaseline(BlockBaseline):
 
     def _learn(self, X, inputs):
         if not has_lightgbm():
-            raise MissingFeatures('cannot learn to rank', 'found no LightGBM', 'pip install "rssqa[rivals]"')
+            raise MissingFeatures('cannot learn to rank', 'found no LightGBM, or no libgomp for it', 'pip install "rssqa[rivals]"')
         super()._learn(X, inputs)                                          # the level
         self.ranker_, self.slope_ = self._tune_ranker(X, inputs)
 
