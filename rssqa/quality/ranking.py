@@ -36,7 +36,7 @@ def grades(
     parts = [rankdata(part, 'dense') - 1 for part in np.split(oa, starts[1:])]
     return np.concatenate(parts).astype(int)
 
-# %% ../../nbs/55_quality.ranking.ipynb #a6961821
+# %% ../../nbs/55_quality.ranking.ipynb #956daf9a
 LEAVES = (5, 15, 31) # of a tree; the number that orders scenes left out best is chosen
 ROUNDS = 150
 SETTINGS = dict(objective='lambdarank', n_estimators=ROUNDS, learning_rate=0.05, min_child_samples=10, reg_lambda=1.0,
@@ -56,7 +56,8 @@ class RankBaseline(BlockBaseline):
 
     def _learn(self, X, inputs):
         if not has_lightgbm():
-            raise MissingFeatures('cannot learn to rank', 'found no LightGBM, or no libgomp for it', 'pip install "rssqa[rivals]"')
+            found = 'found no LightGBM, or no libgomp for it'
+            raise MissingFeatures('cannot learn to rank', found, 'pip install "rssqa[rivals]"')
         super()._learn(X, inputs)                                          # the level
         self.ranker_, self.slope_ = self._tune_ranker(X, inputs)
 
