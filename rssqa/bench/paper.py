@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TABLES', 'ROW_KEY', 'CONSENSUS', 'ENSEMBLE', 'MODELS', 'MEMBERS', 'SCENE_RIVALS', 'BASIC_PREDICTORS', 'MEASURES',
            'COMPARED_MEASURES', 'MODEL_SD', 'LEARNING_CURVE', 'SHARES', 'BY_SCENE', 'EXPERIMENTS', 'COMMAND',
-           'MEASURE_TOLERANCE', 'REFIT_TOLERANCE', 'REFITTED', 'Evidence', 'open_evidence', 'choose_predictors',
-           'all_predictors', 'rivals', 'basic_predictors', 'add_pooled_ensemble', 'differences',
+           'MEASURE_TOLERANCE', 'REFIT_TOLERANCE', 'REFITTED', 'REFITTED_ONCE', 'Evidence', 'open_evidence',
+           'choose_predictors', 'all_predictors', 'rivals', 'basic_predictors', 'add_pooled_ensemble', 'differences',
            'best_baseline_comparison', 'comparison_text', 'interval_coverage', 'ablation_models', 'FewScenes',
            'fewer_scenes_models', 'Experiment', 'find_experiment', 'predict_experiment', 'prediction_file',
            'load_table', 'measure_experiment', 'measure_changes', 'unseen_coverage', 'write_experiment', 'verify',
-           'compare_with_file', 'refit', 'verify_all']
+           'compare_with_file', 'refit', 'refit_fold', 'verify_all']
 
-# %% ../../nbs/82_bench.paper.ipynb #c694079a
+# %% ../../nbs/82_bench.paper.ipynb #2a440266
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,10 +24,11 @@ import pandas as pd
 
 from ..quality.baselines import has_grids, map_keys
 from rssqa.bench.protocol import (
-    DIRECTION, KEYS, RS_SQA, bootstrap, by_group, leaderboard, load_predictions, predictors, run, transfer
+    DIRECTION, KEYS, RS_SQA, bootstrap, by_group, fold_keys, fold_masks, leaderboard, load_predictions, predict_fold,
+    predictors, run, transfer,
 )
 from .scenes import measure_scenes
-from ..data.splits import share_of_scenes
+from ..data.splits import scene_folds, share_of_scenes
 from ..provenance import save_results
 from ..quality.intervals import Intervals, coverage, cross_intervals, expect_errors
 from ..core import DataNotFound, MissingFeatures, cache_dir, digest, file_id, unknown
@@ -595,7 +596,7 @@ def write_experiment(
         paths.append(save_results(rows, path, facts.protocol, facts.data, seeds_used, COMMAND))
     return paths
 
-# %% ../../nbs/82_bench.paper.ipynb #15bcfe7a
+# %% ../../nbs/82_bench.paper.ipynb #73d9c86b
 MEASURE_TOLERANCE = 5e-4 # largest difference of a number that is computed again
 REFIT_TOLERANCE = 5e-3 # mean difference of a prediction that is fitted again
 REFITTED = (
@@ -604,7 +605,8 @@ REFITTED = (
     'agreement with the other methods',
     'DoC',
     'ridge: dispersion and agreement',
-) # fast to fit
+) # fast to fit: every fold
+REFITTED_ONCE = (RS_SQA, 'trees: everything') # slow: one fold
 
 
 def verify(
@@ -662,9 +664,35 @@ def refit(
     seed = int(committed.seed.min())
     with TemporaryDirectory() as fits:
         fitted = predict_experiment('main', folder, data, (seed,), workers, fits, only)
-    both = fitted.merge(committed[committed.seed == seed], on=ROW_KEY, suffixes=('', ' committed'))
+    return _compare_predictions(fitted, committed[committed.seed == seed], only)
+
+
+def refit_fold(
+    folder: str = TABLES,
+    data=None, # folder of dataset folders with masks: consensus model and ensemble are fitted too
+    only: tuple = REFITTED_ONCE, # predictors
+    workers: int = 1, # processes
+) -> pd.DataFrame: # one row a predictor: mean and largest difference of predicted OA
+    "Fit the slow predictors again on one fold of the first seed and compare with the committed predictions."
+    from joblib import Parallel, delayed
+    if data: only = (*only, CONSENSUS)
+    committed = load_predictions(prediction_file('main', folder))
+    seed = int(committed.seed.min())
+    evidence = open_evidence(folder, data, bool(data))
+    fold = scene_folds(evidence.table, find_experiment('main').folds, seed)
+    masks = fold_masks(fold, fold_keys(fold)[0])
+    estimators = all_predictors(evidence, seed, only)
+    fits = Parallel(workers)(delayed(predict_fold)(e, evidence.table, masks) for e in estimators.values())
+    fitted = evidence.table[masks.test][ROW_KEY].assign(**dict(zip(estimators, fits)), seed=seed, fold=0)
+    fitted = add_pooled_ensemble(fitted)
+    return _compare_predictions(fitted, committed[committed.seed == seed], [n for n in fitted if n in committed])
+
+
+def _compare_predictions(fitted, committed, names): # a row a predictor
+    both = fitted.merge(committed, on=ROW_KEY, suffixes=('', ' committed'))
     lines = {}
-    for name in only:
+    for name in names:
+        if name in KEYS: continue
         difference = np.abs(both[name] - both[f'{name} committed'])
         lines[name] = dict(mean_difference=difference.mean(), largest_difference=difference.max())
     return pd.DataFrame(lines).T.rename_axis('predictor')
@@ -677,7 +705,7 @@ def verify_all(
     data=None, # folder of dataset folders with masks
     workers: int = 1, # processes
 ) -> tuple[str, bool]: # what to print, whether a number is wrong
-    "Verify the experiments that are committed, and refit a few predictors of the main one."
+    "Verify the experiments that are committed, and refit predictors of the main one."
     committed = [name for name in experiments if prediction_file(name, folder).exists()]
     missing = [name for name in experiments if name not in committed]
     if not committed:
@@ -690,6 +718,6 @@ def verify_all(
     summary += f'{outcome} from the committed predictions'
     if missing: summary += f'\nnot committed yet: {", ".join(missing)}'
     if 'main' not in experiments: return f'{files.to_string()}\n\n{summary}', not all_follow
-    fitted = refit(folder, data, workers=workers)
+    fitted = pd.concat([refit(folder, data, workers=workers), refit_fold(folder, data, workers=workers)])
     is_wrong = not all_follow or not (fitted.mean_difference <= REFIT_TOLERANCE).all()
     return '\n\n'.join([files.to_string(), fitted.round(6).to_string(), summary]), bool(is_wrong)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABEL_COLUMNS', 'RS_SQA', 'VIEWS', 'SUMMARY_MEASURES', 'DIRECTION', 'KEYS', 'ROW_KEYS', 'cross_predict', 'FoldMasks',
-           'fold_keys', 'fold_masks', 'predictors', 'measure', 'compare', 'comparison_summary', 'run',
+           'fold_keys', 'fold_masks', 'predict_fold', 'predictors', 'measure', 'compare', 'comparison_summary', 'run',
            'save_predictions', 'load_predictions', 'leaderboard', 'by_group', 'align_predictions', 'bootstrap',
            'sort_by_unit', 'predictions_and_choices', 'transfer']
 
@@ -29,7 +29,7 @@ from rssqa.segment.metrics import (
 )
 from ..tables.store import read_published
 
-# %% ../../nbs/80_bench.protocol.ipynb #ecef7dce
+# %% ../../nbs/80_bench.protocol.ipynb #84418a3d
 LABEL_COLUMNS = ['oa', 'miou', 'mf1', 'n_valid', 'confusion'] # hidden from predictors
 
 
@@ -44,7 +44,7 @@ def cross_predict(
     masks = [fold_masks(fold, key) for key in fold_keys(fold)]
     jobs = [(name, i) for name in estimators for i in range(len(masks))]
     table = table.drop(columns='confusion', errors='ignore')
-    fits = (delayed(_fit_predict)(estimators[name], table, masks[i]) for name, i in jobs)
+    fits = (delayed(predict_fold)(estimators[name], table, masks[i]) for name, i in jobs)
     results = Parallel(workers, return_as='generator')(fits)
     predictions = pd.DataFrame(np.nan, index=table.index, columns=list(estimators))
     for (name, i), values in zip(jobs, progress(results, 'comparing predictors', len(jobs), 'fit')):
@@ -77,7 +77,12 @@ def fold_masks(
 def _fold_columns(fold): return np.asarray(fold).reshape(len(fold), -1) # (n,1) or (n,2)
 
 
-def _fit_predict(estimator, table, masks): # predicted OA of the test rows
+def predict_fold(
+    estimator, # anything with fit(table) and predict(table)
+    table: pd.DataFrame, # an SQED table
+    masks: FoldMasks,
+) -> np.ndarray: # predicted OA of the test rows
+    "Fit on the rows of other folds and predict one fold without its labels."
     import torch
     from sklearn.base import clone
     torch.set_num_threads(1)             # faster than two for networks this small
@@ -195,7 +200,7 @@ DIRECTION = dict(
     top1=1, top1_tie=1, regret=-1, gap_closed=1,
 ) # measure -> +1: higher is better, -1: lower is better
 
-# %% ../../nbs/80_bench.protocol.ipynb #ba3822f5
+# %% ../../nbs/80_bench.protocol.ipynb #66575f59
 KEYS = ['image_id', 'method', 'seed', 'fold']
 ROW_KEYS = KEYS[:2] # of one map
 
@@ -276,7 +281,7 @@ def _finish(jobs, table, workers): # predictions of every job, in order
 
 
 def _fit_and_write(i, job, table):
-    predicted = _fit_predict(job.estimator, table, job.masks)
+    predicted = predict_fold(job.estimator, table, job.masks)
     rows = table.loc[job.masks.test, ROW_KEYS].assign(predicted=predicted)
     with atomic(job.path) as tmp: rows.to_parquet(tmp, index=False)
     return i, predicted
@@ -634,7 +639,7 @@ def _draw_units(dataset, n, rng): # (U,) -> (1+n,U) how often each unit is drawn
         weights[1:, units] = rng.multinomial(k, np.full(k, 1 / k), n)
     return weights
 
-# %% ../../nbs/80_bench.protocol.ipynb #788fb8eb
+# %% ../../nbs/80_bench.protocol.ipynb #24ec950e
 def transfer(
     estimators: dict, # name -> anything with fit(table) and predict(table)
     train: pd.DataFrame, # an SQED table to fit on
@@ -650,7 +655,7 @@ def transfer(
     both = pd.concat([train, test], ignore_index=True).drop(columns='confusion', errors='ignore')
     fold = np.repeat([0, 1], [len(train), len(test)])
     masks = fold_masks(fold, (1,))
-    fits = (delayed(_fit_predict)(estimator, both, masks) for estimator in estimators.values())
+    fits = (delayed(predict_fold)(estimator, both, masks) for estimator in estimators.values())
     results = Parallel(workers, return_as='generator')(fits)
     predicted = dict(zip(estimators, progress(results, 'predicting elsewhere', len(estimators), 'fit')))
     measured = {}
