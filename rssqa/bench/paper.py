@@ -84,14 +84,14 @@ def _add_prediction_grids(table, store, path, data): # and the true classes, whe
     if not data and store.missing('grid', map_keys(table)):
         unpack_grids(path, table, store)
 
-# %% ../../nbs/82_bench.paper.ipynb #96dad86a
+# %% ../../nbs/82_bench.paper.ipynb #66243caf
 CONSENSUS = 'consensus model'
 ENSEMBLE = 'level-pooled ensemble'
 MODELS = (ENSEMBLE, CONSENSUS, RS_SQA) # ours
 MEMBERS = (RS_SQA, 'trees: everything') # of the ensemble, beside the consensus model
 SCENE_RIVALS = (
-    'trees: everything', 'ridge: dispersion and agreement', 'agreement with the other methods',
-    'mean of dataset and method',
+    'trees: everything', 'LambdaRank: dispersion and agreement', 'ridge: dispersion and agreement',
+    'agreement with the other methods', 'mean of dataset and method',
 ) # measured with scenes counted equally, beside the models
 BASIC_PREDICTORS = (
     'mean of dataset and method',
