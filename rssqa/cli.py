@@ -448,7 +448,7 @@ def check_command(
     from rssqa.data.datasets import scan, summary
     print(summary(scan(root, name)))
 
-# %% ../nbs/91_cli.ipynb #2fd1d055
+# %% ../nbs/91_cli.ipynb #2477353a
 bench_app = typer.Typer(no_args_is_help=True, help='Reproduce the published numbers.')
 app.add_typer(bench_app, name='bench')
 
@@ -468,6 +468,7 @@ def paper_command(
 ):
     "Compare all predictors of accuracy on RS-SQED-open."
     from rssqa.bench.paper import EXPERIMENTS, find_experiment, verify_all
+    from rssqa.quality.ranking import has_lightgbm
     chosen = _split(only) or tuple(EXPERIMENTS)
     for experiment in chosen: find_experiment(experiment)
     if fast:
@@ -479,6 +480,12 @@ def paper_command(
             'cannot compare without the consensus model',
             'it learns from masks, and committed predictions would be overwritten by fewer',
             'pass --data FOLDER, or check what is committed with --fast',
+        )
+    if 'main' in chosen and not has_lightgbm():
+        raise MissingFeatures(
+            'cannot compare without LightGBM',
+            'committed predictions would be overwritten by fewer',
+            'pip install "rssqa[rivals]", or check what is committed with --fast',
         )
     for experiment in chosen: _compute(experiment, tables, data, _integers(seeds), workers, out)
 

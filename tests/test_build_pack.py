@@ -11,7 +11,7 @@ from rssqa.quality.bounds import KNOWN_METHODS, KNOWN_SOURCE, measure_calibratio
 from rssqa.quality.build_pack import LEARN_FROM, best_on_average
 from rssqa.quality.pack import Pack, bundled_pack
 from rssqa.quality.recommend import assess
-
+from rssqa.quality.switching import fit_switch_rules
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,3 +86,14 @@ def test_networks_of_the_pack_are_assessed(pack):
 def test_maps_need_a_class_table(pack):
     with pytest.raises(Incompatible, match='no class table'):
         assess(np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), int), pack=pack)
+
+
+def test_the_card_and_the_rules_of_change_are_those_that_were_measured(pack):
+    metrics = read_json(pack.folder/'card.json')['metrics']
+    written = pd.read_csv(ROOT/'data'/'results'/'pack.csv').set_index('group')
+    for group in ('all tiles', 'scenes counted equally'):
+        for name, value in metrics[group].items(): assert value == pytest.approx(written.loc[group, name], abs=6e-4)
+    calibration = pack.assessor.calibration
+    rules = fit_switch_rules(calibration[calibration.kind.str.endswith(KNOWN_SOURCE)])
+    shipped, again = pd.json_normalize(pack.assessor.switch_rules), pd.json_normalize(rules)
+    assert set(shipped) == set(again) and np.allclose(shipped[again.columns], again)

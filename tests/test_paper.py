@@ -182,3 +182,12 @@ def test_a_comparison_without_masks_overwrites_nothing(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(['bench', 'paper', '--fast', '--only', 'method', '--tables', str(tmp_path)])
     assert stop.value.code == 2 and 'nothing to check' in capsys.readouterr().err
+
+
+def test_a_comparison_without_lightgbm_overwrites_nothing(tmp_path, capsys, monkeypatch):
+    from rssqa.cli import main
+    monkeypatch.setattr('rssqa.quality.ranking.has_lightgbm', lambda: False)
+    monkeypatch.setattr('rssqa.cli._compute', None)
+    with pytest.raises(SystemExit) as stop:
+        main(['bench', 'paper', '--data', str(tmp_path), '--only', 'main', '--out', str(tmp_path)])
+    assert stop.value.code == 2 and 'rssqa[rivals]' in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -55,7 +55,7 @@ def test_pack_lists_what_it_holds(pack):
 
 
 def test_missing_packs_are_named(tmp_path, monkeypatch, image):
-    with pytest.raises(DataNotFound, match='no pack in.*pack.json.*rssqa demo'): Pack(tmp_path)
+    with pytest.raises(DataNotFound, match='no pack in.*pack.json.*rssqa fit'): Pack(tmp_path)
     monkeypatch.setenv('RSSQA_PACK', str(tmp_path/'gone'))
     with pytest.raises(DataNotFound, match='gone'): score(image, 'pspnet')
     with pytest.raises(DataNotFound, match='gone'): recommend(tmp_path)

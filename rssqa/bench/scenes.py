@@ -16,7 +16,7 @@ from rssqa.bench.protocol import (
 )
 from ..core import unknown
 
-# %% ../../nbs/81_bench.scenes.ipynb #850af542
+# %% ../../nbs/81_bench.scenes.ipynb #3077a2ce
 MEASURES = ('srocc_image', 'srocc_dataset', 'mae', 'top1', 'near_best', 'regret', 'gap_closed')
 NEAR = 0.01 # OA; a choice that loses no more is as good as the best
 COUNTED = ('tiles', 'scenes')
@@ -33,7 +33,7 @@ def measure_scenes(
     """Measure predictors with tiles and with scenes counted equally, and without each scene.
 
     Columns: value, low, high (95 %, scenes drawn within datasets), jackknife (standard error), scene (the one whose
-    absence changes most), tiles (its share), without (the value without it), scenes (their number)."""
+    absence changes most), share (of it in the mean), without (the value without it), scenes (their number)."""
     table, seeds = align_predictions(sort_by_unit(table, 'scene'), predictions)
     known = list(seeds[0][1])
     names = list(names or known)

@@ -22,7 +22,7 @@ from ..segment.methods.training import load_segmenter
 from ..segment.openvino import with_engine
 from ..segment.protocol import Segmenter
 
-# %% ../../nbs/57_quality.pack.ipynb #34222d6f
+# %% ../../nbs/57_quality.pack.ipynb #ed8036af
 class Pack:
     "Networks of several methods, and the assessor that predicts how accurate their maps are."
     def __init__(self,
@@ -32,7 +32,7 @@ class Pack:
         self.folder = Path(folder)
         self.device = device
         if not (self.folder/'pack.json').exists():
-            raise DataNotFound(f'no pack in {folder}', 'found no pack.json', 'make one with: rssqa demo')
+            raise DataNotFound(f'no pack in {folder}', 'found no pack.json', 'make one with: rssqa fit TILES -o PACK')
         self.config = _read_config(self.folder)
         self._open = {} # (dataset, method) -> segmenter read from the folder
         self._added = {} # (dataset, method) -> segmenter given to add

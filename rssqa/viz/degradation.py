@@ -43,7 +43,7 @@ def apply_degradations(
     for name in DEGRADATIONS: image = degrade(image, name, levels.get(name, 0), seed)
     return image
 
-# %% ../../nbs/66_viz.degradation.ipynb #adf41a04
+# %% ../../nbs/66_viz.degradation.ipynb #ce064c21
 @dataclass(frozen=True)
 class DegradationResult:
     "What the degradation explorer returns for one setting."
@@ -97,7 +97,7 @@ class DegradationExplorer:
         if 'synthetic' not in self.pack.datasets:
             known = ', '.join(self.pack.datasets)
             found = f'it knows {known}, expected the class table of the synthetic scenes'
-            todo = 'use DegradationExplorer() or a pack of rssqa demo --build'
+            todo = 'leave the pack out: the demo pack of rssqa has it'
             raise Incompatible('the degradation explorer cannot use this pack', found, todo)
         known = self.pack.methods('synthetic')
         for method in methods or ():
