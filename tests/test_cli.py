@@ -103,7 +103,7 @@ def test_score_and_recommend(demo, capsys, tmp_path):
     (('score', 'nowhere.png', '--pack', 'PACK'), ('nowhere.png', 'check the path')),
     (('score', 'IMAGE', '-m', 'segfromer', '--pack', 'PACK'), ('segfromer', 'Did you mean segformer')),
     (('score', 'IMAGE', '--dataset', 'syntetic', '--pack', 'PACK'), ('syntetic', 'Did you mean synthetic')),
-    (('score', 'IMAGE', '--pack', 'nowhere'), ('nowhere', 'pack.json', 'rssqa demo')),
+    (('score', 'IMAGE', '--pack', 'nowhere'), ('nowhere', 'pack.json', 'rssqa fit')),
     (('recommend', 'nowhere', '--pack', 'PACK'), ('nowhere',)),
     (('recommend', '.', '-o', 'table.xlsx', '--pack', 'PACK'), ('.xlsx', '.parquet or .csv')),
     (('demo', '--data', 'nowhere'), ('nowhere', 'splits.csv')),
