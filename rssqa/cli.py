@@ -7,9 +7,10 @@ __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PAR
            'use_command', 'show_command', 'build_command', 'build_demo_command', 'calibrate_command', 'fit_command',
            'score_command', 'recommend_command', 'ls_command', 'get_command', 'check_command', 'paper_command',
            'speed_command', 'encoders_command', 'projection_command', 'assessor_command', 'semantics_command',
-           'bench_pack_command', 'own_domain_command', 'points_command', 'bench_fit_command', 'explorer_command',
-           'clip_command', 'probe_command', 'conformance_command', 'degradation_command', 'apps', 'app_command',
-           'shards_command', 'purify_command', 'train_command', 'eval_command', 'doctor_command']
+           'bench_pack_command', 'fused_command', 'label_noise_command', 'tables_command', 'own_domain_command',
+           'points_command', 'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command',
+           'conformance_command', 'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command',
+           'train_command', 'eval_command', 'doctor_command']
 
 # %% ../nbs/91_cli.ipynb #a05f4187
 import os, sys
@@ -562,7 +563,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #b7f40ece
+# %% ../nbs/91_cli.ipynb #f0a13ce0
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -615,6 +616,52 @@ def bench_pack_command(
     print(board.set_index('group').T.round(3).to_string())
     protocol = 'scenes that neither the networks nor the assessor learned from'
     if out: save_results(board, out, protocol, 'scenes held out by the networks of the pack', 0, 'rssqa bench pack')
+
+
+@bench_app.command('fused')
+def fused_command(
+    data: _DataOption,
+    tables: _TablesOption = Path('data/tables'),
+    seeds: Annotated[str, typer.Option(help='Seeds, separated by commas.')] = '0,1',
+    out: Annotated[Path, typer.Option(help='CSV file.')] = Path('data/results/fused.csv'),
+):
+    "Compare the recommended map with maps that are fused from all methods."
+    from rssqa.bench.fused import write_answers
+    print(write_answers(str(tables), data, out, _integers(seeds)))
+
+
+@bench_app.command('label-noise')
+def label_noise_command(
+    data: _DataOption,
+    tables: _TablesOption = Path('data/tables'),
+    seed: Annotated[int, typer.Option(help='Of the planted errors.')] = 0,
+    out: Annotated[Path, typer.Option(help='Folder of the CSV files.')] = Path('data/results'),
+):
+    "Measure how many labels of the references are doubtful, and what that changes."
+    from rssqa.bench.label_noise import write_label_noise
+    for path in write_label_noise(str(tables), data, str(out), seed): print(path)
+
+
+@bench_app.command('tables')
+def tables_command(
+    data: _DataOption,
+    home: Annotated[Path, typer.Option(help='Folder for networks and maps; a stopped build goes on from there.')],
+    folds: Annotated[str, typer.Option(help='Folds to build, separated by commas: hours each.')] = '0,1,2,3',
+    weights: Annotated[Optional[Path], typer.Option(
+        help='Folder with mobilenetv2_100.safetensors; default: random weights for convolutional encoders.')] = None,
+    out: Annotated[Path, typer.Option(help='Folder of the parts.')] = Path('data/tables/parts'),
+    workers: Annotated[Optional[int], typer.Option(min=1, help='Processes; default one per core.')] = None,
+):
+    "Train the methods on all folds but one, segment that one, and publish the maps as numbers."
+    from dataclasses import replace
+    from rssqa.clip.encoders import BackboneEncoder, load_encoder
+    from rssqa.tables.open_parts import build_part
+    from rssqa.tables.rs_sqed_open import RECIPE
+    recipe = replace(RECIPE, encoder_weights=weights and str(weights))
+    encoders = [load_encoder('clip-rs-mini')]
+    if weights: encoders.append(BackboneEncoder(weights=str(weights/'mobilenetv2_100.safetensors')))
+    for fold in _integers(folds):
+        for path in build_part(data, home, out, fold, encoders, recipe=recipe, workers=workers): print(path)
 
 
 @bench_app.command('own-domain')

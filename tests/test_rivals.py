@@ -1,4 +1,6 @@
-"""Votes weighted by confusion matrices and learning to rank: by hand, by simulation, and through the bench."""
+"""Votes, learning to rank, nuclear norm and trees on points: by hand, by simulation, and through the bench."""
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,9 +8,12 @@ import pytest
 from rssqa.core import MissingFeatures
 from rssqa.data.datasets import IGNORE
 from rssqa.quality.baselines import BlockBaseline
+from rssqa.quality.nuclear_norm import NuclearNormBaseline, nuclear_norm
+from rssqa.quality.point_trees import PointTrees, point_rows
 from rssqa.quality.ranking import RankBaseline, grades, has_lightgbm
 from rssqa.quality.votes import VoteBaseline, class_posterior, count_confusion, dawid_skene, vote_logits
 from rssqa.segment.metrics import grouped_srocc
+from rssqa.tables.grid import PredictionGrid
 from trained import numbers, trained_setup
 
 needs_lightgbm = pytest.mark.skipif(not has_lightgbm(), reason='LightGBM is an extra')
@@ -132,3 +137,78 @@ def test_ranking_is_repeated_exactly():
 def test_without_lightgbm_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr('rssqa.quality.ranking.has_lightgbm', lambda: False)
     with pytest.raises(MissingFeatures, match='(?i)no LightGBM.*rssqa.rivals'): RankBaseline().fit(ordered_table())
+
+
+# ---------------------------------------------------------------- nuclear norm
+
+def test_the_nuclear_norm_is_the_sum_of_singular_values():
+    p = np.random.default_rng(0).dirichlet(np.ones(4), (2, 6, 7)).transpose(0, 3, 1, 2)
+    expected = [np.linalg.norm(x.reshape(4, -1), 'nuc') / np.sqrt(4 * 42) for x in p]
+    assert np.allclose(nuclear_norm(p), expected)
+
+
+def test_the_nuclear_norm_does_not_depend_on_the_order_of_classes_and_points():
+    rng = np.random.default_rng(1)
+    p = rng.dirichlet(np.ones(3), (5, 5)).transpose(2, 0, 1)[None]
+    shuffled = rng.permutation(p.reshape(3, 25).T).T.reshape(1, 3, 5, 5)
+    assert np.allclose(nuclear_norm(p), nuclear_norm(p[:, [2, 0, 1]]))
+    assert np.allclose(nuclear_norm(p), nuclear_norm(shuffled))
+
+
+def test_the_nuclear_norm_baseline_learns_and_needs_grids(tmp_path):
+    setup = trained_setup()
+    model = NuclearNormBaseline(str(setup.home/'store')).fit(setup.sqed)
+    predicted = model.predict(setup.sqed)
+    means = setup.sqed.assign(predicted=predicted).groupby('method')[['oa', 'predicted']].mean()
+    assert np.allclose(means.oa, means.predicted, atol=0.02)           # a line goes through the mean of its group
+    with pytest.raises(MissingFeatures, match='(?i)keep grids'): NuclearNormBaseline(str(tmp_path)).fit(numbers())
+
+
+# ---------------------------------------------------------------- trees on points
+
+class Drawn(PointTrees):
+    "Trees on grids that are kept in memory."
+    def _grids(self, X): return [grid for grid in GRIDS if grid.image_id in set(X.image_id)]
+
+
+def drawn_grid(i, rates, side=12):
+    rng = np.random.default_rng(i)
+    truth = rng.integers(3, size=(side, side))
+    wrong = (truth + rng.integers(1, 3, (len(rates), side, side))) % 3
+    pred = np.where(rng.random(wrong.shape) < np.array(rates)[:, None, None], truth, wrong).astype(np.uint8)
+    p = (np.eye(3)[pred].transpose(0, 3, 1, 2) * 180 + 25).astype(np.uint8)
+    return PredictionGrid(f'i{i}', 'a' if i % 2 else 'b', ['good', 'poor'], p, p, pred, truth.astype(np.uint8))
+
+
+GRIDS = [drawn_grid(i, (0.9, 0.5)) for i in range(16)]
+TABLE = pd.DataFrame([
+    dict(image_id=grid.image_id, dataset=grid.dataset, method=method) for grid in GRIDS for method in grid.methods])
+
+
+def test_trees_on_points_learn_whom_to_trust():
+    model = Drawn(trees=40).fit(TABLE[:20])
+    rows = TABLE[20:].assign(predicted=model.predict(TABLE[20:]))
+    found = rows.groupby('method').predicted.mean()
+    assert found.good == pytest.approx(0.9, abs=0.05) and found.poor == pytest.approx(0.5, abs=0.08)
+    for grid in GRIDS[10:]: assert np.allclose(model.posterior(grid).sum(0), 1)
+
+
+def test_rows_of_a_point_keep_their_class():
+    x = np.random.default_rng(0).normal(size=(4, 3, 5))
+    rows = point_rows(x, np.array([7, -1, 9])).reshape(4, 3, 6)
+    assert np.array_equal(rows[..., :5], x) and np.isnan(rows[:, 1, 5]).all()
+    assert (rows[:, 0, 5] == 7).all() and (rows[:, 2, 5] == 9).all()
+
+
+def test_trees_on_points_serve_a_dataset_that_was_not_in_training_and_repeat_themselves():
+    first = Drawn(trees=20).fit(TABLE[TABLE.dataset == 'a'])
+    predicted = first.predict(TABLE)
+    assert np.isfinite(predicted).all() and ((predicted >= 0) & (predicted <= 1)).all()
+    assert np.array_equal(predicted, Drawn(trees=20).fit(TABLE[TABLE.dataset == 'a']).predict(TABLE))
+
+
+def test_trees_on_points_need_true_classes():
+    blank = [replace(grid, truth=np.full_like(grid.truth, IGNORE)) for grid in GRIDS]
+    class Blank(PointTrees):
+        def _grids(self, X): return blank
+    with pytest.raises(MissingFeatures, match='(?i)found none for 16 images'): Blank().fit(TABLE)

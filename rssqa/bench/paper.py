@@ -9,10 +9,11 @@ __all__ = ['TABLES', 'ROW_KEY', 'CONSENSUS', 'ENSEMBLE', 'MODELS', 'MEMBERS', 'S
            'Evidence', 'open_evidence', 'choose_predictors', 'all_predictors', 'rivals', 'basic_predictors',
            'add_pooled_ensemble', 'differences', 'best_baseline_comparison', 'comparison_text', 'interval_coverage',
            'ablation_models', 'FewScenes', 'fewer_scenes_models', 'Experiment', 'find_experiment', 'predict_experiment',
-           'prediction_file', 'load_table', 'measure_experiment', 'measure_changes', 'unseen_coverage',
-           'write_experiment', 'verify', 'compare_with_file', 'refit', 'refit_fold', 'is_reproduced', 'verify_all']
+           'open_new_source', 'prediction_file', 'load_table', 'measure_experiment', 'measure_changes',
+           'new_source_coverage', 'write_experiment', 'verify', 'compare_with_file', 'refit', 'refit_fold',
+           'is_reproduced', 'verify_all']
 
-# %% ../../nbs/82_bench.paper.ipynb #2a440266
+# %% ../../nbs/82_bench.paper.ipynb #1dc17fbb
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from ..quality.intervals import Intervals, coverage, cross_intervals, expect_err
 from ..core import DataNotFound, MissingFeatures, cache_dir, digest, file_id, unknown
 from ..quality.consensus import ConsensusModel, pool_image_level
 from ..segment.metrics import srocc
-from ..tables.rs_sqed_open import open_tiles, unpack, unpack_grids
+from ..tables.rs_sqed_open import NEW_SOURCES, open_tiles, unpack, unpack_grids
 from ..quality.model import QualityModel
 from ..quality.ranking import RankBaseline, has_lightgbm
 from ..quality.votes import VoteBaseline
@@ -354,7 +355,7 @@ def fewer_scenes_models(
         for share in SHARES: found[f'{name} @ {share:g}'] = FewScenes(model, share, seed)
     return choose_predictors(found, only)
 
-# %% ../../nbs/82_bench.paper.ipynb #87be6ccc
+# %% ../../nbs/82_bench.paper.ipynb #bcc92397
 @dataclass(frozen=True)
 class Experiment:
     "What is left out of training, who takes part, and what is measured."
@@ -381,6 +382,9 @@ EXPERIMENTS = dict(
     unseen=Experiment(
         'learned from RS-SQED-open, measured on dronedeploy', basic_predictors, data='dronedeploy'
     ),
+    coast=Experiment(
+        'learned from RS-SQED-open, measured on coast_usgs', basic_predictors, data='coast_usgs'
+    ),
 )
 
 
@@ -389,7 +393,7 @@ def find_experiment(name: str) -> Experiment:
     if name not in EXPERIMENTS: raise unknown('experiment', name, EXPERIMENTS)
     return EXPERIMENTS[name]
 
-# %% ../../nbs/82_bench.paper.ipynb #b6e277a8
+# %% ../../nbs/82_bench.paper.ipynb #04758dac
 def predict_experiment(
     name: str, # key of EXPERIMENTS
     folder: str = TABLES,
@@ -402,7 +406,7 @@ def predict_experiment(
     "Fit and predict one experiment."
     experiment = find_experiment(name)
     evidence = open_evidence(folder, data, bool(data) or _need_prediction_grids(only))
-    if name == 'unseen': return _predict_unseen(evidence, folder, only, min(seeds), workers)
+    if name in NEW_SOURCES: return _predict_new_source(name, evidence, folder, only, min(seeds), workers)
     if name == 'damaged': evidence = _add_damaged(evidence, folder)
     def make(seed): return experiment.predictors(evidence, seed, only)
     fits = fits or cache_dir('fits', name)
@@ -420,14 +424,26 @@ def _add_damaged(evidence, folder): # the table and its degraded copies in one
     return replace(evidence, table=pd.concat([table, damaged], ignore_index=True))
 
 
-def _predict_unseen(evidence, folder, only, seed, workers):
-    unseen = _open_further_table(evidence, 'unseen', folder)
+def _predict_new_source(name, evidence, folder, only, seed, workers):
+    new = _open_further_table(evidence, name, folder)
     estimators = basic_predictors(evidence, seed, only)
-    _, predictions = transfer(estimators, evidence.table, unseen, workers)
+    _, predictions = transfer(estimators, evidence.table, new, workers)
     return add_pooled_ensemble(predictions.assign(seed=seed))
 
 
-def _open_further_table(evidence, name, folder): # features join those of the evidence; without true classes
+def open_new_source(
+    evidence: Evidence, # whose store receives features and grids
+    name: str, # key of NEW_SOURCES
+    folder: str = TABLES,
+    data=None, # folder of dataset folders with masks; without it the store gets no true classes
+) -> pd.DataFrame: # SQED table of the new source
+    "Read the published table of a new source beside that of the evidence."
+    if not data: return _open_further_table(evidence, name, folder)
+    labelled = open_tiles(data, Path(evidence.store).parent, (NEW_SOURCES[name],))
+    return _open_further_table(evidence, name, folder, labelled)
+
+
+def _open_further_table(evidence, name, folder, labelled=()): # labelled: tiles and class tables, for true classes
     if not (Path(folder)/f'{name}.parquet').exists():
         repair = 'make it with rssqa.tables.rs_sqed_open.build_open and publish'
         raise DataNotFound(f'no table {name}.parquet in {folder}', 'it is not committed yet', repair)
@@ -437,7 +453,7 @@ def _open_further_table(evidence, name, folder): # features join those of the ev
         cause = f'found no {evidence.semantic} in {name}_semantics.parquet'
         repair = 'publish it with the encoder of the open table'
         raise MissingFeatures(f'{name} lacks features', cause, repair)
-    unpack_grids(Path(folder)/f'{name}_grids.parquet', table, store)
+    unpack_grids(Path(folder)/f'{name}_grids.parquet', table, store, *labelled)
     return table
 
 
@@ -445,11 +461,12 @@ def prediction_file(experiment: str, folder: str = TABLES) -> Path:
     "Name the file of committed predictions."
     return Path(folder)/f'predictions_{experiment}.parquet'
 
-# %% ../../nbs/82_bench.paper.ipynb #3bf40fa2
+# %% ../../nbs/82_bench.paper.ipynb #c41c31e4
 def load_table(experiment: str, folder: str = TABLES) -> pd.DataFrame:
     "Read the table that an experiment is measured on."
     folder = Path(folder)
-    if experiment == 'unseen': return pd.read_parquet(folder/'unseen.parquet').drop(columns='confusion')
+    if experiment in NEW_SOURCES:
+        return pd.read_parquet(folder/f'{experiment}.parquet').drop(columns='confusion')
     table = pd.read_parquet(folder/'open.parquet').drop(columns='confusion')
     if experiment != 'damaged': return table
     damaged = pd.read_parquet(folder/'damaged.parquet')
@@ -466,7 +483,7 @@ def measure_experiment(
     predictions = load_predictions(prediction_file(name, folder))
     table = load_table(name, folder)
     if name == 'damaged': return dict(damaged=measure_changes(table, predictions))
-    if name == 'unseen': return _measure_unseen(table, predictions, folder)
+    if name in NEW_SOURCES: return _measure_new_source(name, table, predictions, folder)
     results = {name: leaderboard(table, predictions)}
     for file, column in experiment.groups.items():
         grouped = by_group(table, predictions, column)
@@ -494,9 +511,10 @@ def _mean_over_seeds(rows):
     return groups.mean(numeric_only=True).drop(columns='seed').reset_index(['by', 'group'])
 
 
-def _measure_unseen(table, predictions, folder):
+def _measure_new_source(name, table, predictions, folder):
     board = leaderboard(table, predictions, load_table('main', folder))
-    return dict(unseen=board, unseen_intervals=unseen_coverage(table, predictions, folder))
+    intervals = new_source_coverage(name, table, predictions, folder)
+    return {name: board, f'{name}_intervals': intervals}
 
 # %% ../../nbs/82_bench.paper.ipynb #137e4da0
 def measure_changes(
@@ -536,8 +554,9 @@ def _change(copies, originals, name): # of one predictor, from originals to copi
         mae=(copies[name] - copies.oa).abs().mean(),
     )
 
-# %% ../../nbs/82_bench.paper.ipynb #4a3f8cf0
-def unseen_coverage(
+# %% ../../nbs/82_bench.paper.ipynb #5a4413f9
+def new_source_coverage(
+    experiment: str, # key of NEW_SOURCES
     table: pd.DataFrame, # SQED table of the new source
     predictions: pd.DataFrame, # for its rows
     folder: str = TABLES,
@@ -551,7 +570,7 @@ def unseen_coverage(
     known = _join_predictions(known, first_seed)
     new = _join_predictions(table, predictions)
     known_vectors = _semantic_vectors('open', known, folder)
-    new_vectors = _semantic_vectors('unseen', new, folder)
+    new_vectors = _semantic_vectors(experiment, new, folder)
     checks = dict(without=(None, None), **{'with': (known_vectors, new_vectors)})
     parts = []
     for name in _models_in(predictions):

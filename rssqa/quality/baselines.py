@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['IDENTITY', 'LEVELS', 'MAX_SEGMENTS', 'UNCERTAINTY_COLUMNS', 'SEGMENT_COLUMNS', 'TUNING_GRIDS', 'TUNING_SIZE',
-           'COLUMN_BASELINES', 'MeanBaseline', 'ColumnBaseline', 'fit_groups', 'read_groups', 'DifferenceBaseline',
-           'histograms', 'segment_table', 'map_keys', 'has_grids', 'summarise_grids', 'ThresholdBaseline',
-           'SegmentBaseline', 'BlockBaseline', 'NeighbourBaseline', 'ImageQualityBaseline', 'baselines']
+           'COLUMN_BASELINES', 'MeanBaseline', 'ColumnBaseline', 'fit_groups', 'read_groups', 'shrunk_line',
+           'DifferenceBaseline', 'histograms', 'segment_table', 'map_keys', 'has_grids', 'summarise_grids',
+           'ThresholdBaseline', 'SegmentBaseline', 'BlockBaseline', 'NeighbourBaseline', 'ImageQualityBaseline',
+           'baselines']
 
 # %% ../../nbs/54_quality.baselines.ipynb #ee766135
 import numpy as np
@@ -80,7 +81,7 @@ def _column(table, name): # (len(table),) float
     what = f'cannot use column {name!r}'
     raise SchemaError(what, 'it is not in the table', 'build the table with build_sqed')
 
-# %% ../../nbs/54_quality.baselines.ipynb #73653dc2
+# %% ../../nbs/54_quality.baselines.ipynb #3f679f69
 def fit_groups(
     table: pd.DataFrame, # columns dataset and method
     value, # function: row numbers -> number or array
@@ -107,6 +108,18 @@ def read_groups(
 def _nearest_value(values, dataset, method):
     keys = ((dataset, method), ('', method), (dataset, ''), ('', ''))
     return next(values[key] for key in keys if key in values)
+
+
+def shrunk_line(
+    x: np.ndarray, # (n,) an estimate of OA
+    oa: np.ndarray, # (n,)
+) -> tuple: # slope, intercept
+    "Fit a line by least squares, drawn towards slope 1 where values are few or alike."
+    shrinkage = 8 * max(x.var(), 1e-9)
+    dx = x - x.mean()
+    dy = oa - oa.mean()
+    slope = (dx @ dy + shrinkage) / (dx @ dx + shrinkage)
+    return slope, oa.mean() - slope * x.mean()
 
 # %% ../../nbs/54_quality.baselines.ipynb #8556e3b6
 class DifferenceBaseline(RegressorMixin, BaseEstimator):

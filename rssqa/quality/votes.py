@@ -6,15 +6,15 @@
 __all__ = ['ROUNDS', 'PRIOR_COUNT', 'TEMPERATURES', 'MOST_POINTS', 'count_confusion', 'vote_logits', 'class_posterior',
            'dawid_skene', 'VoteBaseline']
 
-# %% ../../nbs/55_quality.votes.ipynb #4cb89c35
+# %% ../../nbs/55_quality.votes.ipynb #66ae0f18
 import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator, RegressorMixin
 
 from ..core import MissingFeatures
 from ..data.datasets import IGNORE
-from .baselines import fit_groups, has_grids, read_groups
-from ..tables.grid import prediction_grids
+from .baselines import fit_groups, has_grids, read_groups, shrunk_line
+from ..tables.grid import PredictionGrid, prediction_grids
 from ..tables.store import Store
 
 # %% ../../nbs/55_quality.votes.ipynb #79ad28d5
@@ -77,7 +77,7 @@ def dawid_skene(
         posterior = class_posterior(vote_logits(votes, confusion), prior)
     return confusion, prior
 
-# %% ../../nbs/55_quality.votes.ipynb #733ec206
+# %% ../../nbs/55_quality.votes.ipynb #635b429e
 class VoteBaseline(RegressorMixin, BaseEstimator):
     "Expected accuracy under votes weighted by confusion matrices, one set for each dataset."
     def __init__(self,
@@ -100,7 +100,7 @@ class VoteBaseline(RegressorMixin, BaseEstimator):
             self.tables_[dataset] = self._learn(grids, rows.oa.mean())
             expected[rows.index] = self._expected(rows, grids)
         oa = X.oa.to_numpy(float)
-        self.lines_ = fit_groups(X, lambda i: _line(expected[i], oa[i]))
+        self.lines_ = fit_groups(X, lambda i: shrunk_line(expected[i], oa[i]))
         return self
 
     def _learn(self, grids, mean_oa): # confusion, prior, temperature
@@ -125,13 +125,20 @@ class VoteBaseline(RegressorMixin, BaseEstimator):
             if name in self.methods_: votes[:, self.methods_.index(name)] = pred.ravel()
         return votes
 
+    def posterior(self,
+        grid: PredictionGrid, # of one image, of a dataset that was in training
+    ) -> np.ndarray: # (K,h,w)
+        "Return the class probabilities at every point of a grid."
+        confusion, prior, temperature = self.tables_[grid.dataset]
+        q = class_posterior(vote_logits(self._votes(grid), confusion), prior, temperature)       # (P,K)
+        return q.T.reshape(-1, *grid.pred.shape[1:])
+
     def _expected(self, rows, grids): # (len(rows),) mean posterior of the classes that a map says
         value = {}
         for grid in grids:
-            confusion, prior, temperature = self.tables_[grid.dataset]
-            posterior = class_posterior(vote_logits(self._votes(grid), confusion), prior, temperature)
+            q = self.posterior(grid)
             for name, pred in zip(grid.methods, grid.pred):
-                value[grid.image_id, name] = np.take_along_axis(posterior, pred.reshape(-1, 1).astype(int), 1).mean()
+                value[grid.image_id, name] = np.take_along_axis(q, pred[None].astype(int), 0).mean()
         return np.array([value[key] for key in zip(rows.image_id, rows.method.astype(str))])
 
     def predict(self, X: pd.DataFrame) -> np.ndarray: # (len(X),) 0..1
@@ -148,10 +155,3 @@ def _mean_of_votes(posterior, votes): # mean posterior of the votes
     present = votes != IGNORE
     voted = np.where(present, votes, 0).astype(int)
     return np.take_along_axis(posterior, voted, 1)[present].mean()
-
-
-def _line(x, oa): # slope and intercept by least squares, shrunk to slope 1
-    shrinkage = 8 * max(x.var(), 1e-9)
-    dx, dy = x - x.mean(), oa - oa.mean()
-    slope = (dx @ dy + shrinkage) / (dx @ dx + shrinkage)
-    return slope, oa.mean() - slope * x.mean()

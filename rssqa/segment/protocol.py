@@ -324,7 +324,7 @@ def _value_faults(first, second, single, flat): # outputs: a batch, the same aga
         faults.append('logits are probabilities already: return them before softmax')
     return faults
 
-# %% ../../nbs/20_segment.protocol.ipynb #a9128996
+# %% ../../nbs/20_segment.protocol.ipynb #02cd88d2
 @dataclass(frozen=True)
 class MethodSpec:
     "A segmentation method: how to build its network at several sizes."
@@ -333,6 +333,7 @@ class MethodSpec:
     source: str # authors, title or venue, year
     build_net: Callable # (classes: int, encoder_weights=None, **preset) -> nn.Module
     presets: dict[str, dict] = field(default_factory=dict) # 'nano', 'tiny', 'standard'
+    encoder_names: dict[str, str] = field(default_factory=dict) # preset -> file of weights that is not named by timm
 
     def build(self, classes: int, preset: str = 'tiny', encoder_weights: str | None = None):
         "Build the network of a preset with random head and the given encoder weights."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MIN_FOUND', 'conv_bn', 'resize', 'safe_norms', 'Pyramid', 'timm_encoder', 'wrap_encoder', 'swin', 'conv_stem',
-           'load_encoder_weights', 'finish', 'smp_net', 'EncoderDecoder', 'ClassSlice', 'to_windows', 'from_windows',
-           'WindowAttention', 'cross_mean', 'GlobalLocalBlock', 'WeightedSum', 'Refine', 'GlobalLocalDecoder',
-           'outline']
+           'small_weights', 'full_weights', 'load_encoder_weights', 'finish', 'smp_net', 'EncoderDecoder', 'ClassSlice',
+           'to_windows', 'from_windows', 'WindowAttention', 'cross_mean', 'GlobalLocalBlock', 'WeightedSum', 'Refine',
+           'GlobalLocalDecoder', 'outline']
 
 # %% ../../../nbs/23_segment.methods.blocks.ipynb #6d5772ac
 import re
@@ -125,7 +125,37 @@ def conv_stem(
     second = nn.Conv2d(width//2, width, 3, 2, 1)
     return nn.Sequential(first, nn.BatchNorm2d(width//2), nn.ReLU(inplace=True), second)
 
-# %% ../../../nbs/23_segment.methods.blocks.ipynb #6cf1c66e
+# %% ../../../nbs/23_segment.methods.blocks.ipynb #1ff222c5
+def small_weights(
+    state: dict, # name -> tensor
+) -> dict: # name -> tensor; names ending in ' scale' belong to the bytes before them
+    "Round large tensors to bytes, channel by channel."
+    out = {}
+    for name, w in state.items():
+        if w.ndim < 2 or w.numel() < 1024 or not w.is_floating_point():
+            out[name] = w.contiguous()
+            continue
+        scale = w.abs().flatten(1).amax(1).clamp_min(1e-12) / 127
+        out[name] = (w / _per_channel(scale, w)).round().to(torch.int8).contiguous()
+        out[f'{name} scale'] = scale
+    return out
+
+
+def _per_channel(scale, w): return scale.view(-1, *[1] * (w.ndim - 1)) # (C,) -> (C,1,...), to multiply w
+
+
+def full_weights(
+    stored: dict, # made by small_weights
+) -> dict: # name -> tensor
+    "Undo small_weights, up to rounding."
+    out = {}
+    for name, w in stored.items():
+        if name.endswith(' scale'): continue
+        scale = stored.get(f'{name} scale')
+        out[name] = w if scale is None else w.float() * _per_channel(scale, w)
+    return out
+
+# %% ../../../nbs/23_segment.methods.blocks.ipynb #990761cf
 MIN_FOUND = 0.9 # share of the tensors of an encoder that its file must hold
 
 
@@ -151,7 +181,7 @@ def _read_tensors(path):
     if not Path(path).is_file():
         expected = "expected None, 'timm' or a safetensors file"
         raise DataNotFound(f'no encoder weights {path}', expected, 'check the path')
-    return load_tensors(path, todo='convert it with safetensors.torch.save_file')
+    return full_weights(load_tensors(path, todo='convert it with safetensors.torch.save_file'))
 
 
 def _flat_name(key): # timm names stage 0 'layers.0' in a classifier and 'layers_0' in a feature network

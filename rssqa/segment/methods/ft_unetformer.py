@@ -11,7 +11,7 @@ from torch import nn
 from .blocks import EncoderDecoder, GlobalLocalDecoder, conv_bn, swin, timm_encoder
 from ..protocol import MethodSpec
 
-# %% ../../../nbs/24_segment.methods.ft_unetformer.ipynb #9ffc0dac
+# %% ../../../nbs/24_segment.methods.ft_unetformer.ipynb #9a5c9b0b
 def ft_unetformer(
     classes: int, # channels of the logits
     encoder_weights: str | None = None, # None, 'timm' or a safetensors file
@@ -31,4 +31,4 @@ SOURCE = 'Wang et al., UNetFormer, ISPRS J. Photogramm. Remote Sens. 190, 2022'
 spec = MethodSpec('ft-unetformer', 'transformer', SOURCE, ft_unetformer, dict(
     nano=dict(width=32, heads=4, window=4, **swin(16, (2, 2, 1, 1), 3)),
     tiny=dict(width=64, window=5, **swin(48, (2, 2, 2, 2), 5)),
-    standard=dict(encoder='swin_base_patch4_window7_224')))
+    standard=dict(encoder='swin_base_patch4_window7_224')), dict(tiny='swin48'))

@@ -12,7 +12,7 @@ from ...core import Incompatible
 from .blocks import finish, load_encoder_weights, resize
 from ..protocol import MethodSpec
 
-# %% ../../../nbs/24_segment.methods.segformer.ipynb #3f7140a0
+# %% ../../../nbs/24_segment.methods.segformer.ipynb #607316b4
 class Stages(nn.Module):
     "The four stages of a Mix Transformer as a list of maps, fine to deepest."
     def __init__(self,
@@ -66,4 +66,4 @@ TINY = dict(decoder_hidden_size=128, drop_path_rate=0.)
 STANDARD = dict(hidden_sizes=[64, 128, 320, 512], depths=[3, 4, 6, 3], decoder_hidden_size=768)
 SOURCE = 'Xie et al., SegFormer, NeurIPS 2021'
 presets = dict(nano=NANO, tiny=TINY, standard=STANDARD)
-spec = MethodSpec('segformer', 'transformer', SOURCE, segformer, presets)
+spec = MethodSpec('segformer', 'transformer', SOURCE, segformer, presets, dict(tiny='mit32'))

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['REFERENCE_TILES', 'CHECKPOINT_SECONDS', 'MANIFEST_COLUMNS', 'Recipe', 'encoder_file', 'model_folder', 'train',
-           'train_joint', 'small_weights', 'full_weights', 'small_copies', 'load_segmenter', 'ignore_interrupt',
-           'cross_fit', 'manifest']
+           'train_joint', 'small_copies', 'load_segmenter', 'ignore_interrupt', 'cross_fit', 'manifest']
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #efb2794b
+# %% ../../../nbs/25_segment.methods.training.ipynb #a99a18e6
 import math, os, time
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -18,15 +17,15 @@ import pandas as pd
 
 from ..confidence import fit_temperature, pool_features
 from rssqa.core import (
-    DataNotFound, Incompatible, LeakError, atomic, digest, file_id, load_recorded, load_tensors, model_faults,
+    DataNotFound, Incompatible, LeakError, atomic, bundled, digest, file_id, load_recorded, load_tensors, model_faults,
     pick_device, progress, read_json, seed_all, unknown, weight_digests, without_compiler, write_json,
 )
 from ...data.datasets import DatasetSpec, read_image, read_mask
 from ...data.splits import calibration_rows
-from .blocks import ClassSlice
+from .blocks import ClassSlice, full_weights, small_weights
 from ..protocol import IMAGENET_MEAN, IMAGENET_STD, TorchSegmenter, methods, normalise
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #4a82704b
+# %% ../../../nbs/25_segment.methods.training.ipynb #055a4160
 @dataclass(frozen=True)
 class Recipe:
     "How a method is trained."
@@ -38,7 +37,7 @@ class Recipe:
     lr: float = 1e-3 # of decoder and head, and of an encoder without weights
     encoder_lr: float = 0.2 # times lr, for a pretrained encoder
     weight_decay: float = 0.01 # of AdamW
-    encoder_weights: str | None = None # 'timm' to download; or a folder with files named after timm encoders
+    encoder_weights: str | None = None # 'timm' to download; a folder with files named after encoders; 'random'
     holdout: float = 0.12 # share of training tiles held out for temperature scaling
     seed: int = 0 # of initial weights and batches
 
@@ -182,33 +181,46 @@ def _reference(segmenter, pixels): # (2, 2 * sum C_i)
     pooled = torch.cat([pool_features(_predict(segmenter, pixels[i][0]).features).cpu() for i in chosen])
     return torch.stack([pooled.mean(0), pooled.std(0, correction=0)])
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #abd61e3c
+# %% ../../../nbs/25_segment.methods.training.ipynb #685f6d4d
 def encoder_file(
     method: str, # registry name
     recipe: Recipe, # with encoder_weights
-) -> str | None: # path, 'timm' or None
+) -> str | None: # path, 'timm', or None for random weights
     "Find the encoder weights of a method's preset."
     presets = methods[method].presets
     if recipe.preset not in presets: raise unknown(f'{method} preset', recipe.preset, presets)
-    name = presets[recipe.preset].get('encoder', '')
-    folder = recipe.encoder_weights
-    if folder in (None, 'timm'): return folder
+    distilled = methods[method].encoder_names.get(recipe.preset, '')
+    name = distilled or presets[recipe.preset].get('encoder', '')
+    source = recipe.encoder_weights
+    if source == 'random': return None
+    if source == 'timm' and not distilled: return 'timm'
+    given = _in_folder(source, name) if source not in (None, 'timm') else None
+    return given or _bundled_encoder(distilled)
+
+
+def _in_folder(folder, name): # path or None
     if not Path(folder).is_dir():
-        expected = "expected None, 'timm' or a folder"
+        expected = "expected None, 'timm', 'random' or a folder"
         todo = 'pass a folder with files such as mobilenetv2_100.safetensors'
         raise DataNotFound(f'no folder of encoder weights {folder}', expected, todo)
     files = sorted(Path(folder).glob(f'{name}*.safetensors')) if name else []
     return str(files[0]) if files else None
 
 
+def _bundled_encoder(name): # path of an encoder that comes with rssqa, or None
+    path = bundled('encoders')/f'{name}.safetensors'
+    return str(path) if name and path.exists() else None
+
+
 def _build(method: str, classes: int, recipe: Recipe):
     weights = encoder_file(method, recipe)
     seed_all(recipe.seed)
     net = methods[method].build(classes, recipe.preset, weights)
-    net.pretrained = weights is not None
+    # a distilled encoder still has much to learn
+    net.pretrained = weights is not None and recipe.preset not in methods[method].encoder_names
     return net
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #2aa8b3f0
+# %% ../../../nbs/25_segment.methods.training.ipynb #a620604c
 CHECKPOINT_SECONDS = 30 # between checkpoints
 
 
@@ -243,14 +255,17 @@ def _fit(
     tick, # called with the number of finished steps
 ):
     "Run the optimiser from the checkpoint, if there is one, to the last step."
-    optimiser, schedule = _optimiser(net.to(device), recipe)
+    import torch
+    net.to(device, memory_format=torch.channels_last) # convolutions on a CPU take three quarters of the time
+    optimiser, schedule = _optimiser(net, recipe)
     start = _load_checkpoint(folder, net, optimiser, schedule)
     saved = time.monotonic()
     net.train()
     tick(start)
     for step in range(start, recipe.steps):
         x, y, datasets = (t.to(device) for t in _batch(pixels, step, recipe))
-        logits = net(normalise(x, IMAGENET_MEAN, IMAGENET_STD)).float()
+        x = normalise(x, IMAGENET_MEAN, IMAGENET_STD).contiguous(memory_format=torch.channels_last)
+        logits = net(x).float()
         loss = _joint_loss(logits, y, datasets, slices)
         optimiser.zero_grad()
         loss.backward()
@@ -396,38 +411,7 @@ def _save_weights(folder, net, segmenter):
     with atomic(folder/'model.safetensors') as tmp: save_file(state, tmp)
     with atomic(folder/'reference.safetensors') as tmp: save_file(dict(features=segmenter.reference), tmp)
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #1f64aa91
-def small_weights(
-    state: dict, # name -> tensor
-) -> dict: # name -> tensor; names ending in ' scale' belong to the bytes before them
-    "Round large tensors to bytes, channel by channel."
-    import torch
-    out = {}
-    for name, w in state.items():
-        if w.ndim < 2 or w.numel() < 1024 or not w.is_floating_point():
-            out[name] = w.contiguous()
-            continue
-        scale = w.abs().flatten(1).amax(1).clamp_min(1e-12) / 127
-        out[name] = (w / _per_channel(scale, w)).round().to(torch.int8).contiguous()
-        out[f'{name} scale'] = scale
-    return out
-
-
-def _per_channel(scale, w): return scale.view(-1, *[1] * (w.ndim - 1)) # (C,) -> (C,1,...), to multiply w
-
-
-def full_weights(
-    stored: dict, # made by small_weights
-) -> dict: # name -> tensor
-    "Undo small_weights, up to rounding."
-    out = {}
-    for name, w in stored.items():
-        if name.endswith(' scale'): continue
-        scale = stored.get(f'{name} scale')
-        out[name] = w if scale is None else w.float() * _per_channel(scale, w)
-    return out
-
-
+# %% ../../../nbs/25_segment.methods.training.ipynb #9a5ba61a
 def small_copies(
     folders: list, # made by train_joint: one network, several datasets
     out, # folder of a pack
@@ -498,7 +482,7 @@ def _open_segmenter(folder, config, device):
     segmenter.reference = load_recorded(folder, 'reference.safetensors', digests)['features']
     return segmenter
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #4c56d823
+# %% ../../../nbs/25_segment.methods.training.ipynb #b5cb0bb9
 def _check_folds(tiles, specs):
     if 'fold' not in tiles:
         raise LeakError('cannot cross-fit', 'found no column fold', 'add tiles["fold"] = folds(tiles, 2)')
@@ -528,13 +512,14 @@ class _Job:
         return train_joint(self.method, self.tiles, self.specs, out, self.recipe, self.fold, device, tick)
 
 
-def _jobs(tiles, specs, chosen, recipe, joint) -> list: # [_Job]
+def _jobs(tiles, specs, chosen, recipe, joint, left_out) -> list: # [_Job]
     groups = [specs] if joint else [{d: spec} for d, spec in specs.items()]
     jobs = []
     for group in groups:
         part = tiles[tiles.dataset.isin(list(group))]
         for method in chosen:
             for fold in sorted(part.fold.unique()):
+                if left_out is not None and fold not in left_out: continue
                 jobs.append(_Job(method, part[part.fold != fold], group, recipe, int(fold)))
     return jobs
 
@@ -562,7 +547,7 @@ def _tick(n):
 
 def _work(job, out, device): return job.run(out, device, _tick)
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #897c4cee
+# %% ../../../nbs/25_segment.methods.training.ipynb #b95cbc45
 def cross_fit(
     tiles: pd.DataFrame, # with masks and a column fold, see rssqa.data.splits.folds
     specs: dict[str, DatasetSpec], # class table of each dataset
@@ -572,10 +557,11 @@ def cross_fit(
     workers: int = None, # processes; default one per core
     device: str = 'auto',
     joint: bool = False, # one network for all datasets, with logits for each class table
+    left_out: list[int] = None, # folds to train networks for; default all
 ) -> pd.DataFrame: # one row a network, see manifest
     "Train every method on every dataset (or on all at once), once for each fold left out."
     _check_folds(tiles, specs)
-    jobs = _jobs(tiles, specs, chosen or methods.list(), recipe, joint)
+    jobs = _jobs(tiles, specs, chosen or methods.list(), recipe, joint, left_out)
     workers = min(len(jobs), workers or os.cpu_count() or 1) if pick_device(device) == 'cpu' else 1
     folders = _run_alone(jobs, out, device) if workers == 1 else _run_pool(jobs, out, device, workers)
     return manifest(sum(folders, []))

@@ -9,7 +9,7 @@ __all__ = ['SOURCE', 'spec', 'upernet']
 from .blocks import smp_net, swin
 from ..protocol import MethodSpec
 
-# %% ../../../nbs/24_segment.methods.upernet.ipynb #066edbca
+# %% ../../../nbs/24_segment.methods.upernet.ipynb #56f01ab7
 def upernet(
     classes: int, # channels of the logits
     encoder_weights: str | None = None, # None, 'timm' or a safetensors file
@@ -26,4 +26,4 @@ SOURCE = 'Liu et al., Swin, ICCV 2021; Xiao et al., UPerNet, ECCV 2018'
 spec = MethodSpec('upernet-swin', 'transformer', SOURCE, upernet, dict(
     nano=dict(width=24, **swin(16, (2, 2, 1, 1), 3)),
     tiny=dict(width=64, **swin(48, (2, 2, 2, 2), 5)),
-    standard=dict()))
+    standard=dict()), dict(tiny='swin48'))
