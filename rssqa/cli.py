@@ -7,10 +7,10 @@ __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PAR
            'use_command', 'show_command', 'build_command', 'build_demo_command', 'calibrate_command', 'fit_command',
            'score_command', 'recommend_command', 'ls_command', 'get_command', 'check_command', 'paper_command',
            'speed_command', 'encoders_command', 'projection_command', 'assessor_command', 'semantics_command',
-           'bench_pack_command', 'fused_command', 'label_noise_command', 'tables_command', 'own_domain_command',
-           'points_command', 'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command',
-           'conformance_command', 'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command',
-           'train_command', 'eval_command', 'doctor_command']
+           'bench_pack_command', 'fused_command', 'starts_command', 'label_noise_command', 'tables_command',
+           'own_domain_command', 'points_command', 'bench_fit_command', 'explorer_command', 'clip_command',
+           'probe_command', 'conformance_command', 'degradation_command', 'apps', 'app_command', 'shards_command',
+           'purify_command', 'train_command', 'eval_command', 'doctor_command']
 
 # %% ../nbs/91_cli.ipynb #a05f4187
 import os, sys
@@ -563,7 +563,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #f0a13ce0
+# %% ../nbs/91_cli.ipynb #f2c7e242
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -628,6 +628,25 @@ def fused_command(
     "Compare the recommended map with maps that are fused from all methods."
     from rssqa.bench.fused import write_answers
     print(write_answers(str(tables), data, out, _integers(seeds)))
+
+
+@bench_app.command('starts')
+def starts_command(
+    data: _DataOption,
+    home: Annotated[Path, typer.Option(help='Folder for networks; finished ones are reused.')],
+    methods: Annotated[str, typer.Option(help='Methods, separated by commas.')] = 'segformer,upernet-swin,ft-unetformer',
+    steps: Annotated[int, typer.Option(min=1, help='Training steps of each network.')] = 160,
+    out: _CsvOption = None,
+):
+    "Compare transformers that start from distilled encoders with those that start from random weights."
+    from dataclasses import replace
+    from rssqa.bench.starts import compare_starts
+    from rssqa.provenance import save_results
+    from rssqa.tables.rs_sqed_open import RECIPE
+    board = compare_starts(data, home, tuple(_split(methods)), replace(RECIPE, steps=steps))
+    print(board.pivot(index=['method', 'start'], columns='dataset', values='oa').round(3).to_string())
+    command = f'rssqa bench starts --methods {methods} --steps {steps}'
+    if out: save_results(board, out, 'one fold of four left out', 'tiles of five sources', 0, command)
 
 
 @bench_app.command('label-noise')
@@ -805,7 +824,7 @@ def degradation_command(
     command = f'rssqa bench degradation --turns {turns}'
     if out: write_results(stamp(table, command, seed=0, threads=1), out)
 
-# %% ../nbs/91_cli.ipynb #f907b088
+# %% ../nbs/91_cli.ipynb #47ada45d
 def apps() -> dict[str, Path]: # name -> notebook
     "Find the packaged notebooks, in an installation or in a checkout."
     import rssqa
@@ -820,7 +839,7 @@ def app_command(
     name: Annotated[str, typer.Argument(help='degradation, recommender, pairs or explorer.')],
     data: Annotated[Optional[Path], typer.Option(
         help='recommender: folder of images; pairs: table of rssqa.clip.purify.review_table; '
-        'explorer: table, or folder of rssqa demo.')] = None,
+        'explorer: table, folder of rssqa demo, or open for the committed results.')] = None,
     out: Annotated[Optional[Path], typer.Option(help='pairs: table of decisions, .csv or .parquet.')] = None,
     pack: Annotated[Optional[Path], typer.Option(help='Folder of a pack.')] = None,
     dataset: _DatasetOption = None,
@@ -831,7 +850,8 @@ def app_command(
     import importlib.util, secrets, subprocess
     known = apps()
     if name not in known: raise unknown('app', name, known)
-    if data and not data.exists(): raise Incompatible(f'no file or folder {data}', '', 'check the path')
+    if data and not data.exists() and not _is_published(name, data):
+        raise Incompatible(f'no file or folder {data}', '', 'check the path')
     if not importlib.util.find_spec('voila'):
         raise Incompatible('cannot start an app', 'Voila is not installed', 'run pip install "rssqa[apps]"')
     _check_port(port)
@@ -843,6 +863,11 @@ def app_command(
     # beside the notebook, because Voila and Python run what they find in the current folder
     done = subprocess.run(_voila_command(known[name], port), env=environment, cwd=known[name].parent)
     raise typer.Exit(done.returncode)
+
+
+def _is_published(app, data): # a table that the Explorer finds by its name
+    from rssqa.viz.committed import EXPERIMENTS
+    return app == 'explorer' and str(data) in EXPERIMENTS
 
 
 def _voila_command(notebook, port): # the token comes from the environment, which other users cannot read
@@ -874,7 +899,7 @@ def _open_when_served(port, address): # in a thread that ends with the program
 def _app_environment(paths, dataset):
     environment = os.environ | dict(RSSQA_APP_HERE=os.getcwd())
     for name, path in paths.items():
-        if path: environment[f'RSSQA_APP_{name.upper()}'] = str(path.resolve())
+        if path: environment[f'RSSQA_APP_{name.upper()}'] = str(path.resolve() if path.exists() else path)
     if dataset: environment['RSSQA_APP_DATASET'] = dataset
     return environment
 
