@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['MOST_CANDIDATES', 'MARGIN', 'DRAWS', 'PRIOR_LABELS', 'FLOOR', 'PRIOR_SD', 'SPREAD', 'CLUMPS', 'STEPS', 'EPSILON',
            'ALPHA', 'STRENGTH', 'CELLS', 'ETA', 'Candidates', 'find_candidates', 'Standing', 'normal_standing',
-           'count_right', 'Recalibrated', 'RecalibratedPosterior', 'draw_problem', 'Selector', 'RandomPoints',
-           'Uncertainty', 'entropy', 'Informative', 'information', 'ModelSelector', 'CODA', 'consensus_prior',
-           'best_of_betas', 'best_of_outcomes', 'Advice', 'advise']
+           'count_right', 'Recalibrated', 'RecalibratedPosterior', 'corrected', 'draw_problem', 'Selector',
+           'RandomPoints', 'Uncertainty', 'entropy', 'Informative', 'information', 'ModelSelector', 'CODA',
+           'consensus_prior', 'best_of_betas', 'best_of_outcomes', 'Advice', 'advise']
 
 # %% ../../nbs/55_quality.active_selection.ipynb #b0f61550
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ import pandas as pd
 
 from ..core import Incompatible
 
-# %% ../../nbs/55_quality.active_selection.ipynb #436e9148
-MOST_CANDIDATES = 4000
+# %% ../../nbs/55_quality.active_selection.ipynb #71b8afe3
+MOST_CANDIDATES = 2000
 
 
 @dataclass
@@ -25,8 +25,8 @@ class Candidates:
     votes: np.ndarray # (n,M) class ids
     q: np.ndarray # (n,K) class probabilities before labels
     points: np.ndarray # (n,) their rows in the arrays of the caller
-    share: float # of all points that have methods that differ
-    total: int # number of points where methods differ
+    share: float # of the points of the source, where methods differ
+    differ: tuple # votes (D,M) and q (D,K) of all points where methods differ
     usual: tuple # votes (n',M) and q (n',K) of a random sample of all points
 
 
@@ -48,14 +48,16 @@ def find_candidates(
     chosen = np.union1d(chosen, np.intersect1d(np.asarray(keep, int), differ))
     some = rng.permutation(len(votes))[:most]
     share = len(differ) / len(votes)
-    return Candidates(votes[chosen], q[chosen], chosen, share, len(differ), (votes[some], q[some]))
+    all_differ, usual = (votes[differ], q[differ]), (votes[some], q[some])
+    return Candidates(votes[chosen], q[chosen], chosen, share, all_differ, usual)
 
 
 def _check_points(votes, q): # the same as arrays, q scaled to sum to one
     votes, q = np.asarray(votes), np.asarray(q, float)
     if votes.ndim != 2 or q.ndim != 2 or len(votes) != len(q) or votes.shape[1] < 2:
         found = f'found votes {votes.shape} and probabilities {q.shape}, expected (N,M) with M > 1 and (N,K)'
-        raise Incompatible('votes and probabilities do not fit together', found, 'give one row a point in both')
+        todo = 'give one row a point in both'
+        raise Incompatible('votes and probabilities do not fit together', found, todo)
     if not np.isfinite(q).all() or (q < 0).any() or (q.sum(1) <= 0).any():
         raise Incompatible('the probabilities are not valid', 'found negative, missing or all zero ones',
                            'give numbers of at least 0 with a positive sum at each point')
@@ -67,7 +69,7 @@ def _check_classes(ids, n_classes, what): # raises unless each is an integer in 
     ids = np.asarray(ids)
     if not ids.size: return
     if ids.dtype.kind not in 'iu' or ids.min() < 0 or ids.max() >= n_classes:
-        found = f'found {ids.dtype} from {ids.min()} to {ids.max()}, expected integers from 0 to {n_classes - 1}'
+        found = f'found {ids.dtype} from {ids.min()} to {ids.max()}, expected integers 0 to {n_classes - 1}'
         raise Incompatible(f'the {what} are not class ids', found, 'leave out points without a class')
 
 # %% ../../nbs/55_quality.active_selection.ipynb #b96ad795
@@ -120,11 +122,11 @@ def count_right(
     cov = (deviation.T @ deviation + prior) / known**2
     return normal_standing(candidates.share * mean, candidates.share**2 * cov, margin)
 
-# %% ../../nbs/55_quality.active_selection.ipynb #37bc447e
+# %% ../../nbs/55_quality.active_selection.ipynb #1c9d705d
 FLOOR = 0.01 # added to probabilities before the logarithm
-PRIOR_SD = dict(log_q=0.5, classes=0.7, methods=0.5) # of the weights
+PRIOR_SD = dict(log_q=0.5, classes=0.7, methods=0.5, pairs=0.4) # of the weights; pairs of method and class
 SPREAD = 1.5 # standard deviations of the weights' part, times
-CLUMPS = 10.0 # independent points that share their error
+CLUMPS = 3.0 # independent points that share their error
 STEPS = 20 # of Newton's method, at most
 
 
@@ -149,12 +151,10 @@ class RecalibratedPosterior:
         votes, q = candidates.votes, candidates.q
         self.rows = np.arange(len(votes))[:, None]
         n_classes, n_methods = q.shape[1], votes.shape[1]
-        chosen = (votes[:, None, :] == np.arange(n_classes)[:, None]).astype(float)             # (n,K,M)
-        same = np.broadcast_to(np.eye(n_classes), (len(q), n_classes, n_classes))
-        self.features = np.concatenate([np.log(q + FLOOR)[..., None], same, chosen], 2)         # (n,K,F)
+        self.features = _features(votes, q)                                                   # (n,K,F)
         self.of_votes = self.features[self.rows, votes]                                       # (n,M,F)
         self.agree = (votes[:, :, None] == votes[:, None]).astype(float)                      # (n,M,M)
-        sizes = dict(log_q=1, classes=n_classes, methods=n_methods)
+        sizes = dict(log_q=1, classes=n_classes, methods=n_methods, pairs=n_methods * n_classes)
         self.precision = np.concatenate([np.full(size, PRIOR_SD[name]**-2) for name, size in sizes.items()])
         self.start = np.eye(self.features.shape[2])[0]
 
@@ -178,7 +178,7 @@ class RecalibratedPosterior:
         return self._apply(w, np.linalg.inv(curvature), asked)
 
     def _apply(self, w, cov, asked):
-        p = _softmax(self.features @ w)
+        p = corrected(self.candidates.votes, self.candidates.q, w)
         voted = p[self.rows, self.candidates.votes]
         unknown = np.ones(len(p))
         unknown[asked] = 0
@@ -194,17 +194,18 @@ class RecalibratedPosterior:
     ) -> tuple: # mean (M,) and covariance (M,M) of the part of OA where methods differ
         "Estimate accuracies, and how wrong they may be together."
         c = self.candidates
-        right = fitted.voted.copy()
-        right[asked] = c.votes[asked] == np.asarray(truth)[:, None]
-        unknown = np.ones(len(right), bool)
+        votes, q = c.differ
+        p = corrected(votes, q, fitted.w)
+        total = np.take_along_axis(p, votes, 1).sum(0)
+        right = c.votes[asked] == np.asarray(truth, int)[:, None]
+        mean = (total + (right - fitted.voted[asked]).sum(0)) / len(votes)
+        unknown = np.ones(len(c.votes), bool)
         unknown[asked] = False
         voted = fitted.voted[unknown]
         both = np.einsum('nm,nml->ml', voted, self.agree[unknown])
-        noise = self.clumps * (both - voted.T @ voted) / len(right) / c.total
-        left_out = max(0.0, 1 - len(right) / c.total)
-        sampled = left_out * np.cov(right.T) / len(right) if len(right) > 1 else 0.0
+        noise = self.clumps * (both - voted.T @ voted) / len(c.votes) / len(votes)
         of_weights = self.spread**2 * fitted.gradient @ fitted.cov @ fitted.gradient.T
-        return c.share * right.mean(0), of_weights + c.share**2 * (noise + sampled)
+        return c.share * mean, of_weights + c.share**2 * noise
 
     def standing(self,
         asked: np.ndarray, # (t,) labelled candidates
@@ -213,6 +214,30 @@ class RecalibratedPosterior:
     ) -> Standing:
         "Estimate the order of methods."
         return normal_standing(*self.moments(self.fit(asked, truth), asked, truth), margin)
+
+
+def _features(votes, q): # (n,M), (n,K) -> (n,K,F): logarithm of q, class, votes, pairs of vote and class
+    n_classes = q.shape[1]
+    agrees = (votes[:, None, :] == np.arange(n_classes)[:, None]).astype(float)               # (n,K,M)
+    same = np.broadcast_to(np.eye(n_classes), (len(q), n_classes, n_classes))
+    pairs = agrees[..., None] * np.eye(n_classes)[:, None]                                    # (n,K,M,K)
+    parts = [np.log(q + FLOOR)[..., None], same, agrees, pairs.reshape(*agrees.shape[:2], -1)]
+    return np.concatenate(parts, 2)
+
+
+def corrected(
+    votes: np.ndarray, # (n,M) class ids
+    q: np.ndarray, # (n,K) class probabilities before labels
+    w: np.ndarray, # (F,) weights: 1 of log q, K of classes, M of methods, M*K of pairs
+) -> np.ndarray: # (n,K) class probabilities
+    "Correct class probabilities by weights, without building the features."
+    n_methods, n_classes = votes.shape[1], q.shape[1]
+    of_classes, of_methods, of_pairs = np.split(w[1:], np.cumsum([n_classes, n_methods]))
+    trust = of_methods[:, None] + of_pairs.reshape(n_methods, n_classes)
+    logits = w[0] * np.log(q + FLOOR) + of_classes
+    rows = np.arange(len(votes))
+    for method, column in enumerate(votes.T): logits[rows, column] += trust[method, column]
+    return _softmax(logits)
 
 
 def _softmax(x): # over the last axis
@@ -319,8 +344,8 @@ def information(
     leverage = ((root - (p * root).sum(1, keepdims=True))**2 * p).sum((1, 2))
     return gain / (1 + leverage)
 
-# %% ../../nbs/55_quality.active_selection.ipynb #90b883a0
-EPSILON = 0.45
+# %% ../../nbs/55_quality.active_selection.ipynb #5ec522b3
+EPSILON = 0.35
 
 
 class ModelSelector(Selector):
@@ -350,11 +375,11 @@ class ModelSelector(Selector):
         best = self.posterior(np.asarray(asked, int), np.asarray(truth, int))
         return Standing(best, best, best)
 
-# %% ../../nbs/55_quality.active_selection.ipynb #d90ba2d3
+# %% ../../nbs/55_quality.active_selection.ipynb #f7436f93
 ALPHA = 0.9 # weight of the consensus in the prior
 STRENGTH = 2.0 # labels that the prior is worth in each row, 1 / T
 CELLS = 64 # of the integral
-ETA = 0.01 # what a label adds
+ETA = 0.1 # what a label adds
 
 
 class CODA(Selector):
@@ -472,7 +497,7 @@ def best_of_outcomes(
     at = (agrees, of_class[:, None], methods)
     return _largest(mass[at], np.log(below)[at])
 
-# %% ../../nbs/55_quality.active_selection.ipynb #db5a9561
+# %% ../../nbs/55_quality.active_selection.ipynb #31396783
 @dataclass
 class Advice:
     "Who is best, and what to label next."
@@ -508,7 +533,8 @@ def advise(
         found = f'found {len(names)} names and {len(standing.mean)} methods'
         raise Incompatible('the names do not fit the votes', found, 'give one name a column of the votes')
     behind = standing.mean.max() - standing.mean
-    table = pd.DataFrame(dict(p_best=standing.best, p_near=standing.near, behind=behind), pd.Index(names, name='method'))
+    columns = dict(p_best=standing.best, p_near=standing.near, behind=behind)
+    table = pd.DataFrame(columns, pd.Index(names, name='method'))
     more = selector(candidates).next(asked, truth, n, seed)
     stop = bool(standing.near[standing.leader] >= confidence)
     return Advice(table.sort_values('behind', kind='stable'), candidates.points[more], stop, len(asked))
@@ -517,8 +543,10 @@ def advise(
 def _check_labels(points, classes, votes, q): # as arrays
     points, classes = np.asarray(points), np.asarray(classes)
     if len(points) != len(classes) or len(set(points.tolist())) != len(points):
-        found = f'found {len(points)} points, {len(set(points.tolist()))} of them different, and {len(classes)} classes'
-        raise Incompatible('labels and points do not fit together', found, 'give one class a point, each point once')
+        different = len(set(points.tolist()))
+        found = f'found {len(points)} points, {different} of them different, and {len(classes)} classes'
+        todo = 'give one class a point, each point once'
+        raise Incompatible('labels and points do not fit together', found, todo)
     if len(points): _check_classes(points, len(votes), 'points')
     _check_classes(classes, np.shape(q)[1], 'classes')
     return points.astype(int), classes.astype(int)
