@@ -411,14 +411,14 @@ def test_runs_are_kept_and_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, 'COUNTS', (1, 5, 10))
     monkeypatch.setattr(bench, 'RANDOM_COUNTS', (1, 5, 10))
     monkeypatch.setattr(bench.run_selector, '__defaults__', (10, 0))
-    board, runs = bench.bench_labels('.', home=tmp_path, sources=('amazon_forest',), repeats=2, images=10)
+    board, _ = bench.bench_labels('.', home=tmp_path, sources=('amazon_forest',), repeats=2, images=10)
     monkeypatch.setattr(bench, '_runs', None)
     again, _ = bench.bench_labels('.', home=tmp_path, sources=('amazon_forest',), repeats=2, images=10)
     pd.testing.assert_frame_equal(board, again)
     assert set(board.selector) == {'random', *bench.SELECTORS}
     assert set(board.source) == {bench.ALL, 'amazon_forest'}
     assert (board.runs == 2).all() and board.near_10.between(0, 1).all()
-    assert len(bench.plot_labels(runs).axes[0].lines) == len(bench.LINES) + 1
+    assert len(bench.plot_labels(board).axes[0].lines) == len(bench.LINES) + 1
 
 
 def test_a_run_that_never_stops_counts_with_its_last_label():

@@ -5,14 +5,15 @@ __all__ = ['PRIORS', 'POINTS', 'EPOCHS', 'COUNTS', 'RANDOM_COUNTS', 'SELECTORS',
            'ALL', 'LINES', 'SourcePoints', 'source_points', 'Problem', 'draw_problem', 'run_selector', 'run_random',
            'bench_labels', 'measure_runs', 'plot_labels']
 
-# %% ../../nbs/87_bench.labels.ipynb #84604a0a
+# %% ../../nbs/87_bench.labels.ipynb #d28b7cee
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core import atomic, cache_dir, digest, file_id, progress, unknown
+from ..core import atomic, cache_dir, digest, progress, unknown
 from ..data.datasets import IGNORE
 from rssqa.quality.active_selection import (
     CODA, MARGIN, Informative, ModelSelector, RandomPoints, RecalibratedPosterior, Uncertainty,
@@ -188,7 +189,7 @@ def _count_all(right): # (n,M) at random points of all -> Standing
     cov = (deviation.T @ deviation + 0.5 * np.eye(right.shape[1])) / n**2
     return normal_standing(right.sum(0) / n, cov)
 
-# %% ../../nbs/87_bench.labels.ipynb #75a5a9d4
+# %% ../../nbs/87_bench.labels.ipynb #962f1b78
 KEYS = ['source', 'prior', 'selector', 'estimate']
 RUN = ['source', 'seed']
 ALL = 'all sources'
@@ -223,9 +224,11 @@ def _kept_runs(points, source, images, seed, home):
     return runs
 
 
-def _version(): # changes with the code of the selectors and of this bench
+def _version(): # changes with the code of the selectors and of a run
     from rssqa.quality import active_selection
-    return digest([file_id(active_selection.__file__), file_id(__file__)])[:8]
+    parts = [Problem, draw_problem, run_selector, run_random, _record, _count_all, COUNTS, RANDOM_COUNTS]
+    sources = [inspect.getsource(part) if callable(part) else str(part) for part in parts]
+    return digest([Path(active_selection.__file__).read_text(), *sources])[:8]
 
 
 def _runs(points, images, seed): # -> prior, name, rows
@@ -240,7 +243,7 @@ def _runs(points, images, seed): # -> prior, name, rows
 def _named(run, source, seed, prior, name):
     return run.assign(source=source, seed=seed, prior=prior, selector=name)
 
-# %% ../../nbs/87_bench.labels.ipynb #8e79f12a
+# %% ../../nbs/87_bench.labels.ipynb #ce51730d
 def measure_runs(
     runs: pd.DataFrame, # source, seed, prior, selector, estimate, labels, loss, sure
     confidence: float = CONFIDENCE, # of a stop, and of the labels to it
@@ -264,7 +267,7 @@ def _measure(group, confidence): # of one selector and estimate
     row = dict(runs=group.run.nunique())
     for name in ('near', 'best'):
         shares = group.groupby('labels')[name].mean()
-        row |= {f'{name}_{n}': shares[n] for n in COUNTS if n in shares}
+        row |= {f'{name}_{n}': shares[n] for n in RANDOM_COUNTS if n in shares}
         row['labels_95' if name == 'near' else 'best_95'] = _first_safe(shares, confidence)
     wrong = group[~group.near].groupby('run').labels.max()
     row['settled'] = wrong.reindex(group.run.unique(), fill_value=0).median()
@@ -283,7 +286,7 @@ def _stops(group, confidence):
     right = sure.near.mean() if len(sure) else np.nan
     return dict(stopped=len(sure) / len(labels), labels_stop=labels.mean(), right_stop=right)
 
-# %% ../../nbs/87_bench.labels.ipynb #3ed2f692
+# %% ../../nbs/87_bench.labels.ipynb #3923096c
 LINES = dict(
     informative=('informative (ours)', 1),
     random_where_maps_differ=('random where maps differ', 0),
@@ -295,17 +298,19 @@ LINES = dict(
 
 
 def plot_labels(
-    runs: pd.DataFrame, # from bench_labels
+    board: pd.DataFrame, # from measure_runs
+    source: str = ALL,
 ): # matplotlib figure
-    "Draw how often each selector is right after so many labels, by its own estimate."
+    "Draw how often each selector is right after so many labels."
     from matplotlib.figure import Figure
     figure = Figure((6, 3.4), layout='constrained')
     ax = figure.subplots()
+    own = board[(board.source == source) & (board.estimate == 'own')]
     for name, (label, prior) in LINES.items():
-        own = runs[(runs.selector == name) & (runs.prior == PRIORS[prior]) & (runs.estimate == 'own')]
-        shares = (own.loss <= MARGIN).groupby(own.labels).mean().loc[lambda s: s.index.isin(RANDOM_COUNTS)]
+        [row] = own[(own.selector == name) & (own.prior == PRIORS[prior])].to_dict('records')
+        shares = {n: row.get(f'near_{n}', np.nan) for n in RANDOM_COUNTS}
         width = 2.5 if name == 'informative' else 1.2
-        ax.plot(shares.index, shares, marker='.', label=label, linewidth=width)
+        ax.plot(shares.keys(), shares.values(), marker='.', label=label, linewidth=width)
     ax.set(xscale='log', xlabel='labelled points', ylabel=f'right runs (within {MARGIN} OA)', ylim=(0, 1.02))
     ax.axhline(CONFIDENCE, color='#999999', linestyle=':')
     ax.legend(loc='lower right', fontsize=8, frameon=False)
