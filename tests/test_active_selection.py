@@ -418,7 +418,7 @@ def test_runs_are_kept_and_measured(tmp_path, monkeypatch):
     assert set(board.selector) == {'random', *bench.SELECTORS}
     assert set(board.source) == {bench.ALL, 'amazon_forest'}
     assert (board.runs == 2).all() and board.near_10.between(0, 1).all()
-    assert len(bench.plot_labels(board).axes[0].lines) == len(bench.LINES) + 1
+    assert len(bench.plot_labels(board).ax_.lines) == len(bench.LINES) + 1
 
 
 def test_a_run_that_never_stops_counts_with_its_last_label():

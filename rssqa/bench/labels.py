@@ -5,7 +5,7 @@ __all__ = ['PRIORS', 'POINTS', 'EPOCHS', 'COUNTS', 'RANDOM_COUNTS', 'SELECTORS',
            'ALL', 'LINES', 'SourcePoints', 'source_points', 'Problem', 'draw_problem', 'run_selector', 'run_random',
            'bench_labels', 'measure_runs', 'plot_labels']
 
-# %% ../../nbs/87_bench.labels.ipynb #d28b7cee
+# %% ../../nbs/87_bench.labels.ipynb #c8312092
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..tables.grid import limit_grid, prediction_grids
 from ..tables.rs_sqed_open import SOURCES, UNSEEN, open_tiles, unpack_grids
 from ..tables.sqed import load_sqed
 from ..tables.store import Store
+from ..viz.figures import Display
 
 # %% ../../nbs/87_bench.labels.ipynb #080712b6
 PRIORS = ('mean of maps', 'consensus of other sources')
@@ -286,32 +287,35 @@ def _stops(group, confidence):
     right = sure.near.mean() if len(sure) else np.nan
     return dict(stopped=len(sure) / len(labels), labels_stop=labels.mean(), right_stop=right)
 
-# %% ../../nbs/87_bench.labels.ipynb #3923096c
+# %% ../../nbs/87_bench.labels.ipynb #d2d29d29
 LINES = dict(
-    informative=('informative (ours)', 1),
-    random_where_maps_differ=('random where maps differ', 0),
-    random=('random', 0),
-    uncertainty=('uncertainty', 0),
-    model_selector=('Model Selector', 0),
-    coda=('CODA', 0),
-) # selector -> label, index of its prior
+    informative='informative (ours)',
+    random_where_maps_differ='random where maps differ',
+    random='random',
+    uncertainty='uncertainty',
+    model_selector='Model Selector',
+    coda='CODA',
+) # selector -> label
 
 
 def plot_labels(
     board: pd.DataFrame, # from measure_runs
     source: str = ALL,
-): # matplotlib figure
+    prior: str = PRIORS[0],
+) -> Display: # with data_, one row a selector and number of labels
     "Draw how often each selector is right after so many labels."
     from matplotlib.figure import Figure
     figure = Figure((6, 3.4), layout='constrained')
     ax = figure.subplots()
-    own = board[(board.source == source) & (board.estimate == 'own')]
-    for name, (label, prior) in LINES.items():
-        [row] = own[(own.selector == name) & (own.prior == PRIORS[prior])].to_dict('records')
+    own = board[(board.source == source) & (board.estimate == 'own') & (board.prior == prior)]
+    rows = []
+    for name, label in LINES.items():
+        [row] = own[own.selector == name].to_dict('records')
         shares = {n: row.get(f'near_{n}', np.nan) for n in RANDOM_COUNTS}
+        rows += [dict(selector=name, labels=n, near=share) for n, share in shares.items()]
         width = 2.5 if name == 'informative' else 1.2
         ax.plot(shares.keys(), shares.values(), marker='.', label=label, linewidth=width)
     ax.set(xscale='log', xlabel='labelled points', ylabel=f'right runs (within {MARGIN} OA)', ylim=(0, 1.02))
     ax.axhline(CONFIDENCE, color='#999999', linestyle=':')
     ax.legend(loc='lower right', fontsize=8, frameon=False)
-    return figure
+    return Display(pd.DataFrame(rows), ax, figure)
