@@ -8,9 +8,9 @@ __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PAR
            'score_command', 'recommend_command', 'ls_command', 'get_command', 'check_command', 'paper_command',
            'speed_command', 'encoders_command', 'projection_command', 'assessor_command', 'semantics_command',
            'bench_pack_command', 'fused_command', 'starts_command', 'label_noise_command', 'tables_command',
-           'own_domain_command', 'points_command', 'bench_fit_command', 'explorer_command', 'clip_command',
-           'probe_command', 'conformance_command', 'degradation_command', 'apps', 'app_command', 'shards_command',
-           'purify_command', 'train_command', 'eval_command', 'doctor_command']
+           'own_domain_command', 'points_command', 'labels_command', 'bench_fit_command', 'explorer_command',
+           'clip_command', 'probe_command', 'conformance_command', 'degradation_command', 'apps', 'app_command',
+           'shards_command', 'purify_command', 'train_command', 'eval_command', 'doctor_command']
 
 # %% ../nbs/91_cli.ipynb #a05f4187
 import os, sys
@@ -563,7 +563,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #f2c7e242
+# %% ../nbs/91_cli.ipynb #1236b541
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -715,6 +715,27 @@ def points_command(
     print(board.round(3).to_string(index=False))
     command = f'rssqa bench points --repeats {repeats} --seed {seed}'
     if out: save_results(board, out, 'each source from the other sources', 'RS-SQED-open', seed, command)
+
+
+@bench_app.command('labels')
+def labels_command(
+    data: _DataOption,
+    tables: _TablesOption = Path('data/tables'),
+    repeats: Annotated[int, typer.Option(min=1, help='Draws of images of each source.')] = 12,
+    images: Annotated[int, typer.Option(min=1, help='Images of each draw.')] = 40,
+    home: Annotated[Optional[Path], typer.Option(
+        help='Folder for finished runs; default in the cache.')] = None,
+    out: _CsvOption = None,
+):
+    "Count labelled points until the best method of a source is known."
+    from rssqa.bench.labels import bench_labels
+    from rssqa.provenance import save_results
+    board, _ = bench_labels(data, str(tables), home, repeats=repeats, images=images)
+    columns = ['source', 'prior', 'selector', 'estimate', 'near_20', 'near_100', 'labels_95']
+    print(board[columns + ['labels_stop', 'right_stop']].round(3).to_string(index=False))
+    command = f'rssqa bench labels --repeats {repeats} --images {images}'
+    protocol = 'points labelled one after another; priors without labels of the source'
+    if out: save_results(board, out, protocol, 'RS-SQED-open and dronedeploy', range(repeats), command)
 
 
 @bench_app.command('fit')
