@@ -563,7 +563,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #1236b541
+# %% ../nbs/91_cli.ipynb #009d35e4
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -634,7 +634,8 @@ def fused_command(
 def starts_command(
     data: _DataOption,
     home: Annotated[Path, typer.Option(help='Folder for networks; finished ones are reused.')],
-    methods: Annotated[str, typer.Option(help='Methods, separated by commas.')] = 'segformer,upernet-swin,ft-unetformer',
+    methods: Annotated[str, typer.Option(
+        help='Methods, separated by commas.')] = 'segformer,upernet-swin,ft-unetformer',
     steps: Annotated[int, typer.Option(min=1, help='Training steps of each network.')] = 160,
     out: _CsvOption = None,
 ):

@@ -1,4 +1,4 @@
-"""The committed tables in the Explorer: predictions and places in the right rows, pictures without imagery, lazy parts."""
+"""The committed tables in the Explorer: predictions and places in the right rows, pictures without imagery."""
 import json
 import shutil
 import time
@@ -46,8 +46,9 @@ def test_each_row_has_its_own_place_and_what_was_measured(state):
 
 
 def test_places_do_not_depend_on_the_order_of_rows(tmp_path, monkeypatch):
+    wanted = ('unseen', 'predictions_unseen', 'classes', 'renamed')
     for file in FOLDER.iterdir():
-        if file.name.startswith(('unseen', 'predictions_unseen', 'classes', 'renamed')): shutil.copyfile(file, tmp_path/file.name)
+        if file.name.startswith(wanted): shutil.copyfile(file, tmp_path/file.name)
     table = pd.read_parquet(FOLDER/'unseen.parquet')
     places = table[KEYS].assign(u=np.arange(len(table)) * 1.0, v=0.0).sample(frac=1, random_state=0)
     path, facts = layout_paths(tmp_path, 'unseen')

@@ -623,12 +623,12 @@ def summary_html(
     counts = [_counts_html(column, facts[column]) for column in ('dataset', 'method') if column in facts]
     return _small('<br>'.join([first, '<br>'.join(counts)]))
 
-# %% ../../nbs/66_viz.explorer_widget.ipynb #f6fc74ad
+# %% ../../nbs/66_viz.explorer_widget.ipynb #bdced612
 READERS = {'.parquet': pd.read_parquet, '.csv': pd.read_csv}
 
 
 def explore(
-    source=None, # 'open' or another published table, DataFrame, ExplorerState, file, folder of a run; None: drawn scenes
+    source=None, # 'open': committed results; DataFrame, ExplorerState, file, folder of a run; None: drawn scenes
     height: int = 440, # of the scatter, pixels
     **options, # for ExplorerState
 ) -> Explorer:
