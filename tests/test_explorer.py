@@ -368,6 +368,15 @@ def lasso(window, rows): window.scatter.widget.selection = np.array(rows, 'uint3
 def window(stored): return Explorer(stored[0])
 
 
+def test_the_tooltip_says_oa_in_capitals_and_gives_the_values_of_the_row(window, monkeypatch):
+    sent = []
+    monkeypatch.setattr(window.scatter.widget, 'send', sent.append)
+    assert 'OA' in window.scatter.widget.tooltip_properties and 'oa' not in window.scatter.widget.tooltip_properties
+    window.scatter.widget._handle_tooltip(dict(type='tooltip', index=4, properties=['OA', 'method', 'nothing']))
+    row = window.state.table.iloc[4]
+    assert sent[0]['properties'] == dict(OA=f'{row.oa:.3f}', method=str(row.method)) and sent[0]['index'] == 4
+
+
 def test_a_lasso_reaches_histogram_list_and_selection(window):
     lasso(window, [9, 4, 30])
     assert list(window.selection().index) == [4, 9, 30] and '3 selected (lasso)' in status(window)

@@ -1,6 +1,7 @@
 """Training that can be killed, and networks that never label what they learned from."""
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,13 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hostile import flip_bit
-from rssqa.core import DataNotFound, Incompatible, LeakError, Problem, read_json, write_json
+from rssqa.core import (
+    DataNotFound, Incompatible, LeakError, Problem, bundled, read_json, weight_digests, write_json,
+)
 from rssqa.data.datasets import folder_spec, scan
 from rssqa.segment.methods import training
 from rssqa.data.splits import calibration_rows
+from rssqa.segment.methods.blocks import full_weights, small_weights
 from rssqa.segment.methods.training import (
-    Recipe, _batch, _loss, _Pixels, cross_fit, encoder_file, full_weights, load_segmenter,
-    model_folder, small_copies, small_weights, train, train_joint,
+    Recipe, _batch, _build, _loss, _Pixels, cross_fit, encoder_file, load_segmenter, model_folder, small_copies,
+    train, train_joint,
 )
 from rssqa.data.synthetic import write_scenes
 from trained import METHODS, RECIPE, trained_setup
@@ -112,6 +116,47 @@ def test_weights_of_the_encoder_are_part_of_the_name(tiles, tmp_path):
     (tmp_path/f'{name}.safetensors').unlink()
     # another method's file is not taken
     assert encoder_file('pspnet', recipe) is None
+
+
+DISTILLED = [('upernet-swin', 'swin48'), ('ft-unetformer', 'swin48'), ('segformer', 'mit32')] # method, encoder
+
+
+@pytest.mark.parametrize('method, file', DISTILLED)
+def test_transformers_start_from_distilled_encoders(method, file):
+    path = encoder_file(method, Recipe('tiny'))
+    assert Path(path).name == f'{file}.safetensors'
+    assert encoder_file(method, Recipe('tiny', encoder_weights='timm')) == path
+    assert encoder_file(method, Recipe('tiny', encoder_weights='random')) is None
+    assert encoder_file(method, Recipe('nano')) is None
+    stored = full_weights(load_file(path))
+    net = _build(method, 3, Recipe('tiny'))
+    again = _build(method, 3, Recipe('tiny', encoder_weights='random'))
+    state = dict(net.encoder.named_parameters())
+    other = dict(again.encoder.named_parameters())
+    drawn = [k for k, v in other.items() if v.ndim > 1 and torch.equal(v, state[k])]
+    assert not drawn and not net.pretrained                        # all matrices are loaded, and learn at full rate
+    known = {k.replace('layers.', 'layers_'): v for k, v in stored.items()}
+    matched = sum(any(torch.equal(v, w) for w in known.values() if w.shape == v.shape) for v in state.values())
+    assert matched == len(state)
+
+
+def test_the_card_of_the_encoders_names_their_digests():
+    folder = bundled('encoders')
+    card = read_json(folder/'card.json')
+    assert set(card['digests']) == set(card['files']) == {path.name for path in folder.glob('*.safetensors')}
+    assert card['digests'] == weight_digests(folder, *card['files'])
+
+
+def test_convolutional_encoders_have_no_distilled_weights():
+    assert encoder_file('unet', Recipe('tiny')) is None
+    assert encoder_file('unet', Recipe('tiny', encoder_weights='timm')) == 'timm'
+
+
+def test_networks_can_be_trained_for_some_folds_only(tmp_path):
+    setup = trained_setup()
+    quick = Recipe('nano', steps=1, batch=2, crop=32)
+    networks = cross_fit(setup.tiles, setup.specs, tmp_path, ['pspnet'], quick, workers=1, left_out=[1])
+    assert networks.fold.tolist() == [1]
 
 
 def test_missing_folder_of_encoder_weights_is_a_clear_error(tiles, tmp_path):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLOUR_STEPS', 'LIGHTER', 'DARKER', 'SHADES', 'TITLE_HEIGHT', 'LABEL_HEIGHT', 'CHARACTER_WIDTH', 'TOOLTIP_COLUMNS',
-           'MANY_POINTS', 'SCATTER_OPTIONS', 'LARGE_SCATTER_OPTIONS', 'MAX_LISTED', 'HINT', 'SHORT_HINT', 'STYLE',
-           'FILTER_COLUMNS', 'KEY_SCRIPT', 'READERS', 'encode_colours', 'legend_html', 'bars_svg', 'make_scatter',
-           'move_points', 'recolour', 'Explorer', 'summary_html', 'explore']
+           'SHOWN_NAMES', 'COLUMN_OF', 'MANY_POINTS', 'SCATTER_OPTIONS', 'LARGE_SCATTER_OPTIONS', 'MAX_LISTED', 'HINT',
+           'SHORT_HINT', 'STYLE', 'FILTER_COLUMNS', 'KEY_SCRIPT', 'READERS', 'encode_colours', 'legend_html',
+           'bars_svg', 'make_scatter', 'move_points', 'recolour', 'Explorer', 'summary_html', 'explore']
 
 # %% ../../nbs/66_viz.explorer_widget.ipynb #f68abc9d
 import asyncio, base64, html, os
@@ -166,8 +166,10 @@ def _bar_labels(counts, step, y, width): # -> [(x, y, text, anchor)]
         labels.append(((i + 0.5) * step, y + lower, name, 'middle'))
     return labels
 
-# %% ../../nbs/66_viz.explorer_widget.ipynb #e9b0ce1c
+# %% ../../nbs/66_viz.explorer_widget.ipynb #8714069e
 TOOLTIP_COLUMNS = ('dataset', 'scene', 'method', 'oa', 'predicted')
+SHOWN_NAMES = dict(oa='OA') # column -> its name in the tooltip, which begins with a capital
+COLUMN_OF = {name: column for column, name in SHOWN_NAMES.items()}
 MANY_POINTS = 50_000 # above: smaller marks, no animation
 # copying a million points to a worker takes longer than indexing them
 SCATTER_OPTIONS = dict(spatialIndexUseWorker=False)
@@ -190,7 +192,7 @@ def make_scatter(
     from jscatter import Scatter
     n = len(state)
     many = n > MANY_POINTS
-    columns = [c for c in TOOLTIP_COLUMNS if c in state.table]
+    columns = [SHOWN_NAMES.get(c, c) for c in TOOLTIP_COLUMNS if c in state.table]
     size, opacity = _size_and_opacity(n)
     scatter = Scatter(
         **_positions(state), data=pd.DataFrame('', range(n), columns), height=height, axes=False, legend=False,
@@ -256,10 +258,11 @@ def _data_url(png): return 'data:image/png;base64,' + base64.b64encode(png).deco
 
 def _answer_tooltip(state, widget, message): # send the values, and the tile, of one point
     row = int(message['index'])
-    columns = [c for c in message.get('properties', ()) if c in state.table]
+    asked = {name: COLUMN_OF.get(name, name) for name in message.get('properties', ())}
     answer = dict(type='tooltip', index=row)
     if state.images: answer['preview'] = _data_url(state.tile(row, 84))
-    answer['properties'] = {c: _value_text(state.table[c].iloc[row]) for c in columns}
+    known = {name: c for name, c in asked.items() if c in state.table}
+    answer['properties'] = {name: _value_text(state.table[c].iloc[row]) for name, c in known.items()}
     widget.send(answer)
 
 # %% ../../nbs/66_viz.explorer_widget.ipynb #1243f6d3
