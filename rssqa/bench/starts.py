@@ -19,7 +19,7 @@ from ..segment.methods.training import load_segmenter, train_joint
 from ..tables.open_parts import EDITION, FOLDS
 from ..tables.rs_sqed_open import RECIPE, open_tiles
 
-# %% ../../nbs/85_bench.starts.ipynb #1c967b2e
+# %% ../../nbs/85_bench.starts.ipynb #180d7a42
 STARTS = dict(random='random', distilled=None) # name -> encoder_weights of the recipe
 METHODS = ('segformer', 'upernet-swin', 'ft-unetformer')
 
@@ -27,12 +27,12 @@ METHODS = ('segformer', 'upernet-swin', 'ft-unetformer')
 def compare_starts(
     data, # folder of dataset folders
     home, # folder of networks; finished ones are reused
-    methods: tuple = METHODS,
-    recipe=RECIPE,
-    sources: tuple = EDITION,
+    methods: tuple = METHODS, # registry names
+    recipe=RECIPE, # of the networks; its encoder_weights is replaced
+    sources: tuple = EDITION, # dataset folders
     fold: int = 1, # left out in training
     tiles_each: int = 28, # tiles of each source that are measured, at most
-    starts: dict = STARTS,
+    starts: dict = STARTS, # name -> encoder_weights
 ) -> pd.DataFrame: # a row a method, start and dataset: oa, tiles, steps, seconds (training of all datasets)
     "Train every method from every start, and measure OA on scenes that were left out."
     tiles, specs = open_tiles(data, home, sources, FOLDS)
