@@ -35,9 +35,16 @@ def test_thresholds_and_doubts_agree_with_a_plain_loop():
     assert np.isinf(thresholds[3])
     for k in range(3): assert thresholds[k] == pytest.approx(p[labels == k, k].mean())
     for row, label, found in zip(p, labels, doubtful_labels(p, labels, thresholds)):
-        confident = [k for k in range(4) if row[k] >= thresholds[k]]
-        best = max(confident, key=lambda k: row[k]) if confident and label != IGNORE else label
-        assert found == (-1 if best == label else best)
+        best = max(range(4), key=lambda k: row[k])
+        doubted = label not in (best, IGNORE) and row[best] >= thresholds[best]
+        assert found == (best if doubted else -1)
+
+
+def test_a_label_that_is_the_most_probable_class_is_never_doubted():
+    p = np.array([[0.6, 0.4]] * 8 + [[0.9, 0.1]] * 2)
+    labels = np.array([0] * 9 + [1])                                   # a rare class with a low threshold
+    thresholds = class_thresholds(p, labels)
+    assert thresholds[1] < 0.4 and (doubtful_labels(p, labels, thresholds)[:9] == -1).all()
 
 
 def test_renaming_classes_renames_the_answer():

@@ -13,7 +13,7 @@ from ..core import MissingFeatures
 from ..data.datasets import IGNORE
 from ..tables.grid import PredictionGrid
 
-# %% ../../nbs/55_quality.label_noise.ipynb #5034d8ca
+# %% ../../nbs/55_quality.label_noise.ipynb #8d6a2b14
 def class_thresholds(
     p: np.ndarray, # (n,K) class probabilities from networks that did not see these labels
     labels: np.ndarray, # (n,) class ids, IGNORE where there is none
@@ -32,9 +32,9 @@ def doubtful_labels(
     thresholds: np.ndarray, # (K,) from class_thresholds
 ) -> np.ndarray: # (n,) int: the confident class where the label is doubtful, else -1
     "Find labels that the probabilities contradict."
-    confident = np.where(p >= thresholds, p, -1.0)
-    best = confident.argmax(1)
-    doubted = (confident.max(1) >= 0) & (best != labels) & (labels != IGNORE)
+    best = p.argmax(1)
+    confident = p.max(1) >= thresholds[best]
+    doubted = confident & (best != labels) & (labels != IGNORE)
     return np.where(doubted, best, -1)
 
 # %% ../../nbs/55_quality.label_noise.ipynb #f0e99372
