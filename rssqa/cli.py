@@ -7,10 +7,10 @@ __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PAR
            'use_command', 'show_command', 'build_command', 'build_demo_command', 'calibrate_command', 'fit_command',
            'score_command', 'recommend_command', 'ls_command', 'get_command', 'check_command', 'paper_command',
            'speed_command', 'encoders_command', 'projection_command', 'assessor_command', 'semantics_command',
-           'bench_pack_command', 'fused_command', 'starts_command', 'label_noise_command', 'tables_command',
-           'own_domain_command', 'points_command', 'labels_command', 'bench_fit_command', 'explorer_command',
-           'clip_command', 'probe_command', 'conformance_command', 'degradation_command', 'apps', 'app_command',
-           'shards_command', 'purify_command', 'train_command', 'eval_command', 'doctor_command']
+           'bench_later_command', 'bench_pack_command', 'fused_command', 'starts_command', 'label_noise_command',
+           'tables_command', 'own_domain_command', 'points_command', 'labels_command', 'bench_fit_command',
+           'explorer_command', 'clip_command', 'probe_command', 'conformance_command', 'degradation_command', 'apps',
+           'app_command', 'shards_command', 'purify_command', 'train_command', 'eval_command', 'doctor_command']
 
 # %% ../nbs/91_cli.ipynb #a05f4187
 import os, sys
@@ -563,7 +563,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #009d35e4
+# %% ../nbs/91_cli.ipynb #80a1327e
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -600,6 +600,20 @@ def semantics_command(
     print(board.groupby(['input', 'encoder'])[['srocc_image', 'mae', 'coverage']].mean().round(3).to_string())
     command = f'rssqa bench semantics --encoders {encoders} --seed {seed}'
     if out: save_results(board, out, 'each source from the other sources', 'RS-SQED-open', seed, command)
+
+
+@bench_app.command('later')
+def bench_later_command(
+    data: _DataOption,
+    tables: _TablesOption = Path('data/tables'),
+    out: _CsvOption = None,
+):
+    "Measure the shipped assessor on a source that came after it was fitted."
+    from rssqa.bench.assessor import bench_later
+    from rssqa.provenance import save_results
+    board = bench_later(data, str(tables))
+    print(board.round(3).to_string(index=False))
+    if out: save_results(board, out, 'no tile of the source had a part in it', 'coast_usgs', 0, 'rssqa bench later')
 
 
 @bench_app.command('pack')

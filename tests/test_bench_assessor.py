@@ -3,10 +3,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rssqa.bench.assessor import CHOICES, held_out_rows, measure_pack
+from rssqa.bench import assessor as bench_module
+from rssqa.bench.assessor import CHOICES, LATER, _agreement, bench_later, held_out_rows, measure_pack
 from rssqa.core import read_json
 from rssqa.data.datasets import scan
+from rssqa.data.synthetic import scene
+from rssqa.quality.assessor import Assessor, TrainingImage
 from rssqa.quality.pack import Pack, bundled_pack
+from rssqa.tables.grid import PredictionGrid
 
 
 def rows(seed=0, scenes=4, images=3, methods=('a', 'b', 'c')):
@@ -79,3 +83,47 @@ def test_tiles_without_an_answer_are_counted_apart():
     assert measured.refused['d'] == 1 and measured.images['d'] == 11
     others = measure_pack(table[~one]).set_index('group')
     assert measured.mae['d'] == others.mae['d'] and others.refused['d'] == 0
+
+
+def test_agreement_is_the_mean_share_of_other_maps_with_the_same_class():
+    pred = np.random.default_rng(0).integers(3, size=(5, 6, 7))
+    for i, found in enumerate(_agreement(pred)):
+        others = [(pred[i] == pred[j]).mean() for j in range(5) if j != i]
+        assert found == pytest.approx(np.mean(others))
+
+
+def test_the_later_source_had_no_part_in_the_shipped_assessor():
+    assessor = Assessor.load(bundled_pack()/'assessor')
+    for sources in LATER.values():
+        for source in sources:
+            assert source not in assessor.sources and source not in assessor.datasets
+            assert source not in set(assessor.calibration.dataset)
+
+
+def drawn_images(n, side=64):
+    "Drawn scenes with eight noisy maps each, as the committed tables would hold them."
+    images = []
+    for seed in range(n):
+        drawn = scene('town', seed=seed, size=side)
+        truth = drawn.mask[2::4, 2::4].astype(np.uint8)
+        rng = np.random.default_rng(seed)
+        wrong = rng.random((8, *truth.shape)) < np.linspace(0.05, 0.5, 8)[:, None, None]
+        pred = np.where(wrong, rng.integers(6, size=wrong.shape), truth).astype(np.uint8)
+        p = (np.eye(6)[pred].transpose(0, 3, 1, 2) * 190 + 10).astype(np.uint8)
+        grid = PredictionGrid(f'i{seed}', 'elsewhere', [f'm{i}' for i in range(8)], p, p, pred, truth)
+        oa = {m: float((x == truth).mean()) for m, x in zip(grid.methods, pred)}
+        images.append(TrainingImage(drawn.image, grid, f's{seed}', oa))
+    return images
+
+
+def test_the_later_rows_are_those_of_the_shipped_assessor(monkeypatch):
+    "Few drawn images in place of the coast: rows of every kind of input, and of agreement, on the same images."
+    images = drawn_images(3)
+    monkeypatch.setattr(bench_module, 'training_images', lambda *args: images)
+    board = bench_later('nowhere').set_index('input')
+    grids = {image.grid.image_id: image.grid for image in images}
+    assert (board.dataset == 'elsewhere').all() and board.images.eq(3).all() and {'many', 'few', 'one'} <= set(board.index)
+    oa = [image.oa[m] for image in images for m in image.grid.methods]
+    agreement = np.concatenate([_agreement(grid.pred) for grid in grids.values()])
+    row = board.loc['agreement of all maps']
+    assert row.mae == pytest.approx(np.abs(np.array(oa) - agreement).mean())

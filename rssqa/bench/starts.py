@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['STARTS', 'METHODS', 'compare_starts']
 
-# %% ../../nbs/85_bench.starts.ipynb #598038ac
-import time
+# %% ../../nbs/85_bench.starts.ipynb #c7e3f640
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from ..segment.methods.training import load_segmenter, train_joint
 from ..tables.open_parts import EDITION, FOLDS
 from ..tables.rs_sqed_open import RECIPE, open_tiles
 
-# %% ../../nbs/85_bench.starts.ipynb #180d7a42
+# %% ../../nbs/85_bench.starts.ipynb #8f396829
 STARTS = dict(random='random', distilled=None) # name -> encoder_weights of the recipe
 METHODS = ('segformer', 'upernet-swin', 'ft-unetformer')
 
@@ -33,7 +32,7 @@ def compare_starts(
     fold: int = 1, # left out in training
     tiles_each: int = 28, # tiles of each source that are measured, at most
     starts: dict = STARTS, # name -> encoder_weights
-) -> pd.DataFrame: # a row a method, start and dataset: oa, tiles, steps, seconds (training of all datasets)
+) -> pd.DataFrame: # a row a method, start and dataset: oa, tiles, steps
     "Train every method from every start, and measure OA on scenes that were left out."
     tiles, specs = open_tiles(data, home, sources, FOLDS)
     train = tiles[tiles.fold != fold]
@@ -42,10 +41,9 @@ def compare_starts(
     for method in methods:
         for start, weights in starts.items():
             of_start = replace(recipe, encoder_weights=weights)
-            began = time.monotonic()
             with progress(None, f'{method} from {start}', recipe.steps, 'step') as bar:
                 folders = train_joint(method, train, specs, Path(home)/'starts', of_start, fold, 'cpu', bar.update)
-            facts = dict(method=method, start=start, steps=recipe.steps, seconds=time.monotonic() - began)
+            facts = dict(method=method, start=start, steps=recipe.steps)
             for folder, dataset in zip(folders, specs):
                 part = _some(test[test.dataset == dataset], tiles_each)
                 rows.append(facts | dict(dataset=dataset, tiles=len(part), oa=_oa(folder, part, specs[dataset])))

@@ -117,7 +117,7 @@ def image_posterior(
     if not weight: return q
     return (1 - weight) * q + weight * consensus_posterior(consensus, grid_of_points(maps, source))
 
-# %% ../../nbs/56_quality.assessor.ipynb #c40baf8a
+# %% ../../nbs/56_quality.assessor.ipynb #0f48f78f
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 ENOUGH_SCENES = 10 # for intervals of a source by its own scenes alone
 TUNE_BATCH = 12 # images
@@ -281,6 +281,13 @@ class Assessor:
         prepared = [self.prepare(image) for image in images]
         inputs = _source_inputs(prepared)
         return _calibration_table(self._assess_some(self.nets, prepared, _KNOWN_SOURCE, self.consensus, inputs))
+
+    def assess_new(self,
+        images: list, # TrainingImage of sources that had no part in training
+    ) -> pd.DataFrame: # a row a map and kind of input, as in calibration
+        "Predict the accuracy of maps of new sources, for each kind of input."
+        prepared = [self.prepare(image) for image in images]
+        return _calibration_table(self._assess_some(self.nets, prepared, _NEW_SOURCE))
 
     def _train_consensus(self, prepared, steps=0): # ConsensusEnsemble; steps: at least so many of each member
         points = sample_points([image.grid for image in prepared], list(self.methods), seed=self.seed)

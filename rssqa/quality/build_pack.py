@@ -24,7 +24,7 @@ from ..tables.rs_sqed_open import SOURCES, UNSEEN, open_tiles, published_path, u
 from ..tables.sqed import load_sqed
 from ..tables.store import Store
 
-# %% ../../nbs/59_quality.build_pack.ipynb #3bf4d513
+# %% ../../nbs/59_quality.build_pack.ipynb #b34465c6
 LEARN_FROM = ('amazon_forest', 'dubai_mbrsc', 'mumbai_pleiades') # sources whose licence allows weights to ship
 TABLE_SOURCES = {'open': SOURCES, 'unseen': (UNSEEN,)} # committed table -> sources
 
@@ -33,10 +33,11 @@ def training_images(
     data, # folder of dataset folders, with images and masks
     tables: str = 'data/tables', # folder of the committed tables
     home: str = None, # folder for what is derived; default: in the cache
+    wanted: dict = TABLE_SOURCES, # committed table -> sources
 ) -> Iterator[TrainingImage]:
     "Yield the tiles of the committed tables with their maps."
     home = Path(home or cache_dir('build_pack'))
-    for name, sources in TABLE_SOURCES.items():
+    for name, sources in wanted.items():
         table = load_sqed(published_path(tables, name))
         tiles, specs = open_tiles(data, home, sources)
         store = Store(home/name)
