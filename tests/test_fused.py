@@ -3,9 +3,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rssqa.bench.fused import CHOSEN, FUSED, answers_of_image, compare_answers, majority, mean_probability
+from rssqa.bench.fused import CHOSEN, FUSED, answers_of_image, compare_answers, majority
 from rssqa.data.datasets import IGNORE
-from rssqa.tables.grid import PredictionGrid
+from rssqa.tables.grid import PredictionGrid, mean_probability
 
 NAMES = [*FUSED, *CHOSEN]
 

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['class_thresholds', 'doubtful_labels', 'find_doubtful', 'label_noise']
 
-# %% ../../nbs/55_quality.label_noise.ipynb #3cb050ab
+# %% ../../nbs/55_quality.label_noise.ipynb #bad9497e
 import numpy as np
 import pandas as pd
 
 from ..core import MissingFeatures
 from ..data.datasets import IGNORE
-from ..tables.grid import PredictionGrid
+from ..tables.grid import PredictionGrid, mean_probability
 
 # %% ../../nbs/55_quality.label_noise.ipynb #8d6a2b14
 def class_thresholds(
@@ -37,7 +37,7 @@ def doubtful_labels(
     doubted = confident & (best != labels) & (labels != IGNORE)
     return np.where(doubted, best, -1)
 
-# %% ../../nbs/55_quality.label_noise.ipynb #f0e99372
+# %% ../../nbs/55_quality.label_noise.ipynb #de1351e9
 def find_doubtful(
     grids: list[PredictionGrid], # of one dataset, with true classes; maps by networks that did not see them
 ) -> list[np.ndarray]: # for each image (h,w) int: the confident class where the label is doubtful, else -1
@@ -46,7 +46,8 @@ def find_doubtful(
     if not any((grid.truth != IGNORE).any() for grid in grids):
         found = f'found none in {len(grids)} images'
         raise MissingFeatures('doubtful labels are sought among labels', found, 'unpack the grids with masks')
-    p = [_mean_probability(grid) for grid in grids]
+    p = [mean_probability(grid) for grid in grids]
+    p = [q.reshape(len(q), -1).T for q in p]                               # (points,K) of each image
     labels = [grid.truth.ravel() for grid in grids]
     thresholds = class_thresholds(np.concatenate(p), np.concatenate(labels))
     doubts = [doubtful_labels(*points, thresholds) for points in zip(p, labels)]
@@ -64,11 +65,6 @@ def label_noise(
     rows = []
     for grid, doubt in zip(grids, find_doubtful(grids)): rows += _rows_of_image(grid, doubt)
     return pd.DataFrame(rows)
-
-
-def _mean_probability(grid): # (h*w,K), mean over methods, images and mirrored images
-    p = (grid.p.astype(np.float32) + grid.flip).mean(0) / 510
-    return p.reshape(len(p), -1).T
 
 
 def _rows_of_image(grid, doubt):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRIDE', 'SIDE', 'LEVELS', 'subsample', 'grid_probabilities', 'map_key', 'mask_to_png', 'mask_from_png',
-           'pack_points', 'unpack_points', 'pack_grid', 'PredictionGrid', 'prediction_grids', 'limit_points',
-           'limit_grid', 'pack_four_bits', 'unpack_four_bits']
+           'pack_points', 'unpack_points', 'pack_grid', 'PredictionGrid', 'prediction_grids', 'mean_probability',
+           'limit_points', 'limit_grid', 'pack_four_bits', 'unpack_four_bits']
 
 # %% ../../nbs/41_tables.grid.ipynb #2fd1e2f8
 import io, zlib
@@ -123,8 +123,15 @@ def _grid_of(rows, packed, truth): # rows of one image, their rows of the table 
         truth=np.full(shape, 255, np.uint8) if truth is None else truth,
     )
 
-# %% ../../nbs/41_tables.grid.ipynb #1a11fdc5
+# %% ../../nbs/41_tables.grid.ipynb #bf3e1809
 SIDE = 40 # points a side after limit_grid, at most
+
+
+def mean_probability(
+    grid: PredictionGrid, # of one image
+) -> np.ndarray: # (K,h,w) 0..1
+    "Average the class probabilities over methods, the image and its mirror image."
+    return (grid.p.astype(np.float32) + grid.flip).mean(0) / 510
 
 
 def limit_points(
