@@ -24,7 +24,7 @@ from ..tables.rs_sqed_open import SOURCES, UNSEEN, open_tiles, published_path, u
 from ..tables.sqed import load_sqed
 from ..tables.store import Store
 
-# %% ../../nbs/59_quality.build_pack.ipynb #b34465c6
+# %% ../../nbs/59_quality.build_pack.ipynb #b611b831
 LEARN_FROM = ('amazon_forest', 'dubai_mbrsc', 'mumbai_pleiades') # sources whose licence allows weights to ship
 TABLE_SOURCES = {'open': SOURCES, 'unseen': (UNSEEN,)} # committed table -> sources
 
@@ -43,15 +43,16 @@ def training_images(
         store = Store(home/name)
         if store.missing('truth', table.image_id.unique()):
             unpack_grids(published_path(tables, name, 'grids'), table, store, tiles, specs)
-        yield from _images_of(table, tiles, store)
+        yield from _images_of(table, tiles, store, specs)
 
 
-def _images_of(table, tiles, store):
+def _images_of(table, tiles, store, specs):
     tile_of = tiles.drop_duplicates('image_id').set_index('image_id')
     accuracy = {i: dict(zip(rows.method.astype(str), rows.oa)) for i, rows in table.groupby('image_id')}
     for grid in prediction_grids(store, table):
         tile = tile_of.loc[grid.image_id]
-        yield TrainingImage(read_image(tile), grid, str(tile.scene), accuracy[grid.image_id])
+        about = dict(scene=str(tile.scene), oa=accuracy[grid.image_id], classes=specs[grid.dataset].classes)
+        yield TrainingImage(read_image(tile), grid, **about)
 
 # %% ../../nbs/59_quality.build_pack.ipynb #96511524
 def build_assessor(

@@ -6,7 +6,7 @@
 __all__ = ['ARRAY_SUFFIXES', 'PICTURE_SUFFIXES', 'WINDOWED', 'ClassTable', 'class_table', 'Map', 'map_from_ids',
            'map_from_scores', 'read_map', 'find_map']
 
-# %% ../../nbs/54_quality.maps.ipynb #ac61769a
+# %% ../../nbs/54_quality.maps.ipynb #8a9a3ed9
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from rssqa.core import (
-    BadImage, DataNotFound, Incompatible, SchemaError, check_size, decode_image, is_tiff, open_tiff, read_json,
+    BadImage, DataNotFound, Incompatible, SchemaError, check_size, decode_image, is_tiff, open_tiff, read_json, unknown,
 )
 from ..data.datasets import IGNORE
 from ..segment.protocol import SegOutput, predict_large, segment_views
 
-# %% ../../nbs/54_quality.maps.ipynb #90a9d325
+# %% ../../nbs/54_quality.maps.ipynb #694ffb14
 @dataclass(frozen=True)
 class ClassTable:
     "Class names, the number that stands for each in a file, and its colour where known."
@@ -43,6 +43,14 @@ class ClassTable:
             f'{len(self.colours)} colours for {len(self.names)} classes':
                 bool(self.colours) and len(self.colours) != len(self.names),
         }
+
+    def position(self,
+        value, # a name, or a number in a file, also as text
+    ) -> int:
+        "Look up a class."
+        if str(value) in self.names: return self.names.index(str(value))
+        if str(value).isdigit() and int(value) in self.ids: return self.ids.index(int(value))
+        raise unknown('class', str(value), self.names)
 
 
 def class_table(

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['NEIGHBOURS', 'BLOCKS', 'SCALES', 'DENSE_DIRECTIONS', 'WINDOW', 'OWN_CLASS', 'OWN_FEATURES', 'SHARED_FEATURES',
-           'MAP_STATISTICS', 'IDS_SHARE', 'PROBABILITIES_SHARE', 'describe_points', 'add_dense', 'find_neighbours',
-           'PointMaps', 'window_mean', 'one_hot', 'probabilities_of_ids', 'point_maps', 'image_neighbours',
-           'grid_of_points', 'points_of_grid', 'PointFeatures', 'point_features', 'margin', 'edge_density',
-           'PosteriorNet', 'map_posterior', 'Expected', 'posterior_accuracy', 'agreement_weight', 'expected_accuracy',
-           'Sample', 'draw_samples', 'alter_maps', 'with_methods', 'mix_networks', 'train_posterior', 'posterior_loss',
-           'posterior_weights', 'build_posteriors']
+           'NAME_FEATURES', 'MAP_STATISTICS', 'IDS_SHARE', 'PROBABILITIES_SHARE', 'describe_points', 'add_dense',
+           'find_neighbours', 'fit_names', 'PointMaps', 'window_mean', 'one_hot', 'probabilities_of_ids', 'point_maps',
+           'image_neighbours', 'grid_of_points', 'points_of_grid', 'PointFeatures', 'point_features', 'margin',
+           'edge_density', 'PosteriorNet', 'map_posterior', 'Expected', 'posterior_accuracy', 'agreement_weight',
+           'expected_accuracy', 'Sample', 'draw_samples', 'alter_maps', 'with_methods', 'mix_networks',
+           'train_posterior', 'posterior_loss', 'posterior_weights', 'build_posteriors']
 
 # %% ../../nbs/55_quality.posterior.ipynb #739271e6
 from dataclasses import dataclass, replace
@@ -103,7 +103,18 @@ def _halves(shape, seed): # (h*w,) 0 or 1: which half the block of each point be
     row, column = (np.arange(n) * BLOCKS // max(n, BLOCKS) for n in shape)
     return order[row[:, None] * BLOCKS + column[None]].ravel()
 
-# %% ../../nbs/55_quality.posterior.ipynb #df98ddad
+# %% ../../nbs/55_quality.posterior.ipynb #e7797116
+def fit_names(
+    similarity, # (K,h',w') cosine of image and class name, array or tensor
+    shape: tuple, # (h,w) points
+) -> np.ndarray: # (K,h,w) float32, mean 0 over the classes of a point, variance 1 over the image
+    "Compare at each point how well the classes' names describe the image there."
+    similarity = torch.as_tensor(np.asarray(similarity, np.float32))[None]
+    enlarged = nn.functional.interpolate(similarity, shape, mode='bilinear', align_corners=False)[0]
+    relative = enlarged - enlarged.mean(0)
+    return (relative / relative.std().clamp_min(1e-4)).numpy()
+
+# %% ../../nbs/55_quality.posterior.ipynb #f3532807
 WINDOW = 5 # points a side
 OWN_CLASS = 0.6 # probability that class ids alone give to their class
 
@@ -116,6 +127,7 @@ class PointMaps:
     p: np.ndarray # (M,K,h,w) float32 probabilities
     has_probabilities: np.ndarray # (M,) bool
     neighbours: list # arrays (h*w,12): points that look alike, points that look and mean the same
+    name_fit: np.ndarray | None = None # (K,h,w) float32, from fit_names: how well a class name describes a point
 
     @property
     def shape(self) -> tuple: return self.pred.shape[1:]
@@ -171,6 +183,7 @@ def point_maps(
     classes: int, # K
     dense=None, # (C,h',w') dense semantic features of the image
     valid: np.ndarray = None, # (H,W) bool, pixels with data
+    similarity=None, # (K,h',w') cosine of image and class name, where an encoder reads text
 ) -> PointMaps:
     "Bring maps to the grid points."
     def at_points(x): return limit_points(subsample(x))
@@ -179,8 +192,10 @@ def point_maps(
     p = probabilities_of_ids(pred, classes)
     has_probabilities = np.array([m.probabilities is not None for m in maps])
     for i in np.flatnonzero(has_probabilities): p[i] = at_points(maps[i].probabilities)
-    neighbours = image_neighbours(image, pred.shape[1:], dense)
-    return PointMaps([m.name for m in maps], pred, p, has_probabilities, neighbours)
+    shape = pred.shape[1:]
+    neighbours = image_neighbours(image, shape, dense)
+    name_fit = None if similarity is None else fit_names(similarity, shape)
+    return PointMaps([m.name for m in maps], pred, p, has_probabilities, neighbours, name_fit)
 
 
 def image_neighbours(
@@ -208,14 +223,16 @@ def grid_of_points(
 def points_of_grid(
     grid: PredictionGrid, # from a store
     neighbours: list, # from image_neighbours
+    name_fit: np.ndarray = None, # from fit_names
 ) -> PointMaps:
     "Read the maps of a stored prediction grid."
     p = (grid.p.astype(np.float32) + grid.flip) / 510
-    return PointMaps(list(grid.methods), grid.pred, p, np.ones(len(p), bool), neighbours)
+    return PointMaps(list(grid.methods), grid.pred, p, np.ones(len(p), bool), neighbours, name_fit)
 
-# %% ../../nbs/55_quality.posterior.ipynb #6fc8e7c4
+# %% ../../nbs/55_quality.posterior.ipynb #80ee5f62
 OWN_FEATURES = 7 # of a map, at a point, for a class
 SHARED_FEATURES = 15 # of all maps, at a point, for a class
+NAME_FEATURES = 2 # of the class name, at a point; 0 where no encoder reads names
 MAP_STATISTICS = 14 # of a map
 
 
@@ -223,7 +240,7 @@ MAP_STATISTICS = 14 # of a map
 class PointFeatures:
     "What the network reads about the maps of one image."
     own: torch.Tensor # (M,K,h,w,7)
-    shared: torch.Tensor # (K,h,w,15)
+    shared: torch.Tensor # (K,h,w,17)
     statistics: torch.Tensor # (M,14)
     pred: torch.Tensor # (M,h,w) int64 class ids, 255 = no value
 
@@ -237,6 +254,7 @@ def point_features(maps: PointMaps) -> PointFeatures:
     known = torch.as_tensor(maps.has_probabilities).float()[:, None, None, None].expand_as(votes)
     own = [votes, window_mean(votes, 5), window_mean(votes, 9), log_p, known, *of_neighbours]
     shared = _shared_features(p, log_p, votes, [x.mean(0) for x in of_neighbours])
+    shared = torch.cat([shared, _name_features(maps)], -1)
     pred = torch.as_tensor(maps.pred.astype(np.int64))
     statistics = _map_statistics(pred, votes, p, of_neighbours)
     return PointFeatures(torch.stack(own, -1), shared, statistics, pred)
@@ -256,6 +274,12 @@ def _shared_features(p, log_p, votes, of_neighbours): # -> (K,h,w,15)
         mean.mean((1, 2), keepdim=True).expand_as(mean),
     ]
     return torch.stack(layers, -1)
+
+
+def _name_features(maps): # -> (K,h,w,2)
+    if maps.name_fit is None: return torch.zeros(maps.classes, *maps.shape, NAME_FEATURES)
+    fit = torch.as_tensor(maps.name_fit).float()
+    return torch.stack([fit / 2, (2 * fit).softmax(0)], -1)
 
 
 def _scaled_log(p): return (p + 0.01).log() / 3 + 0.8
@@ -316,16 +340,18 @@ def edge_density(
     right = _mean_where((pred[:, :, 1:] != pred[:, :, :-1]).float(), valid[:, :, 1:] & valid[:, :, :-1])
     return (down + right) / 2
 
-# %% ../../nbs/55_quality.posterior.ipynb #3ea840ce
+# %% ../../nbs/55_quality.posterior.ipynb #1674f552
 class PosteriorNet(nn.Module):
     "Compute the logit of each class at a point from any number of maps."
     def __init__(self,
         methods: tuple[str, ...] = (), # names that get a learned vector
         width: int = 32, # of the hidden layers
         method_width: int = 6, # of a learned vector
+        reads_names: bool = False, # whether class names are an input
     ):
         super().__init__()
         self.methods = tuple(methods)
+        self.reads_names = reads_names
         self.width = width
         self.method_width = method_width
         self.method_vectors = nn.Embedding(len(self.methods) + 1, method_width, padding_idx=0)
@@ -336,8 +362,9 @@ class PosteriorNet(nn.Module):
         )
         self.attention = nn.Linear(width, 1)
         self.map_weight = nn.Sequential(nn.Linear(MAP_STATISTICS + method_width, 16), nn.ReLU(), nn.Linear(16, 1))
+        self.shared_features = SHARED_FEATURES + NAME_FEATURES * reads_names
         self.decide = nn.Sequential(
-            nn.Linear(width + SHARED_FEATURES + 2, width), nn.ReLU(),
+            nn.Linear(width + self.shared_features + 2, width), nn.ReLU(),
             nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1),
         )
         nn.init.zeros_(self.decide[-1].weight)
@@ -349,7 +376,8 @@ class PosteriorNet(nn.Module):
         "Look up the methods of maps by their names."
         return torch.tensor([self.methods.index(n) + 1 if n in self.methods else 0 for n in names])
 
-    def forward(self, own, shared, statistics, number): # (n,M,K,7), (n,K,15), (n,M,14), (n,M) -> (n,K) logits
+    def forward(self, own, shared, statistics, number): # (n,M,K,7), (n,K,17), (n,M,14), (n,M) -> (n,K) logits
+        shared = shared[..., :self.shared_features]
         maps, classes = own.shape[1:3]
         vectors = self.method_vectors(number)                                        # (n,M,6)
         weight = self.map_weight(torch.cat([statistics, vectors], -1)).softmax(1)    # (n,M,1)
@@ -372,7 +400,7 @@ def map_posterior(
     "Compute the class posterior at every point of an image."
     features = features or point_features(maps)
     own = features.own.permute(2, 3, 0, 1, 4).flatten(0, 1)                          # (n,M,K,7)
-    shared = features.shared.permute(1, 2, 0, 3).flatten(0, 1)                       # (n,K,15)
+    shared = features.shared.permute(1, 2, 0, 3).flatten(0, 1)                       # (n,K,17)
     statistics = features.statistics.expand(len(own), -1, -1)
     number = net.method_numbers(maps.names).expand(len(own), -1)
     q = net(own, shared, statistics, number).softmax(-1)                             # (n,K)
@@ -444,14 +472,14 @@ def _expected_iou(q, pred): # (K,h,w), (M,h,w) -> (M,K)
     rare = union < 0.002 * valid.sum((1, 2))[:, None].clamp_min(1)
     return torch.where(rare, torch.nan, inside / union.clamp_min(1e-6))
 
-# %% ../../nbs/55_quality.posterior.ipynb #52345c2e
+# %% ../../nbs/55_quality.posterior.ipynb #45e63c5c
 @dataclass
 class Sample:
     "Maps of one image at labelled points."
     group: str # the source; those of one source weigh the same as those of another
     scene: str
     own: torch.Tensor # (n,M,K,7) float16
-    shared: torch.Tensor # (n,K,15) float16
+    shared: torch.Tensor # (n,K,17) float16
     statistics: torch.Tensor # (M,14)
     number: torch.Tensor # (M,) of the method, 0 if it has no vector
     pred: torch.Tensor # (n,M)
@@ -528,7 +556,7 @@ def with_methods(
     methods: tuple[str, ...], # names that get a learned vector
 ) -> PosteriorNet: # in evaluation mode; a name that is new begins with the vector of an unknown method
     "Copy a network for other methods."
-    renamed = PosteriorNet(methods, net.width, net.method_width)
+    renamed = PosteriorNet(methods, net.width, net.method_width, net.reads_names)
     state = net.state_dict()
     known = net.method_numbers(renamed.methods).tolist()
     state['method_vectors.weight'] = state['method_vectors.weight'][[0, *known]]
@@ -557,11 +585,12 @@ def train_posterior(
     width: int = 32, # of the hidden layers
     seed: int = 0,
     start: PosteriorNet = None, # trained on other images, from which training goes on
+    reads_names: bool = False, # whether class names are an input
 ) -> PosteriorNet:
     "Train a network."
     seed_all(seed)
     rng = np.random.default_rng(seed)
-    net = with_methods(start, methods) if start else PosteriorNet(methods, width)
+    net = with_methods(start, methods) if start else PosteriorNet(methods, width, reads_names=reads_names)
     optimiser = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2)
     steps = epochs * len(_batches(samples, batch, rng))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps + 1, pct_start=0.15)
@@ -628,7 +657,7 @@ def _accuracy_loss(expected, actual): # (n,M), (n,M) -> ()
     within = smooth(expected - level[:, None], actual - actual_level[:, None], beta=0.05)
     return 4 * within + smooth(level, actual_level, beta=0.1)
 
-# %% ../../nbs/55_quality.posterior.ipynb #3f2f7379
+# %% ../../nbs/55_quality.posterior.ipynb #ece72dac
 def posterior_weights(
     nets: list[PosteriorNet], # all of one width, with the same methods
 ) -> tuple[dict, dict]: # settings, JSON-able; name -> tensor
@@ -636,7 +665,7 @@ def posterior_weights(
     weights = {}
     for i, net in enumerate(nets):
         weights |= {f'{i}.{name}': v.contiguous() for name, v in net.state_dict().items()}
-    shared = {key: getattr(nets[0], key) for key in ('methods', 'width', 'method_width')}
+    shared = {key: getattr(nets[0], key) for key in ('methods', 'width', 'method_width', 'reads_names')}
     return shared | dict(nets=len(nets)), weights
 
 
@@ -647,7 +676,8 @@ def build_posteriors(
     "Build networks from what was saved."
     nets = []
     for i in range(settings['nets']):
-        net = PosteriorNet(settings['methods'], settings['width'], settings['method_width'])
+        reads_names = settings.get('reads_names', False)                    # older files have no names
+        net = PosteriorNet(settings['methods'], settings['width'], settings['method_width'], reads_names)
         prefix = f'{i}.'
         net.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
         nets.append(net.eval())
