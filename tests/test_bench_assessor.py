@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from rssqa.bench import assessor as bench_module
-from rssqa.bench.assessor import CHOICES, LATER, _agreement, bench_later, held_out_rows, measure_pack
+from rssqa.bench.assessor import CHOICES, LATER, agreement_of, bench_later, held_out_rows, measure_pack
 from rssqa.core import read_json
 from rssqa.data.datasets import scan
 from rssqa.data.synthetic import scene
@@ -86,8 +86,9 @@ def test_tiles_without_an_answer_are_counted_apart():
 
 
 def test_agreement_is_the_mean_share_of_other_maps_with_the_same_class():
-    pred = np.random.default_rng(0).integers(3, size=(5, 6, 7))
-    for i, found in enumerate(_agreement(pred)):
+    pred = np.random.default_rng(0).integers(3, size=(5, 6, 7)).astype(np.uint8)
+    grid = PredictionGrid('image', 'd', list('abcde'), None, None, pred, None)
+    for i, found in enumerate(agreement_of(grid)):
         others = [(pred[i] == pred[j]).mean() for j in range(5) if j != i]
         assert found == pytest.approx(np.mean(others))
 
@@ -125,6 +126,6 @@ def test_the_later_rows_are_those_of_the_shipped_assessor(monkeypatch):
     assert (board.dataset == 'elsewhere').all() and board.images.eq(3).all()
     assert {'many', 'few', 'one'} <= set(board.index)
     oa = [image.oa[m] for image in images for m in image.grid.methods]
-    agreement = np.concatenate([_agreement(grid.pred) for grid in grids.values()])
+    agreement = np.concatenate([agreement_of(grid) for grid in grids.values()])
     row = board.loc['agreement of all maps']
     assert row.mae == pytest.approx(np.abs(np.array(oa) - agreement).mean())

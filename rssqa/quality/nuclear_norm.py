@@ -25,7 +25,7 @@ def nuclear_norm(
     k, n = matrix.shape[1:]
     return singular.sum(1) / np.sqrt(min(k, n) * n)
 
-# %% ../../nbs/55_quality.nuclear_norm.ipynb #be94093f
+# %% ../../nbs/55_quality.nuclear_norm.ipynb #34d1f8bb
 class NuclearNormBaseline(RegressorMixin, BaseEstimator):
     "Predict OA from the nuclear norm of a map's probabilities, through a line for each dataset and method."
     def __init__(self,
@@ -50,6 +50,6 @@ class NuclearNormBaseline(RegressorMixin, BaseEstimator):
             raise MissingFeatures('cannot compute nuclear norms', found, 'keep grids when the table is built')
         norms = {}
         for grid in prediction_grids(store, X):
-            p = (grid.p.astype(np.float32) + grid.flip) / 510
+            p = grid.probabilities
             norms |= {(grid.image_id, m): value for m, value in zip(grid.methods, nuclear_norm(p))}
         return np.array([norms[key] for key in zip(X.image_id, X.method.astype(str))])

@@ -7,9 +7,9 @@ __all__ = ['NEIGHBOURS', 'BLOCKS', 'SCALES', 'DENSE_DIRECTIONS', 'WINDOW', 'OWN_
            'NAME_FEATURES', 'MAP_STATISTICS', 'IDS_SHARE', 'PROBABILITIES_SHARE', 'describe_points', 'add_dense',
            'find_neighbours', 'fit_names', 'PointMaps', 'window_mean', 'one_hot', 'probabilities_of_ids', 'point_maps',
            'image_neighbours', 'grid_of_points', 'points_of_grid', 'PointFeatures', 'point_features', 'margin',
-           'edge_density', 'PosteriorNet', 'map_posterior', 'Expected', 'posterior_accuracy', 'agreement_weight',
-           'expected_accuracy', 'Sample', 'draw_samples', 'alter_maps', 'with_methods', 'mix_networks',
-           'train_posterior', 'posterior_loss', 'posterior_weights', 'build_posteriors']
+           'mean_agreement', 'edge_density', 'PosteriorNet', 'map_posterior', 'Expected', 'posterior_accuracy',
+           'agreement_weight', 'expected_accuracy', 'Sample', 'draw_samples', 'alter_maps', 'with_methods',
+           'mix_networks', 'train_posterior', 'posterior_loss', 'posterior_weights', 'build_posteriors']
 
 # %% ../../nbs/55_quality.posterior.ipynb #739271e6
 from dataclasses import dataclass, replace
@@ -114,7 +114,7 @@ def fit_names(
     relative = enlarged - enlarged.mean(0)
     return (relative / relative.std().clamp_min(1e-4)).numpy()
 
-# %% ../../nbs/55_quality.posterior.ipynb #f3532807
+# %% ../../nbs/55_quality.posterior.ipynb #ac506b7d
 WINDOW = 5 # points a side
 OWN_CLASS = 0.6 # probability that class ids alone give to their class
 
@@ -226,10 +226,10 @@ def points_of_grid(
     name_fit: np.ndarray = None, # from fit_names
 ) -> PointMaps:
     "Read the maps of a stored prediction grid."
-    p = (grid.p.astype(np.float32) + grid.flip) / 510
-    return PointMaps(list(grid.methods), grid.pred, p, np.ones(len(p), bool), neighbours, name_fit)
+    known = np.ones(len(grid.methods), bool)
+    return PointMaps(list(grid.methods), grid.pred, grid.probabilities, known, neighbours, name_fit)
 
-# %% ../../nbs/55_quality.posterior.ipynb #80ee5f62
+# %% ../../nbs/55_quality.posterior.ipynb #13c9e73d
 OWN_FEATURES = 7 # of a map, at a point, for a class
 SHARED_FEATURES = 15 # of all maps, at a point, for a class
 NAME_FEATURES = 2 # of the class name, at a point; 0 where no encoder reads names
@@ -300,7 +300,7 @@ def _map_statistics(pred, votes, p, of_neighbours): # -> (M,14)
     own_class = pred.clamp_max(p.shape[1] - 1)[:, None]
     def of_own_class(x): return _mean_where(x.gather(1, own_class)[:, 0], valid)
     statistics = torch.stack([
-        _mean_agreement(pred, valid), _majority_agreement(votes, pred, valid), 4 * edge_density(pred, valid),
+        mean_agreement(pred, valid), _majority_agreement(votes, pred, valid), 4 * edge_density(pred, valid),
         *[of_own_class(x) for x in of_neighbours], of_own_class(p),
     ], 1)                                                                          # (M,6)
     relative = 4 * (statistics - statistics.mean(0))
@@ -314,7 +314,11 @@ def _mean_where(x, where): # (M,h,w), (M,h,w) bool -> (M,), 0.5 where there is n
     return torch.where(count > 0, total / count.clamp_min(1), 0.5)
 
 
-def _mean_agreement(pred, valid): # (M,): mean share of points at which another map has the same class
+def mean_agreement(
+    pred, # (M,h,w) tensor of class ids
+    valid, # (M,h,w) bool
+): # (M,) 0..1; 0.5 for a single map
+    "Average over the other maps the share of points at which they have the same class."
     if len(pred) < 2: return torch.full((1,), 0.5)
     both = valid[:, None] & valid[None]
     same = ((pred[:, None] == pred[None]) & both).float().sum((2, 3))

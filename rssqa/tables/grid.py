@@ -76,7 +76,7 @@ def pack_grid(
     "Compress the grid of one map for a store."
     return pack_points(points) | dict(pred=predicted.tobytes())
 
-# %% ../../nbs/41_tables.grid.ipynb #dbd51be0
+# %% ../../nbs/41_tables.grid.ipynb #85e27d32
 @dataclass
 class PredictionGrid:
     "The predictions of all methods for one image, at every fourth pixel."
@@ -87,6 +87,11 @@ class PredictionGrid:
     flip: np.ndarray # (M,K,h,w) uint8, of the mirrored image, mirrored back
     pred: np.ndarray # (M,h,w) uint8 class ids
     truth: np.ndarray # (h,w) uint8, 255 = ignore
+
+    @property
+    def probabilities(self) -> np.ndarray: # (M,K,h,w) float32 0..1
+        "Average the class probabilities of the image and its mirror image."
+        return (self.p.astype(np.float32) + self.flip) / 510
 
 
 def prediction_grids(

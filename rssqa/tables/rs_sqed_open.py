@@ -277,7 +277,7 @@ def _check_tiles(image_ids, tiles, what): # what: the message, if an image has n
     found = f'found none for {len(missing)} of {len(expected)} images, {missing[0]} first'
     raise DataNotFound(what, found, 'pass the tiles that the table was made from, byte for byte')
 
-# %% ../../nbs/45_tables.rs_sqed_open.ipynb #78f3567f
+# %% ../../nbs/45_tables.rs_sqed_open.ipynb #2b4b44aa
 def publish_grids(
     table: pd.DataFrame, # an SQED table
     store: Store, # with its grids
@@ -295,7 +295,7 @@ def publish_grids(
 
 
 def _grid_rows(grid): # one a method
-    p = (grid.p.astype(np.float32) + grid.flip) / 510        # mean of image and mirror image, 0..1
+    p = grid.probabilities
     k, h, w = p.shape[1:]
     rows = []
     for i, method in enumerate(grid.methods):
