@@ -9,7 +9,7 @@ __all__ = ['MARGINS', 'LEAST_SCENES', 'ONE_SIDED', 'fit_switch_rules', 'pool_mea
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/55_quality.switching.ipynb #999cd52d
+# %% ../../nbs/55_quality.switching.ipynb #6a7efe06
 MARGINS = (0.0, 0.01, 0.02, 0.05) # predicted gains, OA
 LEAST_SCENES = 8 # of all sources together; with fewer the rule is to stay
 ONE_SIDED = 1.28 # standard errors: 90 % of a normal distribution
@@ -30,15 +30,12 @@ def fit_switch_rules(
 
 
 def _gains_of_images(rows): # a row an image of one dataset: predicted and true gain over the method best on average
+    image = ['dataset', 'scene', 'image_id']
     usual = rows.groupby('method').oa.mean().idxmax()
-    gains = []
-    for (dataset, scene, _), maps in rows.groupby(['dataset', 'scene', 'image_id']):
-        own = maps[maps.method == usual]
-        if own.empty: continue
-        top = maps.loc[maps.predicted.idxmax()]
-        predicted, true = top.predicted - own.predicted.iloc[0], top.oa - own.oa.iloc[0]
-        gains.append(dict(dataset=dataset, scene=scene, predicted=predicted, true=true))
-    return pd.DataFrame(gains, columns=['dataset', 'scene', 'predicted', 'true'])
+    own = rows[rows.method == usual].drop_duplicates(image).set_index(image).sort_index()
+    top = rows.loc[rows.groupby(image).predicted.idxmax()].set_index(image)
+    gains = top[['predicted', 'oa']].reindex(own.index) - own[['predicted', 'oa']]
+    return gains.rename(columns=dict(oa='true')).reset_index().drop(columns='image_id')
 
 
 def _try_margin(gains, margin): # a row a dataset in which something changes: margin, gain, lower
