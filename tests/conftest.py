@@ -1,5 +1,5 @@
 """One thread, one cache, no network, no noise; opt-in work by flag: `pytest --nb-flags "slow real"`."""
-import os, shutil, tempfile
+import os, shutil, sys, tempfile
 from functools import cache
 from pathlib import Path
 
@@ -35,6 +35,14 @@ def prepare_environment():
         RSSQA_CACHE=os.environ.get('RSSQA_TEST_CACHE') or str(run / 'cache'),
         IPYTHONDIR=str(run / 'ipython'),
     )
+    if sys.dont_write_bytecode: keep_compiled_files(run/'compiled')
+
+
+def keep_compiled_files(folder):
+    "Keep compiled modules for this run: else each process compiles torch, pandas and the others anew, for seconds."
+    os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
+    os.environ['PYTHONPYCACHEPREFIX'] = sys.pycache_prefix = str(folder)
+    sys.dont_write_bytecode = False
 
 
 if FIRST: prepare_environment()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 HEAVY = [
     'torch',
+    'torch._dynamo',                # what the first optimizer of a process imports
     'torchvision',
     'pandas',
     'matplotlib.pyplot',
