@@ -42,7 +42,7 @@ class Scene:
     caption: str # one sentence about its content
     scene_type: str # key of SCENE_TYPES
 
-# %% ../../nbs/10_data.synthetic.ipynb #5756762c
+# %% ../../nbs/10_data.synthetic.ipynb #5d9b64e8
 def _surface(rng, size, smooth): # (size,size) smooth random surface, mean 0, std 1
     from scipy.ndimage import gaussian_filter
     z = gaussian_filter(rng.standard_normal((size, size)), smooth * size, mode='wrap')
@@ -57,16 +57,21 @@ class _Layout:
         self.mask = np.full((size, size), GROUND, np.uint8)     # class ids
         self.tint = np.zeros((size, size, 3), np.float32)       # colour offset of each pixel
 
-    def fill(self, where, label, tint_std=0.05): # where (size,size) bool; brightness varies more than hue
+    def fill(self, where, label, tint_std=0.05): # where (size,size) bool or rows; brightness varies more than hue
         self.mask[where] = label
         brightness = self.rng.normal(0, tint_std)
         self.tint[where] = brightness + self.rng.normal(0, tint_std / 2.5, 3)
 
     def polygon(self, points, label, tint_std=0.08): # points (n,2) x, y in pixels
+        self.fill(self._pixels(points), label, tint_std)
+
+    def _pixels(self, points): # what a polygon covers; most boxes of a street lie outside
         from PIL import Image, ImageDraw
+        points = np.asarray(points)
+        if (points.max(0) < -2).any() or (points.min(0) > self.size + 1).any(): return slice(0, 0)
         canvas = Image.new('1', (self.size, self.size))
         ImageDraw.Draw(canvas).polygon([tuple(p) for p in points], fill=1)
-        self.fill(np.asarray(canvas), label, tint_std)
+        return np.asarray(canvas)
 
     def box(self, centre, w, h, angle, label, tint_std=0.08): # a rectangle turned by an angle in radians
         c = np.cos(angle)
