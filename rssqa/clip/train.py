@@ -575,7 +575,7 @@ def compute_loss(
     _backward(towers, chunks, own_vectors, gradients)
     return dict(loss=loss.item()) | values
 
-# %% ../../nbs/37_clip.train.ipynb #4d343dca
+# %% ../../nbs/37_clip.train.ipynb #0596b5ff
 def _is_projection(name): return name.startswith(('head', 'proj')) # of a weight of the image tower
 
 
@@ -626,7 +626,7 @@ class Training:
         self.student = DistillationNet(net.visual, self.heads.prototypes, spec).to(device)
         self.teacher = EmaTeacher(self.student, recipe.teacher) if 'self-distill' in names else None
         groups = _parameter_groups(self.towers, self.heads, recipe)
-        self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6)
+        self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
         self.recipe = recipe
         self.curve = []
         self.mark = digest(asdict(replace(recipe, chunk=0, save_every=0)), data_mark)
@@ -693,9 +693,10 @@ def _set_train_mode(net, recipe, world): # batch norms: frozen, or refused where
 
 
 def _open_board(folder): # a TensorBoard writer, where it is installed and wanted
+    if not folder: return None
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError: return None
-    return SummaryWriter(str(Path(folder)/'board')) if folder else None
+    return SummaryWriter(str(Path(folder)/'board'))
 
 
 def _write_to_board(board, row):
