@@ -51,11 +51,11 @@ def clean_nb(nb):
     "Clean a notebook node in place."
     nb.metadata = KEEP_META
     nb.nbformat, nb.nbformat_minor = 4, 5
-    seen = {}
+    count = {}
     for cell in nb.cells:
         digest = hashlib.blake2b(cell.source.encode(), digest_size=4).hexdigest()
-        seen[digest] = seen.get(digest, 0) + 1
-        cell.id = digest if seen[digest] == 1 else f'{digest}-{seen[digest]}'
+        count[digest] = count.get(digest, 0) + 1
+        cell.id = digest if count[digest] == 1 else f'{digest}-{count[digest]}'
         cell.metadata = {}
         if cell.cell_type == 'code':
             cell.execution_count = None
