@@ -15,7 +15,7 @@ from rssqa.tables.store import read_published
 from rssqa.viz.figures import case_oa, case_panels, set_style
 
 ROOT = Path(__file__).resolve().parents[1]
-SEED = 90_000          # the first scene of the demo; the networks learned from others
+SEED = 90_000          # of a scene that the networks did not learn from
 MODEL = 'level-pooled ensemble'
 SMALL = dict(fontsize=9, weight='normal')
 
