@@ -1,7 +1,7 @@
 """Find words of the first edition that the field does not use: `uv run python tools/words.py`; exits 1 if there is one.
 
-Retired words are searched in every text of nbs/, rssqa/, tests/, tools/ and data/results/, file names and notebook outputs
-included; unclear ones only where they are a name in code. Old column names of committed tables live in
+Retired words are searched in every text of nbs/, rssqa/, tests/, tools/ and data/results/, file names and notebook
+outputs included; unclear ones only where they are a name in code. Old column names of committed tables live in
 data/tables/renamed.json, which is not searched."""
 import ast, json, re, sys
 from collections import defaultdict
