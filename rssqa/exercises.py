@@ -139,7 +139,7 @@ def ask(name: str) -> str: # name: 'tutorial/question'
     "Return the question of an exercise."
     return exercises[name].question
 
-# %% ../nbs/02_exercises.ipynb #65729f9c
+# %% ../nbs/02_exercises.ipynb #080e3b89
 def _mask_pairs(): # four small pairs (truth, guess) of (6,8) uint8; one part of the truth has no label
     rng = np.random.default_rng(0)
     pairs = []
@@ -180,6 +180,25 @@ exercises.register('accuracy_without_labels/overconfident', Exercise(
         'this one is the most confident; subtract the OA first': _most_confident,
         'this one has the lowest OA; subtract it from the confidence': _least_accurate,
         'the other way round: this one is the least overconfident': _least_overconfident,
+    },
+))
+
+
+def _best_oa_of(table): return table.groupby('image_id').oa.transform('max')
+def _share_of_hits(table, chosen): return float((table.oa == _best_oa_of(table))[chosen].mean()) # chosen: row labels
+
+
+def _most_confident_is_best(table): return _share_of_hits(table, table.groupby('image_id').conf.idxmax())
+def _least_confident_is_best(table): return _share_of_hits(table, table.groupby('image_id').conf.idxmin())
+def _any_map_is_best(table): return float((table.oa == _best_oa_of(table)).mean())
+
+
+exercises.register('accuracy_without_labels/pick', Exercise(
+    'On which share of the tiles has the most confident map also the highest OA of the tile?',
+    _most_confident_is_best,
+    {
+        'you took the least confident map of each tile': _least_confident_is_best,
+        'that is the share of all maps that are the best of their tile; choose one map a tile first': _any_map_is_best,
     },
 ))
 

@@ -7,6 +7,9 @@ def oa(truth, guess): return (truth == guess)[truth != IGNORE].mean()
 assert check('accuracy_without_labels/oa', oa)
 excess = (table.conf - table.oa).groupby(table.method).mean()
 assert check('accuracy_without_labels/overconfident', excess.idxmax(), table)
+chosen = table.loc[table.groupby('image_id').conf.idxmax()]
+best = table.groupby('image_id').oa.max()[chosen.image_id].to_numpy()
+assert check('accuracy_without_labels/pick', float((chosen.oa.to_numpy() == best).mean()), table)
 ''',
     build_an_sqed='''
 assert check('build_an_sqed/rows', len(table), tiles, ['unet', 'unetformer'])

@@ -14,6 +14,7 @@ TILES = pd.DataFrame(dict(scene=list('aaabb'), split=['train'] * 4 + ['test'], f
 CUTS = pd.DataFrame(dict(cut=[.1, .2, .3], shuffled=[.5, .92, 1.], clean=[.1, .3, .95]))
 GIVEN = {
     'accuracy_without_labels/overconfident': (TABLE,),
+    'accuracy_without_labels/pick': (TABLE,),
     'two_branches/features': ((4, 8),),
     'build_an_sqed/rows': (TILES, ['unet', 'pspnet', 'logcan']),
     'build_an_sqed/split_scene': (TILES,),
