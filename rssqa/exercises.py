@@ -345,7 +345,7 @@ exercises.register('read_a_umap/surviving', Exercise(
     {'you kept the ones that fail': _below},
 ))
 
-# %% ../nbs/02_exercises.ipynb #69be872a
+# %% ../nbs/02_exercises.ipynb #3c37e67f
 def _best_oa(table): return table.groupby('image_id').oa.max()
 def _chosen(table): return table.loc[table.groupby('image_id').predicted.idxmax()].set_index('image_id')
 def _regret(table): return float((_best_oa(table) - _chosen(table).oa).mean())
@@ -381,6 +381,26 @@ exercises.register('which_method/close', Exercise(
         'that is the share of images where they are *not* that close': _share_apart,
         'you compared the highest with the lowest': _share_of_small_range,
     },
+))
+
+
+def _gain_over_one(table): # OA of the recommended maps over that of the method with the highest mean OA
+    return float(_chosen(table).oa.mean() - table.groupby('method').oa.mean().max())
+
+
+def _gain_over_any(table): return float(_chosen(table).oa.mean() - table.oa.mean())
+def _negative_gain(table): return -_gain_over_one(table)
+
+
+exercises.register('which_method/gain', Exercise(
+    'Write gain(table): the mean OA of the recommended maps minus that of the one method with the highest mean OA.',
+    _gain_over_one,
+    {
+        'that compares with a random method; compare with the best single one': _gain_over_any,
+        'the sign: a gain is positive where the recommendation is better': _negative_gain,
+    },
+    _prediction_tables,
+    0.001,
 ))
 
 # %% ../nbs/02_exercises.ipynb #59437db3

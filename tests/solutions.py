@@ -46,7 +46,12 @@ def regret(table):
     chosen = table.sort_values('predicted').groupby('image_id').oa.last()
     return (table.groupby('image_id').oa.max() - chosen).mean()
 
+def gain(table):
+    chosen = table.sort_values('predicted').groupby('image_id').oa.last()
+    return chosen.mean() - table.groupby('method').oa.mean().max()
+
 assert check('which_method/regret', regret)
+assert check('which_method/gain', gain)
 assert check('which_method/close', float((margin < 0.01).mean()), table)
 ''',
 )
