@@ -306,7 +306,7 @@ exercises.register('train_a_quality_model/error', Exercise(
     tolerance=0.001,
 ))
 
-# %% ../nbs/02_exercises.ipynb #09a6e200
+# %% ../nbs/02_exercises.ipynb #1ce0973a
 def _group_means(group, y): return pd.Series(np.asarray(y, float)).groupby(np.asarray(group))
 
 
@@ -343,6 +343,25 @@ exercises.register('read_a_umap/surviving', Exercise(
     'Which statements about the picture survive a number in the original space? Give a set of their names.',
     _at_least,
     {'you kept the ones that fail': _below},
+))
+
+
+def _saved_share(knn_mae, mean_mae): return max(0.0, 1 - knn_mae / mean_mae)
+def _uncut_share(knn_mae, mean_mae): return 1 - knn_mae / mean_mae
+def _ratio(knn_mae, mean_mae): return knn_mae / mean_mae
+def _saved(knn_mae, mean_mae): return mean_mae - knn_mae
+def _pairs_of_errors(): return [(0.12, 0.2), (0.03, 0.04), (0.25, 0.2)]
+
+
+exercises.register('read_a_umap/skill', Exercise(
+    'Write skill(knn_mae, mean_mae): the share of the error of the mean that the neighbours save, at least 0.',
+    _saved_share,
+    {
+        'that is the share of the error that is left': _ratio,
+        'this is the difference; divide it by the error of the mean': _saved,
+        'where neighbours are worse than the mean, the skill is 0 and not negative': _uncut_share,
+    },
+    _pairs_of_errors,
 ))
 
 # %% ../nbs/02_exercises.ipynb #3c37e67f

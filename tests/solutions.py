@@ -21,7 +21,12 @@ assert check('purify_captions/cut', smallest.cut, price)
 assert check('purify_captions/price', smallest.clean, price)
 ''',
     read_a_umap='''
-assert check('read_a_umap/explained', lambda group, y: explained(pd.Series(group), pd.Series(y)))
+def explained(group, y):
+    y = pd.Series(y)
+    return y.groupby(group).transform('mean').var(ddof=0) / y.var(ddof=0)
+
+assert check('read_a_umap/explained', explained)
+assert check('read_a_umap/skill', lambda knn_mae, mean_mae: max(0, (mean_mae - knn_mae) / mean_mae))
 assert check('read_a_umap/surviving', {name for name, value in statements.items() if value >= 0.2}, statements, 0.2)
 ''',
     train_a_clip='''
