@@ -202,7 +202,7 @@ exercises.register('accuracy_without_labels/pick', Exercise(
     },
 ))
 
-# %% ../nbs/02_exercises.ipynb #b9d940e8
+# %% ../nbs/02_exercises.ipynb #2ce8b4ae
 def _pooled_width(channels): return 2 * sum(channels)
 def _deepest_width(channels): return 2 * channels[-1]
 
@@ -257,6 +257,17 @@ exercises.register('build_an_sqed/split_scene', Exercise(
     'Which scene lies in more than one split?',
     _scene_in_two_splits,
     {'that scene has the most rows, all in one split': _largest_scene},
+))
+
+
+def _not_free(candidates, free): return set(candidates) - set(free)
+def _allowed(candidates, free): return set(candidates) & set(free)
+
+
+exercises.register('build_an_sqed/forbidden', Exercise(
+    'Which of the candidates must not be given to a predictor? Give a set of their names.',
+    _not_free,
+    {'these are the ones that may be given': _allowed},
 ))
 
 # %% ../nbs/02_exercises.ipynb #1b873620

@@ -14,6 +14,8 @@ assert check('accuracy_without_labels/pick', float((chosen.oa.to_numpy() == best
     build_an_sqed='''
 assert check('build_an_sqed/rows', len(table), tiles, ['unet', 'unetformer'])
 assert check('build_an_sqed/split_scene', broken.groupby('scene').split.nunique().idxmax(), broken)
+assert check('build_an_sqed/forbidden', {'miou', 'n_valid', 'scene', 'method_fp'}, candidates, free)
+assert not check('build_an_sqed/forbidden', {'miou', 'scene'}, candidates, free)
 ''',
     purify_captions='''
 smallest = price[price.shuffled >= 0.9].iloc[0]

@@ -18,6 +18,7 @@ GIVEN = {
     'two_branches/features': ((4, 8),),
     'build_an_sqed/rows': (TILES, ['unet', 'pspnet', 'logcan']),
     'build_an_sqed/split_scene': (TILES,),
+    'build_an_sqed/forbidden': (['conf', 'miou', 'scene'], ['conf', 'entropy']),
     'train_a_quality_model/error': (TABLE,),
     'read_a_umap/surviving': (dict(a=0.5, b=0.1), 0.2),
     'which_method/close': (TABLE,),
