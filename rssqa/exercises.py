@@ -270,7 +270,7 @@ exercises.register('build_an_sqed/forbidden', Exercise(
     {'these are the ones that may be given': _allowed},
 ))
 
-# %% ../nbs/02_exercises.ipynb #1b873620
+# %% ../nbs/02_exercises.ipynb #e4e8a915
 def _prediction_tables(): # three small tables: five images, four methods, oa and predicted
     tables = []
     for seed in range(3):
@@ -315,6 +315,24 @@ exercises.register('train_a_quality_model/error', Exercise(
         'that is the error of the model itself': _model_error,
     },
     tolerance=0.001,
+))
+
+
+def _scene_keys(tiles): return pd.MultiIndex.from_frame(tiles[['dataset', 'scene']])
+def _share_leaked(train, test): return float(_scene_keys(test).isin(_scene_keys(train)).mean())
+def _share_leaked_back(train, test): return _share_leaked(test, train)
+def _share_clean(train, test): return 1 - _share_leaked(train, test)
+def _share_of_scenes(train, test): return float(_scene_keys(test).unique().isin(_scene_keys(train)).mean())
+
+
+exercises.register('train_a_quality_model/leak', Exercise(
+    'Which share of the test tiles lies in a scene (of the same dataset) that also has training tiles?',
+    _share_leaked,
+    {
+        'that is the share of *training* tiles whose scene is in the test': _share_leaked_back,
+        'that is the share of test tiles whose scene is new': _share_clean,
+        'you counted scenes; count tiles': _share_of_scenes,
+    },
 ))
 
 # %% ../nbs/02_exercises.ipynb #1ce0973a

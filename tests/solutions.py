@@ -42,6 +42,9 @@ def srocc_within(table): return np.mean([t.oa.corr(t.predicted, 'spearman') for 
 
 assert check('train_a_quality_model/within', srocc_within)
 assert check('train_a_quality_model/error', board.mae.iloc[1] - board.mae.iloc[0], test)
+known = {*zip(random_train.dataset, random_train.scene)}
+leaked = [pair in known for pair in zip(random_test.dataset, random_test.scene)]
+assert check('train_a_quality_model/leak', np.mean(leaked), random_train, random_test)
 ''',
     two_branches='''
 assert check('two_branches/features', 2 * sum(segmenter.channels), segmenter.channels)
