@@ -139,7 +139,7 @@ def ask(name: str) -> str: # name: 'tutorial/question'
     "Return the question of an exercise."
     return exercises[name].question
 
-# %% ../nbs/02_exercises.ipynb #65729f9c
+# %% ../nbs/02_exercises.ipynb #080e3b89
 def _mask_pairs(): # four small pairs (truth, guess) of (6,8) uint8; one part of the truth has no label
     rng = np.random.default_rng(0)
     pairs = []
@@ -183,7 +183,26 @@ exercises.register('accuracy_without_labels/overconfident', Exercise(
     },
 ))
 
-# %% ../nbs/02_exercises.ipynb #b9d940e8
+
+def _best_oa_of(table): return table.groupby('image_id').oa.transform('max')
+def _share_of_hits(table, chosen): return float((table.oa == _best_oa_of(table))[chosen].mean()) # chosen: row labels
+
+
+def _most_confident_is_best(table): return _share_of_hits(table, table.groupby('image_id').conf.idxmax())
+def _least_confident_is_best(table): return _share_of_hits(table, table.groupby('image_id').conf.idxmin())
+def _any_map_is_best(table): return float((table.oa == _best_oa_of(table)).mean())
+
+
+exercises.register('accuracy_without_labels/pick', Exercise(
+    'On which share of the tiles has the most confident map also the highest OA of the tile?',
+    _most_confident_is_best,
+    {
+        'you took the least confident map of each tile': _least_confident_is_best,
+        'that is the share of all maps that are the best of their tile; choose one map a tile first': _any_map_is_best,
+    },
+))
+
+# %% ../nbs/02_exercises.ipynb #2ce8b4ae
 def _pooled_width(channels): return 2 * sum(channels)
 def _deepest_width(channels): return 2 * channels[-1]
 
@@ -240,7 +259,18 @@ exercises.register('build_an_sqed/split_scene', Exercise(
     {'that scene has the most rows, all in one split': _largest_scene},
 ))
 
-# %% ../nbs/02_exercises.ipynb #1b873620
+
+def _not_free(candidates, free): return set(candidates) - set(free)
+def _allowed(candidates, free): return set(candidates) & set(free)
+
+
+exercises.register('build_an_sqed/forbidden', Exercise(
+    'Which of the candidates must not be given to a predictor? Give a set of their names.',
+    _not_free,
+    {'these are the ones that may be given': _allowed},
+))
+
+# %% ../nbs/02_exercises.ipynb #e4e8a915
 def _prediction_tables(): # three small tables: five images, four methods, oa and predicted
     tables = []
     for seed in range(3):
@@ -287,7 +317,25 @@ exercises.register('train_a_quality_model/error', Exercise(
     tolerance=0.001,
 ))
 
-# %% ../nbs/02_exercises.ipynb #09a6e200
+
+def _scene_keys(tiles): return pd.MultiIndex.from_frame(tiles[['dataset', 'scene']])
+def _share_leaked(train, test): return float(_scene_keys(test).isin(_scene_keys(train)).mean())
+def _share_leaked_back(train, test): return _share_leaked(test, train)
+def _share_clean(train, test): return 1 - _share_leaked(train, test)
+def _share_of_scenes(train, test): return float(_scene_keys(test).unique().isin(_scene_keys(train)).mean())
+
+
+exercises.register('train_a_quality_model/leak', Exercise(
+    'Which share of the test tiles lies in a scene (of the same dataset) that also has training tiles?',
+    _share_leaked,
+    {
+        'that is the share of *training* tiles whose scene is in the test': _share_leaked_back,
+        'that is the share of test tiles whose scene is new': _share_clean,
+        'you counted scenes; count tiles': _share_of_scenes,
+    },
+))
+
+# %% ../nbs/02_exercises.ipynb #1ce0973a
 def _group_means(group, y): return pd.Series(np.asarray(y, float)).groupby(np.asarray(group))
 
 
@@ -326,7 +374,26 @@ exercises.register('read_a_umap/surviving', Exercise(
     {'you kept the ones that fail': _below},
 ))
 
-# %% ../nbs/02_exercises.ipynb #69be872a
+
+def _saved_share(knn_mae, mean_mae): return max(0.0, 1 - knn_mae / mean_mae)
+def _uncut_share(knn_mae, mean_mae): return 1 - knn_mae / mean_mae
+def _ratio(knn_mae, mean_mae): return knn_mae / mean_mae
+def _saved(knn_mae, mean_mae): return mean_mae - knn_mae
+def _pairs_of_errors(): return [(0.12, 0.2), (0.03, 0.04), (0.25, 0.2)]
+
+
+exercises.register('read_a_umap/skill', Exercise(
+    'Write skill(knn_mae, mean_mae): the share of the error of the mean that the neighbours save, at least 0.',
+    _saved_share,
+    {
+        'that is the share of the error that is left': _ratio,
+        'this is the difference; divide it by the error of the mean': _saved,
+        'where neighbours are worse than the mean, the skill is 0 and not negative': _uncut_share,
+    },
+    _pairs_of_errors,
+))
+
+# %% ../nbs/02_exercises.ipynb #3c37e67f
 def _best_oa(table): return table.groupby('image_id').oa.max()
 def _chosen(table): return table.loc[table.groupby('image_id').predicted.idxmax()].set_index('image_id')
 def _regret(table): return float((_best_oa(table) - _chosen(table).oa).mean())
@@ -362,6 +429,26 @@ exercises.register('which_method/close', Exercise(
         'that is the share of images where they are *not* that close': _share_apart,
         'you compared the highest with the lowest': _share_of_small_range,
     },
+))
+
+
+def _gain_over_one(table): # OA of the recommended maps over that of the method with the highest mean OA
+    return float(_chosen(table).oa.mean() - table.groupby('method').oa.mean().max())
+
+
+def _gain_over_any(table): return float(_chosen(table).oa.mean() - table.oa.mean())
+def _negative_gain(table): return -_gain_over_one(table)
+
+
+exercises.register('which_method/gain', Exercise(
+    'Write gain(table): the mean OA of the recommended maps minus that of the one method with the highest mean OA.',
+    _gain_over_one,
+    {
+        'that compares with a random method; compare with the best single one': _gain_over_any,
+        'the sign: a gain is positive where the recommendation is better': _negative_gain,
+    },
+    _prediction_tables,
+    0.001,
 ))
 
 # %% ../nbs/02_exercises.ipynb #59437db3

@@ -7,10 +7,15 @@ def oa(truth, guess): return (truth == guess)[truth != IGNORE].mean()
 assert check('accuracy_without_labels/oa', oa)
 excess = (table.conf - table.oa).groupby(table.method).mean()
 assert check('accuracy_without_labels/overconfident', excess.idxmax(), table)
+chosen = table.loc[table.groupby('image_id').conf.idxmax()]
+best = table.groupby('image_id').oa.max()[chosen.image_id].to_numpy()
+assert check('accuracy_without_labels/pick', float((chosen.oa.to_numpy() == best).mean()), table)
 ''',
     build_an_sqed='''
 assert check('build_an_sqed/rows', len(table), tiles, ['unet', 'unetformer'])
 assert check('build_an_sqed/split_scene', broken.groupby('scene').split.nunique().idxmax(), broken)
+assert check('build_an_sqed/forbidden', {'miou', 'n_valid', 'scene', 'method_fp'}, candidates, free)
+assert not check('build_an_sqed/forbidden', {'miou', 'scene'}, candidates, free)
 ''',
     purify_captions='''
 smallest = price[price.shuffled >= 0.9].iloc[0]
@@ -18,7 +23,12 @@ assert check('purify_captions/cut', smallest.cut, price)
 assert check('purify_captions/price', smallest.clean, price)
 ''',
     read_a_umap='''
-assert check('read_a_umap/explained', lambda group, y: explained(pd.Series(group), pd.Series(y)))
+def explained(group, y):
+    y = pd.Series(y)
+    return y.groupby(group).transform('mean').var(ddof=0) / y.var(ddof=0)
+
+assert check('read_a_umap/explained', explained)
+assert check('read_a_umap/skill', lambda knn_mae, mean_mae: max(0, (mean_mae - knn_mae) / mean_mae))
 assert check('read_a_umap/surviving', {name for name, value in statements.items() if value >= 0.2}, statements, 0.2)
 ''',
     train_a_clip='''
@@ -32,6 +42,9 @@ def srocc_within(table): return np.mean([t.oa.corr(t.predicted, 'spearman') for 
 
 assert check('train_a_quality_model/within', srocc_within)
 assert check('train_a_quality_model/error', board.mae.iloc[1] - board.mae.iloc[0], test)
+known = {*zip(random_train.dataset, random_train.scene)}
+leaked = [pair in known for pair in zip(random_test.dataset, random_test.scene)]
+assert check('train_a_quality_model/leak', np.mean(leaked), random_train, random_test)
 ''',
     two_branches='''
 assert check('two_branches/features', 2 * sum(segmenter.channels), segmenter.channels)
@@ -43,7 +56,12 @@ def regret(table):
     chosen = table.sort_values('predicted').groupby('image_id').oa.last()
     return (table.groupby('image_id').oa.max() - chosen).mean()
 
+def gain(table):
+    chosen = table.sort_values('predicted').groupby('image_id').oa.last()
+    return chosen.mean() - table.groupby('method').oa.mean().max()
+
 assert check('which_method/regret', regret)
+assert check('which_method/gain', gain)
 assert check('which_method/close', float((margin < 0.01).mean()), table)
 ''',
 )

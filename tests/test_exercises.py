@@ -11,13 +11,18 @@ PREDICTED = np.tile([0.5, 0.505, 0.7, 0.9, 0.2, 0.905], 2)
 NUMBERS = dict(conf=[0.9, 0.8, 0.5] * 4, oa=np.linspace(0.3, 0.85, 12), predicted=PREDICTED, mean=0.5)
 TABLE = pd.DataFrame(KEYS | NUMBERS)
 TILES = pd.DataFrame(dict(scene=list('aaabb'), split=['train'] * 4 + ['test'], fold=[0, 0, 1, 1, 0]))
+TRAIN = pd.DataFrame(dict(dataset=[*'xxxxy'], scene=[*'abbbc']))
+TEST = pd.DataFrame(dict(dataset=[*'xxxxxyy'], scene=[*'aaaafcd']))
 CUTS = pd.DataFrame(dict(cut=[.1, .2, .3], shuffled=[.5, .92, 1.], clean=[.1, .3, .95]))
 GIVEN = {
     'accuracy_without_labels/overconfident': (TABLE,),
+    'accuracy_without_labels/pick': (TABLE,),
     'two_branches/features': ((4, 8),),
     'build_an_sqed/rows': (TILES, ['unet', 'pspnet', 'logcan']),
     'build_an_sqed/split_scene': (TILES,),
+    'build_an_sqed/forbidden': (['conf', 'miou', 'scene'], ['conf', 'entropy']),
     'train_a_quality_model/error': (TABLE,),
+    'train_a_quality_model/leak': (TRAIN, TEST),
     'read_a_umap/surviving': (dict(a=0.5, b=0.1), 0.2),
     'which_method/close': (TABLE,),
     'train_a_clip/chance': (48,),
