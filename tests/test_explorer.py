@@ -728,3 +728,163 @@ def test_case_reader_reads_what_the_pipeline_stored():
         valid = case['truth'] != 255
         oa = (case['mask'] == case['truth'])[valid].mean()
         assert np.isclose(oa, setup.sqed.oa.iloc[row], atol=1e-6)
+
+
+# ---------------------------------------------------------------- selections in the window
+
+def test_a_lasso_adds_and_subtracts_by_key(window):
+    lasso(window, [9, 4, 30])
+    window.keys.lasso = 'add'                                            # Shift was down when the mouse was released
+    lasso(window, [4, 5, 9, 30])
+    assert list(window.state.chosen) == [4, 9, 30, 5] and '(lasso · lasso adds)' in status(window)
+    window.keys.lasso = 'subtract'
+    lasso(window, [4, 5])
+    assert list(window.state.chosen) == [4, 5]
+    window.keys.lasso = ''
+    lasso(window, [])                                                    # Escape
+    assert window.selection().empty
+    for expected in ([4, 5], [4, 9, 30, 5], [4, 9, 30], []):
+        press(window, 'undo')
+        assert list(window.state.chosen) == expected
+    press(window, 'undo')
+    assert 'nothing to undo' in status(window)
+    press(window, 'redo')
+    assert list(window.state.chosen) == [4, 9, 30] and set(window.scatter.widget.selection) == {4, 9, 30}
+
+
+def test_a_lasso_keeps_what_the_filter_hides(window):
+    lasso(window, [0, 1, 2, 3])                                          # unet and pspnet in turn
+    window.controls['method'].value = ('unet',)
+    window.keys.lasso = 'add'
+    lasso(window, [0, 2, 4])
+    assert list(window.selection().index) == [0, 2, 4]
+    window.keys.lasso = 'subtract'
+    lasso(window, [2, 4])
+    assert list(window.selection().index) == [2, 4]
+    press(window, 'reset')
+    assert sorted(window.selection().index) == [1, 2, 3, 4]
+
+
+def test_the_query_box_selects_and_explains_what_it_refuses(window):
+    window.controls['query'].value = 'oa < 0.5 and method == "unet"'
+    t = window.state.table
+    assert sorted(window.selection().index) == list(np.flatnonzero((t.oa < .5) & (t.method == 'unet')))
+    before = list(window.state.chosen)
+    window.controls['query'].value = '__import__("os").getcwd()'
+    assert 'cannot use this query' in status(window) and 'Found' in status(window)
+    window.controls['query'].value = 'metod == "unet"'
+    assert 'Did you mean method' in status(window) and list(window.state.chosen) == before
+    window.controls['query'].value = ''
+    assert window.selection().empty
+
+
+def test_keys_undo_and_redo(window):
+    lasso(window, [1])
+    window.keys._handle_custom_msg(dict(type='undo'), [])
+    assert window.selection().empty
+    window.keys._handle_custom_msg(dict(type='redo'), [])
+    assert list(window.selection().index) == [1]
+
+
+def part(window, name): return window.panel.widgets[name]
+
+
+def keep(window, name):
+    part(window, 'name').value = name
+    part(window, 'keep').click()
+
+
+def test_the_panel_keeps_chooses_renames_and_removes(stored, tmp_path):
+    path = tmp_path/'kept.json'
+    window = Explorer(stored[0], selections=path)
+    keep(window, 'nothing')
+    assert 'othing is selected' in status(window)
+    lasso(window, [9, 4, 30])
+    keep(window, 'some')
+    assert "3 maps kept as &#x27;some&#x27; in kept.json" in status(window)
+    part(window, 'note').value = 'three'
+    part(window, 'tags').value = 'a, b'
+    lasso(window, [])
+    keep(window, 'some')
+    assert 'othing is selected' in status(window)
+    # after a restart
+    again = Explorer(ExplorerState(table(), images=cases), selections=path)
+    (line, name), = part(again, 'kept').options
+    assert name == 'some' and line == 'some · 3 maps of 3 images · lasso · a, b'
+    part(again, 'kept').value = 'some'
+    assert part(again, 'note').value == 'three' and part(again, 'tags').value == 'a, b'
+    part(again, 'choose').click()
+    assert sorted(again.selection().index) == [4, 9, 30]
+    part(again, 'name').value = 'other'
+    part(again, 'rename').click()
+    assert part(again, 'kept').value == 'other' and 'other' in part(again, 'second').options
+    part(again, 'remove').click()
+    assert 'click again' in status(again) and len(again.kept) == 1
+    part(again, 'remove').click()
+    assert len(again.kept) == 0 and part(again, 'kept').options == ()
+    part(again, 'choose').click()
+    assert 'no kept selection is chosen' in status(again)
+
+
+def test_a_damaged_file_of_selections_is_shown_and_left_alone(stored, tmp_path):
+    path = tmp_path/'kept.json'
+    path.write_text('{')
+    window = Explorer(stored[0], selections=path)
+    assert 'cannot read the selections in kept.json' in status(window)
+    lasso(window, [1])
+    keep(window, 'a')
+    assert 'not overwritten' in status(window) and path.read_text() == '{'
+
+
+def test_the_panel_compares(window):
+    press(window, 'shown')
+    part(window, 'compare').click()
+    assert 'cannot compare these selections' in status(window)               # there is no rest
+    window.controls['query'].value = 'oa < 0.6'
+    keep(window, 'low <b>')
+    part(window, 'first').value = 'low <b>'
+    part(window, 'compare').click()
+    page = part(window, 'result').value
+    assert 'lower OA than those in the rest' in page and 'made by this column' in page
+    assert '&lt;b&gt;' in page and 'low <b>' not in page and 'data:image/png' in page
+    part(window, 'second').value = 'what is selected'
+    part(window, 'first').value = 'what is selected'
+    part(window, 'compare').click()
+    assert 'compare a selection with itself' in status(window)
+
+
+def test_only_the_last_comparison_is_shown(monkeypatch):
+    async def live():
+        window = Explorer(table())
+        window.controls['query'].value = 'oa < 0.6'
+        slow = window.kept.compare
+
+        def compare(*names):
+            first = not calls
+            calls.append(names)
+            if first: time.sleep(.6)
+            return slow(*names)
+
+        calls = []
+        monkeypatch.setattr(window.kept, 'compare', compare)
+        keep(window, 'low')
+        part(window, 'compare').click()
+        first = window.panel._task
+        part(window, 'first').value = 'low'
+        part(window, 'compare').click()
+        await asyncio.gather(first, window.panel._task)
+        return window
+
+    window = asyncio.run(live())
+    assert '“low” against the rest' in part(window, 'result').value
+
+
+def test_selections_are_kept_beside_what_was_opened(tmp_path, monkeypatch):
+    from rssqa.viz import explorer_widget
+    table().to_parquet(tmp_path/'t.parquet')
+    assert explore(tmp_path/'t.parquet').kept.path == tmp_path/'t.selections.json'
+    assert explore(tmp_path/'t.parquet', selections=tmp_path/'x.json').kept.path == tmp_path/'x.json'
+    assert explore(table()).kept.path is None
+    monkeypatch.setattr(explorer_widget, 'open_committed', lambda *args, **options: ExplorerState(table()))
+    path = explore('open').kept.path
+    assert path.parts[-4:] == ('data', 'runs', 'open', 'selections.json')
