@@ -338,3 +338,109 @@ def test_a_million_maps_answer_a_lasso(page, lab):
     selected = int(text.split(', ')[1].split()[0].replace(',', ''))
     assert 200_000 < selected < 800_000
     assert faults(page) == []
+
+
+# ---------------------------------------------------------------- selections
+
+PACE = 25 # milliseconds a move: a lasso follows a hand, not a program
+KEPT_CELLS = (
+    '''from rssqa.viz.explorer import example
+from rssqa.viz.explorer_widget import Explorer''',
+    '''window = Explorer(example(scenes=10), selections='kept.json', height=360)
+window''',
+    REPORT,
+)
+
+
+def restart_and_run_all(page):
+    page.click('.lm-MenuBar-itemLabel:has-text("Kernel")')
+    page.click('.lm-Menu-itemLabel:has-text("Restart Kernel and Run All Cells")')
+    page.click('.jp-Dialog button:has-text("Restart")')
+
+
+def test_selections_by_mouse_keys_and_query_survive_a_restart(page, lab):
+    for name in ('report.json', 'kept.json', 'points.npy'): (lab.home/name).unlink(missing_ok=True)
+    run_all(page, lab.url(lab.write('kept.ipynb', *KEPT_CELLS)))
+    status(page, '120 of 120 shown')
+    wait_for_report(lab, lambda r: r['shown'] == 120)
+    canvas = page.locator('.jp-OutputArea canvas').first
+    canvas.scroll_into_view_if_needed()
+    page.wait_for_timeout(500)
+    box = canvas.bounding_box()
+    at = to_page(box, np.load(lab.home/'points.npy')[:, :2])
+    middle = widest_gap(at[:, 0])
+    low = widest_gap(at[:, 1])
+    is_left = at[:, 0] < middle
+    is_high = at[:, 1] < low
+    left, top, right, bottom = box['x'] + 2, box['y'] + 2, box['x'] + box['width'] - 2, box['y'] + box['height'] - 2
+    assert page.get_by_text('adds').first.is_visible() and page.get_by_text('subtracts').first.is_visible()
+
+    # a lasso round the left, Shift adds the upper right, Alt takes the lower left away
+    page.get_by_title('Activate lasso selection').click()
+    drag(page, rectangle(left, top, middle, bottom))
+    wait_for_report(lab, lambda r: set(r['rows']) == set(np.flatnonzero(is_left).tolist()))
+    page.keyboard.down('Shift')
+    drag(page, rectangle(middle, top, right, low), PACE)
+    page.keyboard.up('Shift')
+    added = set(np.flatnonzero(is_left | is_high).tolist())
+    report = wait_for_report(lab, lambda r: set(r['rows']) == added)
+    assert set(np.flatnonzero(is_left)) == set(report['rows'][:is_left.sum()])     # what was there stays in front
+    page.keyboard.down('Alt')
+    drag(page, rectangle(left, low, middle, bottom), PACE)
+    page.keyboard.up('Alt')
+    upper = set(np.flatnonzero(is_high).tolist())
+    wait_for_report(lab, lambda r: set(r['rows']) == upper)
+
+    # Escape clears, Undo brings it back, Ctrl+Z goes one step further
+    page.keyboard.press('Escape')
+    wait_for_report(lab, lambda r: not r['rows'])
+    page.get_by_role('button', name='Undo').click()
+    wait_for_report(lab, lambda r: set(r['rows']) == upper)
+    page.keyboard.press('Control+z')
+    wait_for_report(lab, lambda r: set(r['rows']) == added)
+    page.keyboard.press('Control+Shift+z')
+    wait_for_report(lab, lambda r: set(r['rows']) == upper)
+
+    # Shift draws a lasso while the hand moves the plot, too
+    page.get_by_title('Activate pan & zoom').click()
+    page.keyboard.down('Shift')
+    drag(page, rectangle(left, low, middle, bottom), PACE)
+    page.keyboard.up('Shift')
+    wait_for_report(lab, lambda r: set(r['rows']) == added)
+
+    # a query is kept with a note
+    query = page.get_by_placeholder('gap < -0.3')
+    query.fill('oa < 0.6 and dataset = "flood"')
+    query.press('Enter')
+    status(page, 'cannot use this query')
+    query.fill('oa < 0.9 and dataset == "flood"')
+    query.press('Enter')
+    report = wait_for_report(lab, lambda r: set(r['datasets']) == {'flood'})
+    rows = report['rows']
+    assert f'{len(rows)} selected' in status(page, 'query oa < 0.9')
+    page.get_by_placeholder('a name for').fill('flooded & low')
+    page.get_by_role('button', name='Keep').click()
+    status(page, 'kept as')
+    page.get_by_placeholder('what these maps').fill('muddy water')
+    page.keyboard.press('Tab')
+    status(page, 'note of')
+    page.locator('.rssqa-explorer select:has(option:text-is("the rest"))').first.wait_for()
+    page.get_by_role('button', name='Select shown').click()
+    query.fill('oa < 0.85')
+    query.press('Enter')
+    wait_for_report(lab, lambda r: len(r['rows']) > len(rows))
+    page.get_by_role('button', name='Compare').click()
+    page.get_by_text('lower OA than those in the rest').wait_for()
+    take_shot(page, 'compare')
+
+    # after a restart of the kernel it is there, with its note
+    (lab.home/'report.json').unlink()
+    restart_and_run_all(page)
+    wait_for_report(lab, lambda r: r['shown'] == 120 and not r['rows'])
+    page.locator('option:has-text("flooded & low")').first.wait_for(state='attached')
+    page.locator('select:has(option:has-text("maps of"))').select_option(index=0)
+    page.get_by_role('button', name='Choose').click()
+    report = wait_for_report(lab, lambda r: r['rows'])
+    assert report['rows'] == rows and page.get_by_placeholder('what these maps').input_value() == 'muddy water'
+    take_shot(page, 'kept')
+    assert faults(page) == []

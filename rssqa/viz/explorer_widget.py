@@ -271,7 +271,7 @@ def _answer_tooltip(state, widget, message): # send the values, and the tile, of
     answer['properties'] = {name: _value_text(state.table[c].iloc[row]) for name, c in known.items()}
     widget.send(answer)
 
-# %% ../../nbs/66_viz.explorer_widget.ipynb #4f2f91ba
+# %% ../../nbs/66_viz.explorer_widget.ipynb #04ce6e1a
 MAX_LISTED = 200 # maps in the list
 HINT = 'Point at a map, or lasso some: image, map and error appear here.'
 SHORT_HINT = 'Point at a map, or lasso some.'
@@ -384,9 +384,16 @@ KEY_SCRIPT = """export default { render({ model, el }) {
     if (box) keepKeys(box); else if (n) setTimeout(() => find(n - 1), 50);
   }
   find(100);
+  // JupyterLab takes Shift and drag for a selection of cells, unless the mouse is on an input
+  const claim = e => {
+    if (!e.shiftKey || !e.target.matches('.rssqa-explorer canvas')) return;
+    Object.defineProperty(e.target, 'tagName', { value: 'INPUT', configurable: true });
+    setTimeout(() => delete e.target.tagName);
+  }
   // before the scatter hears of it: what a lasso does depends on the key
-  for (const type of ['mouseup', 'keyup']) window.addEventListener(type, press, true);
-  return () => { for (const type of ['mouseup', 'keyup']) window.removeEventListener(type, press, true); }
+  const listeners = { mouseup: press, keyup: press, mousedown: claim };
+  for (const type in listeners) window.addEventListener(type, listeners[type], true);
+  return () => { for (const type in listeners) window.removeEventListener(type, listeners[type], true); }
 } }"""
 
 

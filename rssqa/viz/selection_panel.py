@@ -41,11 +41,11 @@ def comparison_html(
 
 NOW = 'what is selected' # the selection of the moment, in a list of names
 
-# %% ../../nbs/65_viz.selection_panel.ipynb #00a5d934
+# %% ../../nbs/65_viz.selection_panel.ipynb #795222b4
 def _text(placeholder, description=''):
     import ipywidgets as w
     return w.Text(placeholder=placeholder, description=description, continuous_update=False,
-                  style=dict(description_width='34px'), layout=dict(flex='1 1 auto', width='auto', min_width='60px'))
+                  style=dict(description_width='42px'), layout=dict(flex='1 1 auto', width='auto', min_width='60px'))
 
 
 def _button(text, tooltip):
