@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLOUR_STEPS', 'LIGHTER', 'DARKER', 'SHADES', 'TITLE_HEIGHT', 'LABEL_HEIGHT', 'CHARACTER_WIDTH', 'TOOLTIP_COLUMNS',
-           'SHOWN_NAMES', 'COLUMN_OF', 'MANY_POINTS', 'LASSO_KEYS', 'SCATTER_OPTIONS', 'LARGE_SCATTER_OPTIONS',
-           'MAX_LISTED', 'HINT', 'SHORT_HINT', 'KEYS_HINT', 'STYLE', 'FILTER_COLUMNS', 'KEY_SCRIPT', 'READERS',
-           'encode_colours', 'legend_html', 'bars_svg', 'make_scatter', 'move_points', 'recolour', 'Explorer',
-           'summary_html', 'explore']
+           'SHOWN_NAMES', 'COLUMN_OF', 'MANY_POINTS', 'LASSO_KEYS', 'SCATTER_OPTIONS', 'LARGE_SCATTER_OPTIONS', 'HINT',
+           'SHORT_HINT', 'KEYS_HINT', 'STYLE', 'FILTER_COLUMNS', 'KEY_SCRIPT', 'READERS', 'encode_colours',
+           'legend_html', 'bars_svg', 'make_scatter', 'move_points', 'recolour', 'Explorer', 'summary_html', 'explore']
 
-# %% ../../nbs/66_viz.explorer_widget.ipynb #f130c485
+# %% ../../nbs/66_viz.explorer_widget.ipynb #aa7dbf5a
 import asyncio, base64, html, os
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from ..core import DataNotFound, Incompatible, Problem
 from .committed import EXPERIMENTS, open_committed, tables_folder
 from .explorer import ExplorerState, column_label, example, open_run, snapshot, why, why_text
 from .figures import OA_MAP, PALETTE, UNKNOWN, is_number, limits
+from .map_table import MapTable, value_text
 from .selection_panel import SelectionPanel
 from rssqa.viz.selections import (
     SELECTIONS_FILE, KeptSelections, SelectionHistory, alter_selection, select_by_query,
@@ -171,7 +171,7 @@ def _bar_labels(counts, step, y, width): # -> [(x, y, text, anchor)]
         labels.append(((i + 0.5) * step, y + lower, name, 'middle'))
     return labels
 
-# %% ../../nbs/66_viz.explorer_widget.ipynb #85f1560a
+# %% ../../nbs/66_viz.explorer_widget.ipynb #a911dd8d
 TOOLTIP_COLUMNS = ('dataset', 'scene', 'method', 'oa', 'predicted')
 SHOWN_NAMES = dict(oa='OA') # column -> its name in the tooltip, which begins with a capital
 COLUMN_OF = {name: column for column, name in SHOWN_NAMES.items()}
@@ -254,11 +254,6 @@ def recolour(
     return legend
 
 
-def _value_text(value):
-    if pd.isna(value): return 'unknown'
-    return f'{value:.3f}' if isinstance(value, (float, np.floating)) else str(value)
-
-
 def _data_url(png): return 'data:image/png;base64,' + base64.b64encode(png).decode()
 
 
@@ -268,11 +263,10 @@ def _answer_tooltip(state, widget, message): # send the values, and the tile, of
     answer = dict(type='tooltip', index=row)
     if state.images: answer['preview'] = _data_url(state.tile(row, 84))
     known = {name: c for name, c in asked.items() if c in state.table}
-    answer['properties'] = {name: _value_text(state.table[c].iloc[row]) for name, c in known.items()}
+    answer['properties'] = {name: value_text(state.table[c].iloc[row]) for name, c in known.items()}
     widget.send(answer)
 
-# %% ../../nbs/66_viz.explorer_widget.ipynb #04ce6e1a
-MAX_LISTED = 200 # maps in the list
+# %% ../../nbs/66_viz.explorer_widget.ipynb #8d69b6f9
 HINT = 'Point at a map, or lasso some: image, map and error appear here.'
 SHORT_HINT = 'Point at a map, or lasso some.'
 KEYS_HINT = ('<div class="rssqa-text rssqa-soft">Lasso: <kbd>Shift</kbd>+drag adds, <kbd>Alt</kbd>+drag subtracts '
@@ -331,10 +325,10 @@ def _make_controls(state): # name -> widget
         color=_column_choice(state, state.color_by, 'colour', '48px', '220px'),
         histogram=_column_choice(state, state.histogram_of, 'histogram', '66px', 'auto'),
         search=w.Text(placeholder='flooded road', continuous_update=False, description='find',
-                      style=dict(description_width='34px'), layout=dict(width='240px'),
+                      style=dict(description_width='48px'), layout=dict(flex='1 1 200px', width='auto'),
                       disabled=state.encoder is None),
         query=w.Text(placeholder='gap < -0.3 and method == "unet"', continuous_update=False, description='query',
-                     style=dict(description_width='38px'), layout=dict(flex='1 1 260px', width='auto'),
+                     style=dict(description_width='48px'), layout=dict(width='auto'),
                      tooltip='a condition on columns; Enter selects the maps that meet it'),
         undo=_button('Undo', 'the selection before (Ctrl+Z)'),
         redo=_button('Redo', 'the selection after (Ctrl+Shift+Z)'),
@@ -351,8 +345,6 @@ def _make_controls(state): # name -> widget
         why=_button('Why?', 'say what speaks for or against the map in focus'),
         path=w.Text(value='selection.csv', layout=dict(width='150px'), tooltip='.csv, .parquet or .lance'),
         save=_button('Save', 'write the selection to this file'),
-        listed=w.Select(options=[], rows=7, layout=dict(width='auto'),
-                        tooltip='maps of the selection; arrow keys walk through them'),
     )
 
 
@@ -386,7 +378,7 @@ KEY_SCRIPT = """export default { render({ model, el }) {
   find(100);
   // JupyterLab takes Shift and drag for a selection of cells, unless the mouse is on an input
   const claim = e => {
-    if (!e.shiftKey || !e.target.matches('.rssqa-explorer canvas')) return;
+    if (!e.shiftKey || !e.target.matches('.rssqa-explorer canvas, .rssqa-view *')) return;
     Object.defineProperty(e.target, 'tagName', { value: 'INPUT', configurable: true });
     setTimeout(() => delete e.target.tagName);
   }
@@ -398,14 +390,14 @@ KEY_SCRIPT = """export default { render({ model, el }) {
 
 
 def _listen_to_keys():
-    # JupyterLab uses arrow keys to go from cell to cell; inside the window they belong to the list
+    # JupyterLab uses arrow keys to go from cell to cell; inside the window they belong to the table
     import traitlets
     from anywidget import AnyWidget
     lasso = traitlets.Unicode().tag(sync=True) # what the next lasso does: 'add', 'subtract' or '' (select anew)
     return type('Keys', (AnyWidget,), dict(_esm=KEY_SCRIPT, lasso=lasso))(layout=dict(display='none'))
 
 
-def _arrange(controls, screens, scatter, table, keys, panel): # -> box
+def _arrange(controls, screens, scatter, table, keys, panel, maps): # -> box
     import ipywidgets as w
     filters = []
     for column in FILTER_COLUMNS:
@@ -415,18 +407,18 @@ def _arrange(controls, screens, scatter, table, keys, panel): # -> box
     if filters: filters.append(controls['reset'])
     left = w.VBox(filters, layout=dict(width='220px' if filters else '0'))
     wrap = dict(flex_flow='row wrap')
-    top = w.HBox([controls[name] for name in ('color', 'search', 'shown', 'clear')], layout=wrap)
-    ask = w.HBox([controls[name] for name in ('query', 'undo', 'redo')], layout=wrap)
-    middle = w.VBox([top, ask, scatter, w.HTML(KEYS_HINT), screens['legend'], screens['status']],
+    top = w.HBox([controls[name] for name in ('color', 'search')], layout=wrap)
+    change = w.HBox([controls[name] for name in ('shown', 'clear', 'undo', 'redo')], layout=wrap)
+    middle = w.VBox([top, change, controls['query'], scatter, w.HTML(KEYS_HINT), screens['legend'], screens['status']],
                     layout=dict(flex='1 1 420px', min_width='360px'))
     actions = w.HBox([controls[name] for name in ('near', 'why', 'path', 'save')])
     beside, result = panel.boxes()
-    right = w.VBox([screens['tile'], screens['bars'], controls['histogram'], screens['summary'],
-                    controls['listed'], actions, screens['why'], beside], layout=dict(width='400px'))
+    right = w.VBox([screens['tile'], actions, screens['why'], screens['bars'], controls['histogram'],
+                    screens['summary'], beside], layout=dict(width='400px'))
     columns = w.HBox([left, middle, right], layout=dict(width='100%'))
-    return w.VBox([keys, screens['header'], columns, result])
+    return w.VBox([keys, screens['header'], columns, maps, result])
 
-# %% ../../nbs/66_viz.explorer_widget.ipynb #477695e4
+# %% ../../nbs/66_viz.explorer_widget.ipynb #24fc07f9
 def _small(text, line_height=1.4, **style): # HTML in small print
     style = {'font-size': '12px', 'line-height': line_height} | style
     css = ';'.join(f'{name}:{value}' for name, value in style.items())
@@ -452,7 +444,9 @@ class Explorer:
         self.kept = KeptSelections(self.state, selections)
         self.panel = SelectionPanel(self.kept, self._run, self._show_status)
         self.keys = _listen_to_keys()
-        self.box = _arrange(self.controls, self.screens, self.scatter.widget, self.state.table, self.keys, self.panel)
+        self.maps = MapTable(self.state, self._run, self._alter_in_table)
+        self.box = _arrange(self.controls, self.screens, self.scatter.widget, self.state.table, self.keys, self.panel,
+                            self.maps.widget)
         self.box.add_class('rssqa-explorer')
         self._listen()
         self.state.observe(self._redraw)
@@ -491,7 +485,6 @@ class Explorer:
         self._on_change('histogram', state.show_histogram)
         self._on_change('search', self._search)
         self._on_change('query', self._query)
-        self._on_change('listed', self._focus_listed)
         for name in ('dataset', 'method', 'scene', 'oa', 'gap'):
             self._on_change(name, lambda _, name=name: state.filter(**{name: self._rule(name)}))
         self._on_click('reset', self._show_all)
@@ -545,12 +538,11 @@ class Explorer:
         if text.strip(): select_by_query(self.state, text)
         else: self._select_nothing()
 
-    def _focus_listed(self, row):
-        if row is not None: self.state.hover(row)
+    def _alter_in_table(self, rows, how): alter_selection(self.state, rows, how, 'table')
 
     def _focus(self):
         if self.state.focus is None:
-            raise Incompatible('no map is in focus', '', 'point at one, or choose one in the list')
+            raise Incompatible('no map is in focus', '', 'point at one, or choose one in the table')
         return self.state.focus
 
     def _select_neighbours(self): self.state.neighbours(self._focus())
@@ -621,9 +613,7 @@ class Explorer:
             self.scatter.selection(state.chosen)
         self._draw_histogram()
         self.screens['summary'].value = summary_html(state.summary())
-        rows = state.rows()[:MAX_LISTED]
-        self.controls['listed'].options = list(zip(_map_lines(state, rows, state.scores()), rows.tolist()))
-        self.controls['listed'].value = state.focus if state.focus in rows else None
+        self.maps.draw()
 
     def _draw_focus(self):
         row = self.state.focus
@@ -637,8 +627,7 @@ class Explorer:
             tile = f'<img src="{_data_url(self.state.tile(row))}" alt="{alt}" style="width:392px">'
         self.screens['tile'].value = tile + _small(name, 1.3)
         self.screens['why'].value = ''
-        listed = [value for _, value in self.controls['listed'].options]
-        self.controls['listed'].value = row if row in listed else None
+        self.maps.draw_focus()
 
     def _draw_hint(self): # as high as a tile, so that nothing jumps
         height, hint = ('150px', HINT) if self.state.images else ('17px', SHORT_HINT)
@@ -665,7 +654,7 @@ def _map_lines(state, rows, score=None): # one line of text for each map
     for k, (row, name) in enumerate(zip(rows, state.names(rows))):
         parts = [] if score is None else [f'{score[k]:.3f}']
         parts.append(name)
-        parts += [f'{label} {_value_text(values[row])}' for label, values in columns]
+        parts += [f'{label} {value_text(values[row])}' for label, values in columns]
         lines.append(' · '.join(parts))
     return lines
 

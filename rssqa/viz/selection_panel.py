@@ -14,7 +14,7 @@ import pandas as pd
 from ..core import Incompatible
 from .contrast import REST, comparison_note, difference_text, plot_differences
 
-# %% ../../nbs/65_viz.selection_panel.ipynb #3d48ef61
+# %% ../../nbs/65_viz.selection_panel.ipynb #876069a2
 SENTENCES = 6 # at most, of the largest differences
 
 
@@ -39,7 +39,7 @@ def comparison_html(
             f'<ul style="margin:4px 0 6px 0;padding-left:18px">{items}</ul>{picture}</div>')
 
 
-NOW = 'what is selected' # the selection of the moment, in a list of names
+NOW = 'selected now' # the selection of the moment, in a list of names
 
 # %% ../../nbs/65_viz.selection_panel.ipynb #795222b4
 def _text(placeholder, description=''):

@@ -78,11 +78,12 @@ def select_by_query(
     "Select the maps for which a condition is true."
     return state.select(query_rows(state.table, text), reason=QUERY + text.strip())
 
-# %% ../../nbs/65_viz.selections.ipynb #ae55bcb2
+# %% ../../nbs/65_viz.selections.ipynb #5c6267ef
 def alter_selection(
     state: EmbeddingSelection,
     rows: np.ndarray, # (m,) what is to be selected of the maps that are shown
     how: str, # 'add' or 'subtract'
+    by: str = 'lasso', # what was used
 ) -> EmbeddingSelection: # the state
     "Add maps to the selection, or take them away, and keep its order."
     before = state.chosen
@@ -90,11 +91,11 @@ def alter_selection(
     stay = np.ones(len(before), bool) if how == 'add' else ~np.isin(before, np.setdiff1d(state.rows(), rows))
     score = state.score
     if score is not None: score = np.concatenate([score[stay], np.full(len(new), np.nan, np.float32)])
-    altered = f'{THEN}lasso {how}s'
+    altered = f'{THEN}{by} {how}s'
     reason = state.reason if state.reason.endswith(altered) else state.reason + altered
-    return state.select(np.concatenate([before[stay], new]), score, reason if len(before) else 'lasso')
+    return state.select(np.concatenate([before[stay], new]), score, reason if len(before) else by)
 
-# %% ../../nbs/65_viz.selections.ipynb #3ff53f56
+# %% ../../nbs/65_viz.selections.ipynb #70be7aea
 KEY_COLUMNS = ('image_id', 'method')
 SELECTIONS_FILE = 'selections.json' # in the folder of a run
 VERSION = 1 # of the file
@@ -287,7 +288,7 @@ class KeptSelections:
         found = compare_selections(self.state.table, rows_a, rows_b, **options)
         entries = [_how_made(self.state) if name is None else self.entry(name) for name in (a, b) if name != REST]
         made_by = sorted({column for entry in entries for column in entry['columns']})
-        names = tuple('what is selected' if name is None else name for name in (a, b))
+        names = tuple('selected now' if name is None else name for name in (a, b))
         found.attrs |= dict(names=names, made_by=made_by)
         return found
 
