@@ -106,7 +106,7 @@ def legend_html(
     grey = f' {_swatch(UNKNOWN)}unknown ({unknown:,})' if unknown else ''
     return f'<div style="font-size:12px;line-height:1.5"><b>{html.escape(column)}</b> {body}{grey}</div>'
 
-# %% ../../nbs/66_viz.explorer_widget.ipynb #a7d0d9a0
+# %% ../../nbs/66_viz.explorer_widget.ipynb #7fa55b0a
 TITLE_HEIGHT = 18 # pixels of the histogram above the bars
 LABEL_HEIGHT = 34 # and below
 CHARACTER_WIDTH = 5.7 # pixels
@@ -151,7 +151,8 @@ def bars_svg(
     parts.append(f'<line x1="0" x2="{width}" y1="{baseline}" y2="{baseline}" stroke="#888888"/>')
     parts.append(_svg_text(0, 11, title + (f', {missing:,} unknown' if missing else '')))
     parts += [_svg_text(*label) for label in _bar_labels(counts, step, baseline + 12, width)]
-    size = f'width="{width}" height="{height}" role="img" aria-label="{html.escape(title)}"'
+    size = f'viewBox="0 0 {width} {height}" style="width:{width}px;max-width:100%"'
+    size += f' role="img" aria-label="{html.escape(title)}"'
     font = 'font-family="sans-serif" font-size="11" fill="#444444"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>{"".join(parts)}</svg>'
 
@@ -266,7 +267,7 @@ def _answer_tooltip(state, widget, message): # send the values, and the tile, of
     answer['properties'] = {name: value_text(state.table[c].iloc[row]) for name, c in known.items()}
     widget.send(answer)
 
-# %% ../../nbs/66_viz.explorer_widget.ipynb #8d69b6f9
+# %% ../../nbs/66_viz.explorer_widget.ipynb #3cefe964
 HINT = 'Point at a map, or lasso some: image, map and error appear here.'
 SHORT_HINT = 'Point at a map, or lasso some.'
 KEYS_HINT = ('<div class="rssqa-text rssqa-soft">Lasso: <kbd>Shift</kbd>+drag adds, <kbd>Alt</kbd>+drag subtracts '
@@ -405,20 +406,20 @@ def _arrange(controls, screens, scatter, table, keys, panel, maps): # -> box
         title = f'<b style="font-size:12px">{column_label(column)}</b>'
         filters += [w.HTML(title, layout=dict(margin='4px 0 -4px 0')), controls[column]]
     if filters: filters.append(controls['reset'])
-    left = w.VBox(filters, layout=dict(width='220px' if filters else '0'))
+    left = w.VBox(filters, layout=dict(flex='0 0 205px' if filters else '0 0 0'))
     wrap = dict(flex_flow='row wrap')
     top = w.HBox([controls[name] for name in ('color', 'search')], layout=wrap)
     change = w.HBox([controls[name] for name in ('shown', 'clear', 'undo', 'redo')], layout=wrap)
     middle = w.VBox([top, change, controls['query'], scatter, w.HTML(KEYS_HINT), screens['legend'], screens['status']],
-                    layout=dict(flex='1 1 420px', min_width='360px'))
+                    layout=dict(flex='1 1 330px', min_width='330px'))
     actions = w.HBox([controls[name] for name in ('near', 'why', 'path', 'save')])
     beside, result = panel.boxes()
     right = w.VBox([screens['tile'], actions, screens['why'], screens['bars'], controls['histogram'],
-                    screens['summary'], beside], layout=dict(width='400px'))
-    columns = w.HBox([left, middle, right], layout=dict(width='100%'))
+                    screens['summary'], beside], layout=dict(flex='1 1 350px', max_width='420px'))
+    columns = w.HBox([left, middle, right], layout=dict(width='100%') | wrap)
     return w.VBox([keys, screens['header'], columns, maps, result])
 
-# %% ../../nbs/66_viz.explorer_widget.ipynb #24fc07f9
+# %% ../../nbs/66_viz.explorer_widget.ipynb #f53288c8
 def _small(text, line_height=1.4, **style): # HTML in small print
     style = {'font-size': '12px', 'line-height': line_height} | style
     css = ';'.join(f'{name}:{value}' for name, value in style.items())
@@ -624,7 +625,7 @@ class Explorer:
         tile = ''
         if self.state.images:
             alt = f'image, map and error of {name}'
-            tile = f'<img src="{_data_url(self.state.tile(row))}" alt="{alt}" style="width:392px">'
+            tile = f'<img src="{_data_url(self.state.tile(row))}" alt="{alt}" style="width:392px;max-width:100%">'
         self.screens['tile'].value = tile + _small(name, 1.3)
         self.screens['why'].value = ''
         self.maps.draw_focus()

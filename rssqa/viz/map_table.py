@@ -15,7 +15,7 @@ import pandas as pd
 from .explorer import COMMON_COLUMNS, ExplorerState
 from .figures import column_label, is_number
 
-# %% ../../nbs/65_viz.map_table.ipynb #fdc20672
+# %% ../../nbs/65_viz.map_table.ipynb #d06b3ba9
 PAGE = 100 # rows in one answer of the kernel
 GRID_SCRIPT = """export default { render({ model, el }) {
   const make = (tag, name, parent, text = '') =>
@@ -62,13 +62,14 @@ GRID_SCRIPT = """export default { render({ model, el }) {
       });
       return;
     }
-    const picture = make('img', '', node);
-    picture.alt = known[3];
-    if (tiles.get(known[0])) picture.src = tiles.get(known[0]); else askTile(known[0]);
+    const src = tiles.get(known[0]);
+    if (src) Object.assign(make('img', 'rssqa-picture', node), { src, alt: known[3] });
+    else { make('span', 'rssqa-picture', node, 'painting …'); askTile(known[0]); }
     make('span', 'rssqa-caption', node, known[3]).title = known[3];
   };
   const draw = () => {
     frame = 0;
+    if (!view.clientWidth) return;                           // JupyterLab takes cells out of view away
     const { line, per, total, high, seen, scale } = layout(), offset = view.scrollTop * scale;
     space.style.height = high + 'px';
     body.style.transform = `translateY(${view.scrollTop - offset % line}px)`;
@@ -123,7 +124,7 @@ GRID_SCRIPT = """export default { render({ model, el }) {
     const sort = get('sort'), columns = get('columns'), isGallery = get('gallery');
     head.replaceChildren();
     head.hidden = isGallery;
-    const wide = c => Math.max(72, 30 + 7 * c.label.length) + 'px';
+    const wide = c => Math.max(72, 40 + 8 * c.label.length) + 'px';
     el.style.setProperty('--columns', columns.map(c => c.number ? wide(c) : 'minmax(90px, 1fr)').join(' '));
     view.classList.toggle('rssqa-gallery', isGallery);
     for (const { name, label, number } of columns) {
@@ -166,12 +167,12 @@ GRID_SCRIPT = """export default { render({ model, el }) {
   model.on('change:version change:gallery', renew);
   model.on('change:focus', follow);
   view.onscroll = later;
-  const size = new ResizeObserver(later);
-  size.observe(view);
+  const observers = [new ResizeObserver(later), new IntersectionObserver(later)];
+  for (const observer of observers) observer.observe(view);
   view.style.height = get('height') + 'px';
   renew();
   return () => {
-    size.disconnect();
+    for (const observer of observers) observer.disconnect();
     model.off('msg:custom', hear);
     model.off('change:version change:gallery', renew);
     model.off('change:focus', follow);
@@ -205,7 +206,7 @@ GRID_STYLE = """
 .rssqa-gallery .rssqa-body {display: flex; flex-wrap: wrap}
 .rssqa-gallery .rssqa-item {display: block; width: 276px; height: 132px; padding: 6px; box-sizing: border-box;
   line-height: 1.3}
-.rssqa-gallery img {display: block; width: 260px; height: 84px; background: var(--jp-layout-color2, #EEE)}
+.rssqa-picture {display: block; width: 260px; height: 84px; background: var(--jp-layout-color2, #EEE)}
 .rssqa-caption {display: block; overflow: hidden; max-height: 2.6em; margin-top: 4px; overflow-wrap: anywhere}
 """
 

@@ -41,7 +41,7 @@ def comparison_html(
 
 NOW = 'selected now' # the selection of the moment, in a list of names
 
-# %% ../../nbs/65_viz.selection_panel.ipynb #795222b4
+# %% ../../nbs/65_viz.selection_panel.ipynb #eebdca38
 def _text(placeholder, description=''):
     import ipywidgets as w
     return w.Text(placeholder=placeholder, description=description, continuous_update=False,
@@ -59,6 +59,7 @@ def _make_widgets(): # name -> widget
         name=_text('a name for what is selected', 'name'),
         keep=_button('Keep', 'keep what is selected under this name'),
         kept=w.Select(options=[], rows=4, layout=dict(width='auto'), tooltip='kept selections'),
+        about=w.HTML(layout=dict(margin='0')),
         choose=_button('Choose', 'select the maps of the kept selection again'),
         rename=_button('Rename', 'give the kept selection the name above'),
         remove=_button('Remove', 'forget the kept selection, with note and tags; asks once more'),
@@ -102,7 +103,8 @@ class SelectionPanel:
         title = w.HTML('<b class="rssqa-text">selections</b>', layout=dict(margin='0'))
         compare = w.HTML('<span class="rssqa-text">against</span>', layout=dict(margin='0 4px'))
         pair = w.HBox([parts['first'], compare, parts['second'], parts['compare']], layout=dict(width='100%'))
-        rows = [title, row('name', 'keep'), parts['kept'], row('choose', 'rename', 'remove'), row('note'), row('tags')]
+        rows = [title, row('name', 'keep'), parts['kept'], parts['about'], row('choose', 'rename', 'remove')]
+        rows += [row('note'), row('tags')]
         return w.VBox([*rows, pair], layout=dict(width='100%')), parts['result']
 
     def draw(self, chosen=None) -> None: # chosen: name that the list points at
@@ -123,6 +125,7 @@ class SelectionPanel:
 
     def _draw_entry(self, name):
         entry = self.kept.entry(name) if name else dict(note='', tags=[])
+        self.widgets['about'].value = _about_html(entry) if name else ''
         if name: self.widgets['name'].value = name
         self.widgets['note'].value = entry['note']
         self.widgets['tags'].value = ', '.join(entry['tags'])
@@ -204,4 +207,11 @@ class SelectionPanel:
 
 def _entry_line(row): # of the list
     tags = f' · {row.tags}' if row.tags else ''
-    return f'{row["name"]} · {row.maps:,} maps of {row.images:,} images · {row.reason[:40]}{tags}'
+    return f'{row["name"]} · {row.maps:,} maps of {row.images:,} images{tags}'
+
+
+def _about_html(entry): # how a selection was made, with which filters, and when
+    filters = [f'{column} {rule}' for column, rule in entry['filters'].items()]
+    among = f', among {"; ".join(filters)}' if filters else ''
+    words = f'{entry["reason"] or "picked"}{among}, {entry["made"][:16].replace("T", " ")}'
+    return f'<div class="rssqa-text rssqa-soft">{html.escape(words)}</div>'
