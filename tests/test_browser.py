@@ -34,7 +34,7 @@ def report(change=''):
 np.save('points.npy', window.scatter.widget.points)
 window.state.observe(report)
 report()'''
-LISTED = '.rssqa-explorer select[size="7"]'
+TABLE = '.rssqa-explorer .rssqa-view'
 
 
 def widest_gap(x) -> float:
@@ -69,10 +69,14 @@ def status(page, text) -> str:
     return page.locator('[role=status]').inner_text()
 
 
-def listed(page) -> list:
-    "Lines of the list of maps."
-    texts = page.locator(f'{LISTED} option').all_inner_texts()
-    return [text.replace("\xa0", " ") for text in texts]
+def listed(page, selected='[aria-selected=true]') -> list:
+    "Texts of the rows of the table in view that are selected; of all with ''."
+    rows = page.locator(f'{TABLE} .rssqa-item{selected}').all_inner_texts()
+    return [row.replace('\n', ' · ') for row in rows]
+
+
+def count_listed(page) -> int: # of the rows below each other, in view or not
+    return int(page.locator(TABLE).get_attribute('aria-rowcount'))
 
 
 def to_page(box, points): # (n,2) of -1..1 -> (n,2) pixels: the scatter is a square as high as its canvas
@@ -114,7 +118,10 @@ def test_lasso_hover_search_and_keyboard(page, app):
     assert f'{len(inside)} selected (lasso)' in status(page, '(lasso)')
     histogram = page.locator('.rssqa-explorer svg[role=img]')
     assert f'{len(inside)} selected' in histogram.get_attribute('aria-label')
-    assert len(listed(page)) == len(inside)
+    page.get_by_role('button', name='Selected only').click()
+    page.wait_for_function(f'document.querySelector("{TABLE}").ariaRowCount == {len(inside)}')
+    page.locator(f'{TABLE} [aria-selected=true]').first.wait_for()
+    assert 0 < len(listed(page)) < count_listed(page) == len(inside) and len(listed(page)) == len(listed(page, ''))
 
     # pointing at the loneliest point shows its tile, in the window and at the pointer
     page.get_by_title('Activate pan & zoom').click()
@@ -143,6 +150,7 @@ def test_lasso_hover_search_and_keyboard(page, app):
     assert report['scores'] == sorted(report['scores'], reverse=True)
     # 2.5 of ten by chance
     assert report['datasets'][0] == 'flood' and report['datasets'][:10].count('flood') > 5
+    page.locator(f'{TABLE} .rssqa-item:has-text("{report["scores"][0]:.3f}")').first.wait_for()
     after = listed(page)
     assert after != before and after[0].startswith(f'{report["scores"][0]:.3f} · flood')
 
@@ -151,7 +159,7 @@ def test_lasso_hover_search_and_keyboard(page, app):
     page.keyboard.press('Tab')
     assert page.evaluate('document.activeElement.textContent') == 'Select shown'
     assert page.evaluate('getComputedStyle(document.activeElement).outlineStyle') == 'solid'
-    page.locator(LISTED).focus()
+    page.locator(TABLE).focus()
     for k in range(2):
         page.keyboard.press('ArrowDown')
         wait_for_report(app, lambda r: r['focus'] == report['rows'][k])
@@ -304,12 +312,14 @@ def test_poor_tables_are_explained_and_umap_replaces_pca(page, lab):
 
     # no score is known, and there is no image
     nan.scroll_into_view_if_needed()
-    assert 'unknown (40)' in nan.inner_text() and 'OA' not in nan.locator('select[size="7"]').inner_text()
+    assert 'unknown (40)' in nan.inner_text()
+    cells = nan.locator('.rssqa-item').first.locator('.rssqa-cell').all_inner_texts()
+    assert cells[-3:] == ['unknown'] * 3
     nan.get_by_role('button', name='Save').click()
     wait_for_status(page, 'othing is selected')
     nan.get_by_role('button', name='Select shown').click()
     wait_for_report(lab, lambda r: r['nan'] == 40)
-    nan.locator('select[size="7"]').focus()
+    nan.locator('.rssqa-view').focus()
     page.keyboard.press('ArrowDown')
     nan.locator('img').wait_for()
     nan.get_by_role('button', name='Why?').click()
@@ -337,4 +347,197 @@ def test_a_million_maps_answer_a_lasso(page, lab):
     assert '1,000,000 of 1,000,000 shown' in text
     selected = int(text.split(', ')[1].split()[0].replace(',', ''))
     assert 200_000 < selected < 800_000
+    assert faults(page) == []
+
+
+# ---------------------------------------------------------------- selections
+
+PACE = 25 # milliseconds a move: a lasso follows a hand, not a program
+KEPT_CELLS = (
+    '''from rssqa.viz.explorer import example
+from rssqa.viz.explorer_widget import Explorer''',
+    '''window = Explorer(example(scenes=10), selections='kept.json', height=360)
+window''',
+    REPORT,
+)
+
+
+def restart_and_run_all(page):
+    page.click('.lm-MenuBar-itemLabel:has-text("Kernel")')
+    page.click('.lm-Menu-itemLabel:has-text("Restart Kernel and Run All Cells")')
+    page.click('.jp-Dialog button:has-text("Restart")')
+
+
+def test_selections_by_mouse_keys_and_query_survive_a_restart(page, lab):
+    for name in ('report.json', 'kept.json', 'points.npy'): (lab.home/name).unlink(missing_ok=True)
+    run_all(page, lab.url(lab.write('kept.ipynb', *KEPT_CELLS)))
+    status(page, '120 of 120 shown')
+    wait_for_report(lab, lambda r: r['shown'] == 120)
+    canvas = page.locator('.jp-OutputArea canvas').first
+    canvas.scroll_into_view_if_needed()
+    page.wait_for_timeout(500)
+    box = canvas.bounding_box()
+    at = to_page(box, np.load(lab.home/'points.npy')[:, :2])
+    middle = widest_gap(at[:, 0])
+    low = widest_gap(at[:, 1])
+    is_left = at[:, 0] < middle
+    is_high = at[:, 1] < low
+    left, top, right, bottom = box['x'] + 2, box['y'] + 2, box['x'] + box['width'] - 2, box['y'] + box['height'] - 2
+    assert page.get_by_text('adds').first.is_visible() and page.get_by_text('subtracts').first.is_visible()
+
+    # a lasso round the left, Shift adds the upper right, Alt takes the lower left away
+    page.get_by_title('Activate lasso selection').click()
+    drag(page, rectangle(left, top, middle, bottom))
+    wait_for_report(lab, lambda r: set(r['rows']) == set(np.flatnonzero(is_left).tolist()))
+    page.keyboard.down('Shift')
+    drag(page, rectangle(middle, top, right, low), PACE)
+    page.keyboard.up('Shift')
+    added = set(np.flatnonzero(is_left | is_high).tolist())
+    report = wait_for_report(lab, lambda r: set(r['rows']) == added)
+    assert set(np.flatnonzero(is_left)) == set(report['rows'][:is_left.sum()])     # what was there stays in front
+    page.keyboard.down('Alt')
+    drag(page, rectangle(left, low, middle, bottom), PACE)
+    page.keyboard.up('Alt')
+    upper = set(np.flatnonzero(is_high).tolist())
+    wait_for_report(lab, lambda r: set(r['rows']) == upper)
+
+    # Escape clears, Undo brings it back, Ctrl+Z goes one step further
+    page.keyboard.press('Escape')
+    wait_for_report(lab, lambda r: not r['rows'])
+    page.get_by_role('button', name='Undo').click()
+    wait_for_report(lab, lambda r: set(r['rows']) == upper)
+    page.keyboard.press('Control+z')
+    wait_for_report(lab, lambda r: set(r['rows']) == added)
+    page.keyboard.press('Control+Shift+z')
+    wait_for_report(lab, lambda r: set(r['rows']) == upper)
+
+    # Shift draws a lasso while the hand moves the plot, too
+    page.get_by_title('Activate pan & zoom').click()
+    page.keyboard.down('Shift')
+    drag(page, rectangle(left, low, middle, bottom), PACE)
+    page.keyboard.up('Shift')
+    wait_for_report(lab, lambda r: set(r['rows']) == added)
+
+    # a query is kept with a note
+    query = page.get_by_placeholder('gap < -0.3')
+    query.fill('oa < 0.6 and dataset = "flood"')
+    query.press('Enter')
+    status(page, 'cannot use this query')
+    query.fill('oa < 0.9 and dataset == "flood"')
+    query.press('Enter')
+    report = wait_for_report(lab, lambda r: set(r['datasets']) == {'flood'})
+    rows = report['rows']
+    assert f'{len(rows)} selected' in status(page, 'query oa < 0.9')
+    page.get_by_placeholder('a name for').fill('flooded & low')
+    page.get_by_role('button', name='Keep').click()
+    status(page, 'kept as')
+    page.get_by_placeholder('what these maps').fill('muddy water')
+    page.keyboard.press('Tab')
+    status(page, 'note of')
+    page.locator('.rssqa-explorer select:has(option:text-is("the rest"))').first.wait_for()
+    page.get_by_role('button', name='Select shown').click()
+    query.fill('oa < 0.85')
+    query.press('Enter')
+    wait_for_report(lab, lambda r: len(r['rows']) > len(rows))
+    page.get_by_role('button', name='Compare').click()
+    page.get_by_text('lower OA than those in the rest').wait_for()
+    take_shot(page, 'compare')
+
+    # after a restart of the kernel it is there, with its note
+    (lab.home/'report.json').unlink()
+    restart_and_run_all(page)
+    wait_for_report(lab, lambda r: r['shown'] == 120 and not r['rows'])
+    page.locator('option:has-text("flooded & low")').first.wait_for(state='attached')
+    page.locator('select:has(option:has-text("maps of"))').select_option(index=0)
+    page.get_by_role('button', name='Choose').click()
+    report = wait_for_report(lab, lambda r: r['rows'])
+    assert report['rows'] == rows and page.get_by_placeholder('what these maps').input_value() == 'muddy water'
+    take_shot(page, 'kept')
+    assert faults(page) == []
+
+
+# ---------------------------------------------------------------- the table of maps
+
+MANY = 12_256
+TABLE_CELLS = (
+    f'''from PIL import Image
+import numpy as np
+from rssqa.bench.explorer_speed import random_maps
+from rssqa.viz.explorer_widget import Explorer
+
+def picture(row): return dict(image=np.full((3, 32, 32), row.oa, np.float32))
+
+window = Explorer(random_maps({MANY}), images=picture, height=240)
+window''',
+    REPORT,
+    '''table = window.state.table
+Path('sorted.json').write_text(json.dumps([int(row) for row in np.argsort(-table.gap, kind='stable')]))''',
+)
+
+
+def first_rows(page): return [row.split(' · ') for row in listed(page, '')]
+
+
+def test_every_map_can_be_reached_in_the_table_and_the_gallery(page, lab):
+    for name in ('report.json', 'sorted.json'): (lab.home/name).unlink(missing_ok=True)
+    run_all(page, lab.url(lab.write('table.ipynb', *TABLE_CELLS)))
+    wait_for_report(lab, lambda r: r['shown'] == MANY)
+    until = time.monotonic() + 90
+    while not (lab.home/'sorted.json').exists() and time.monotonic() < until: page.wait_for_timeout(100)
+    order = json.loads((lab.home/'sorted.json').read_text())
+    view = page.locator(TABLE)
+    view.scroll_into_view_if_needed()
+    assert count_listed(page) == MANY
+
+    # the title sorts: most over-predicted first, then last
+    title = page.get_by_title('predicted OA − OA: sort')
+    title.click()
+    page.locator(f'{TABLE} [aria-sort=descending]').wait_for()
+    view.focus()
+    page.keyboard.press('ArrowDown')
+    wait_for_report(lab, lambda r: r['focus'] == order[0])
+    page.wait_for_function(f'document.querySelectorAll("{TABLE} .rssqa-item").length > 5')
+    gaps = [float(row[-1]) for row in first_rows(page)]
+    assert gaps == sorted(gaps, reverse=True) and gaps[0] > .1
+
+    # the last of all rows, by key and by scrolling
+    page.keyboard.press('End')
+    wait_for_report(lab, lambda r: r['focus'] == order[-1])
+    page.locator(f'{TABLE} .rssqa-focus[aria-rowindex="{MANY}"]').wait_for()
+    page.keyboard.press('PageUp')
+    report = wait_for_report(lab, lambda r: r['focus'] != order[-1])
+    assert order.index(report['focus']) > MANY - 30
+    view.evaluate('e => e.scrollTop = 0')
+    page.locator(f'{TABLE} [aria-rowindex="1"]').wait_for()
+    view.evaluate('e => e.scrollTop = e.scrollHeight')
+    last = page.locator(f'{TABLE} [aria-rowindex="{MANY}"]')
+    last.wait_for()
+    page.wait_for_function(f'document.querySelector(\'{TABLE} [aria-rowindex="{MANY}"]\').innerText.length > 5')
+    assert float(last.inner_text().split()[-1]) == pytest.approx(-gaps[0], abs=.3)
+
+    # rows are selected with the mouse, Shift and Ctrl, and stay where they are
+    view.evaluate('e => e.scrollTop = 0')
+    page.locator(f'{TABLE} [aria-rowindex="1"]').wait_for()
+    page.wait_for_timeout(300)
+    page.locator(f'{TABLE} [aria-rowindex="2"]').click()
+    wait_for_report(lab, lambda r: r['focus'] == order[1])
+    page.locator(f'{TABLE} [aria-rowindex="5"]').click(modifiers=['Shift'])
+    wait_for_report(lab, lambda r: set(r['rows']) == set(order[1:5]))
+    page.locator(f'{TABLE} [aria-rowindex="3"]').click(modifiers=['Control'])
+    wait_for_report(lab, lambda r: set(r['rows']) == {order[1], order[3], order[4]})
+    page.keyboard.press('Space')
+    wait_for_report(lab, lambda r: set(r['rows']) == set(order[1:5]))
+    assert page.evaluate('document.querySelectorAll(".jp-Cell.jp-mod-selected").length') <= 1
+
+    # the other way round, and the gallery: pictures come when they are in view
+    title.click()
+    page.locator(f'{TABLE} [aria-sort=ascending]').wait_for()
+    page.get_by_role('button', name='Gallery').click()
+    page.locator(f'{TABLE} img').nth(3).wait_for()
+    assert page.locator(f'{TABLE} img').first.evaluate('i => i.naturalWidth') == 260
+    view.evaluate('e => e.scrollTop = e.scrollHeight')
+    page.locator(f'{TABLE} [aria-rowindex="{MANY}"] img').wait_for()
+    take_shot(page, 'gallery')
+    page.locator(f'{TABLE} [aria-rowindex="{MANY}"]').click()
+    wait_for_report(lab, lambda r: r['focus'] == order[0])
     assert faults(page) == []

@@ -380,7 +380,8 @@ def test_the_tooltip_says_oa_in_capitals_and_gives_the_values_of_the_row(window,
 def test_a_lasso_reaches_histogram_list_and_selection(window):
     lasso(window, [9, 4, 30])
     assert list(window.selection().index) == [4, 9, 30] and '3 selected (lasso)' in status(window)
-    assert [row for _, row in window.controls['listed'].options] == [4, 9, 30]
+    assert window.maps.rows[:3].tolist() == [4, 9, 30] and len(window.maps.rows) == 60
+    assert [row for row, selected, *_ in window.maps.page(0) if selected] == [4, 9, 30]
     assert '3 selected' in window.screens['bars'].value and '<b>3</b> of 60' in window.screens['summary'].value
     lasso(window, [])
     assert window.selection().empty and 'Nothing selected' in window.screens['summary'].value
@@ -417,11 +418,15 @@ def test_columns_are_named_in_words(window):
     assert [label for label, column in window.controls['color'].options if column == 'oa'] == ['OA']
 
 
-def test_the_list_is_the_keyboards_way_to_the_tile(window):
+def ask_table(window, **message): # as the browser does
+    window.maps.widget._handle_custom_msg(message | dict(version=window.maps.widget.version), [])
+
+
+def test_the_table_is_the_keyboards_way_to_the_tile(window):
     window.controls['search'].value = 'water'
     order = list(window.selection().index)
-    assert window.controls['listed'].options[0][0].startswith(f'{window.selection().score.iloc[0]:.3f}')
-    window.controls['listed'].value = order[1]
+    assert window.maps.page(0)[0][2][0] == f'{window.selection().score.iloc[0]:.3f}'
+    ask_table(window, type='focus', at=1)
     assert window.state.focus == order[1]
     assert base64.b64encode(window.state.tile(order[1])).decode() in window.screens['tile'].value
     press(window, 'why')
@@ -728,3 +733,265 @@ def test_case_reader_reads_what_the_pipeline_stored():
         valid = case['truth'] != 255
         oa = (case['mask'] == case['truth'])[valid].mean()
         assert np.isclose(oa, setup.sqed.oa.iloc[row], atol=1e-6)
+
+
+# ---------------------------------------------------------------- selections in the window
+
+def test_a_lasso_adds_and_subtracts_by_key(window):
+    lasso(window, [9, 4, 30])
+    window.keys.lasso = 'add'                                            # Shift was down when the mouse was released
+    lasso(window, [4, 5, 9, 30])
+    assert list(window.state.chosen) == [4, 9, 30, 5] and '(lasso · lasso adds)' in status(window)
+    window.keys.lasso = 'subtract'
+    lasso(window, [4, 5])
+    assert list(window.state.chosen) == [4, 5]
+    window.keys.lasso = ''
+    lasso(window, [])                                                    # Escape
+    assert window.selection().empty
+    for expected in ([4, 5], [4, 9, 30, 5], [4, 9, 30], []):
+        press(window, 'undo')
+        assert list(window.state.chosen) == expected
+    press(window, 'undo')
+    assert 'nothing to undo' in status(window)
+    press(window, 'redo')
+    assert list(window.state.chosen) == [4, 9, 30] and set(window.scatter.widget.selection) == {4, 9, 30}
+
+
+def test_a_lasso_keeps_what_the_filter_hides(window):
+    lasso(window, [0, 1, 2, 3])                                          # unet and pspnet in turn
+    window.controls['method'].value = ('unet',)
+    window.keys.lasso = 'add'
+    lasso(window, [0, 2, 4])
+    assert list(window.selection().index) == [0, 2, 4]
+    window.keys.lasso = 'subtract'
+    lasso(window, [2, 4])
+    assert list(window.selection().index) == [2, 4]
+    press(window, 'reset')
+    assert sorted(window.selection().index) == [1, 2, 3, 4]
+
+
+def test_the_query_box_selects_and_explains_what_it_refuses(window):
+    window.controls['query'].value = 'oa < 0.5 and method == "unet"'
+    t = window.state.table
+    assert sorted(window.selection().index) == list(np.flatnonzero((t.oa < .5) & (t.method == 'unet')))
+    before = list(window.state.chosen)
+    window.controls['query'].value = '__import__("os").getcwd()'
+    assert 'cannot use this query' in status(window) and 'Found' in status(window)
+    window.controls['query'].value = 'metod == "unet"'
+    assert 'Did you mean method' in status(window) and list(window.state.chosen) == before
+    window.controls['query'].value = ''
+    assert window.selection().empty
+
+
+def test_keys_undo_and_redo(window):
+    lasso(window, [1])
+    window.keys._handle_custom_msg(dict(type='undo'), [])
+    assert window.selection().empty
+    window.keys._handle_custom_msg(dict(type='redo'), [])
+    assert list(window.selection().index) == [1]
+
+
+def part(window, name): return window.panel.widgets[name]
+
+
+def keep(window, name):
+    part(window, 'name').value = name
+    part(window, 'keep').click()
+
+
+def test_the_panel_keeps_chooses_renames_and_removes(stored, tmp_path):
+    path = tmp_path/'kept.json'
+    window = Explorer(stored[0], selections=path)
+    keep(window, 'nothing')
+    assert 'othing is selected' in status(window)
+    lasso(window, [9, 4, 30])
+    keep(window, 'some')
+    assert "3 maps kept as &#x27;some&#x27; in kept.json" in status(window)
+    part(window, 'note').value = 'three'
+    part(window, 'tags').value = 'a, b'
+    lasso(window, [])
+    keep(window, 'some')
+    assert 'othing is selected' in status(window)
+    # after a restart
+    again = Explorer(ExplorerState(table(), images=cases), selections=path)
+    (line, name), = part(again, 'kept').options
+    assert name == 'some' and line == 'some · 3 maps of 3 images · a, b'
+    part(again, 'kept').value = 'some'
+    assert 'lasso, 20' in part(again, 'about').value
+    assert part(again, 'note').value == 'three' and part(again, 'tags').value == 'a, b'
+    part(again, 'choose').click()
+    assert sorted(again.selection().index) == [4, 9, 30]
+    part(again, 'name').value = 'other'
+    part(again, 'rename').click()
+    assert part(again, 'kept').value == 'other' and 'other' in part(again, 'second').options
+    part(again, 'remove').click()
+    assert 'click again' in status(again) and len(again.kept) == 1
+    part(again, 'remove').click()
+    assert len(again.kept) == 0 and part(again, 'kept').options == ()
+    part(again, 'choose').click()
+    assert 'no kept selection is chosen' in status(again)
+
+
+def test_a_damaged_file_of_selections_is_shown_and_left_alone(stored, tmp_path):
+    path = tmp_path/'kept.json'
+    path.write_text('{')
+    window = Explorer(stored[0], selections=path)
+    assert 'cannot read the selections in kept.json' in status(window)
+    lasso(window, [1])
+    keep(window, 'a')
+    assert 'not overwritten' in status(window) and path.read_text() == '{'
+
+
+def test_the_panel_compares(window):
+    press(window, 'shown')
+    part(window, 'compare').click()
+    assert 'cannot compare these selections' in status(window)               # there is no rest
+    window.controls['query'].value = 'oa < 0.6'
+    keep(window, 'low <b>')
+    part(window, 'first').value = 'low <b>'
+    part(window, 'compare').click()
+    page = part(window, 'result').value
+    assert 'lower OA than those in the rest' in page and 'made by this column' in page
+    assert '&lt;b&gt;' in page and 'low <b>' not in page and 'data:image/png' in page
+    part(window, 'second').value = 'selected now'
+    part(window, 'first').value = 'selected now'
+    part(window, 'compare').click()
+    assert 'compare a selection with itself' in status(window)
+
+
+def test_only_the_last_comparison_is_shown(monkeypatch):
+    async def live():
+        window = Explorer(table())
+        window.controls['query'].value = 'oa < 0.6'
+        slow = window.kept.compare
+
+        def compare(*names):
+            first = not calls
+            calls.append(names)
+            if first: time.sleep(.6)
+            return slow(*names)
+
+        calls = []
+        monkeypatch.setattr(window.kept, 'compare', compare)
+        keep(window, 'low')
+        part(window, 'compare').click()
+        first = window.panel._task
+        part(window, 'first').value = 'low'
+        part(window, 'compare').click()
+        await asyncio.gather(first, window.panel._task)
+        return window
+
+    window = asyncio.run(live())
+    assert '“low” against the rest' in part(window, 'result').value
+
+
+def test_selections_are_kept_beside_what_was_opened(tmp_path, monkeypatch):
+    from rssqa.viz import explorer_widget
+    table().to_parquet(tmp_path/'t.parquet')
+    assert explore(tmp_path/'t.parquet').kept.path == tmp_path/'t.selections.json'
+    assert explore(tmp_path/'t.parquet', selections=tmp_path/'x.json').kept.path == tmp_path/'x.json'
+    assert explore(table()).kept.path is None
+    monkeypatch.setattr(explorer_widget, 'open_committed', lambda *args, **options: ExplorerState(table()))
+    path = explore('open').kept.path
+    assert path.parts[-4:] == ('data', 'runs', 'open', 'selections.json')
+
+
+# ---------------------------------------------------------------- the table of maps
+
+def shown_texts(window, column): # of the first page
+    names = [c['name'] for c in window.maps.widget.columns]
+    return [cells[names.index(column)] for _, _, cells, _ in window.maps.page(0)]
+
+
+def test_the_table_sorts_by_any_column_both_ways_and_unknown_comes_last():
+    t = table().assign(gap=np.nan)
+    t.loc[:4, 'predicted'] = np.nan
+    window = Explorer(t)
+    grid = window.maps.widget
+    gap = window.state.values('gap')
+    for sort, sign in (('-gap', -1), ('gap', 1)):
+        grid.sort = sort
+        ordered = sign * gap[window.maps.rows]
+        assert (np.diff(ordered[:55]) >= 0).all() and np.isnan(ordered[55:]).all()
+    grid.sort = '-gap'
+    assert shown_texts(window, 'gap')[0] == f'{np.nanmax(gap):.3f}' and shown_texts(window, 'gap')[-1] == 'unknown'
+    grid.sort = 'method'
+    assert shown_texts(window, 'method') == ['pspnet'] * 30 + ['unet'] * 30
+    grid.sort = '-method'
+    assert shown_texts(window, 'method')[0] == 'unet'
+    grid.sort = ''
+    assert window.maps.rows.tolist() == list(range(60))
+
+
+def test_the_table_follows_filter_selection_and_focus(window):
+    grid = window.maps.widget
+    window.controls['method'].value = ('unet',)
+    assert grid.total == 30 and '30 maps, 0 selected' == grid.note
+    lasso(window, [8, 3, 4])
+    assert window.maps.rows[:2].tolist() == [4, 8] and grid.note == '30 maps, 2 selected'
+    grid.only = True
+    assert window.maps.rows.tolist() == [4, 8]
+    window.scatter.widget.hovering = 8
+    assert grid.focus == 1
+    window.scatter.widget.hovering = 6
+    assert grid.focus == -1
+    press(window, 'reset')
+    assert window.maps.rows.tolist() == [3, 4, 8] and grid.total == 3
+    grid.only = False
+    grid.shown = ['oa', 'entropy']
+    assert [c['name'] for c in grid.columns] == ['oa', 'entropy'] and len(window.maps.page(0)[0][2]) == 2
+
+
+def test_the_table_selects_without_moving_rows(window):
+    grid = window.maps.widget
+    grid.sort = '-oa'
+    order = window.maps.rows.copy()
+    ask_table(window, type='toggle', at=5)
+    ask_table(window, type='extend', **{'from': 9, 'to': 7})
+    assert sorted(window.selection().index) == sorted(order[[5, 7, 8, 9]])
+    assert set(window.scatter.widget.selection) == set(order[[5, 7, 8, 9]])
+    ask_table(window, type='toggle', at=8)
+    assert sorted(window.selection().index) == sorted(order[[5, 7, 9]]) and np.array_equal(window.maps.rows, order)
+    press(window, 'undo')
+    assert len(window.selection()) == 4
+    # without a sorted column the order changes with the next selection from elsewhere only
+    grid.sort = ''
+    before = window.maps.rows.copy()
+    ask_table(window, type='toggle', at=40)
+    assert np.array_equal(window.maps.rows, before)
+    lasso(window, [17])
+    assert window.maps.rows[0] == 17
+
+
+def test_the_table_sends_pages_on_demand_and_never_old_ones(monkeypatch):
+    read = []
+    state = ExplorerState(random_maps(12_256), images=lambda row: read.append(row.image_id) or {})
+    window = Explorer(state)
+    grid = window.maps.widget
+    sent = []
+    monkeypatch.setattr(grid, 'send', sent.append)
+    assert grid.total == 12_256 and len(grid.get_state()['columns']) < 10 and not read
+    ask_table(window, type='page', page=122)
+    assert len(sent[0]['rows']) == 56 and sent[0]['rows'][-1][0] == 12_255
+    old = grid.version
+    grid.sort = 'oa'
+    grid._handle_custom_msg(dict(type='page', version=old, page=0), [])
+    grid._handle_custom_msg(dict(type='focus', version=old, at=3), [])
+    assert len(sent) == 1 and state.focus is None and not read
+    ask_table(window, type='tile', row=7)
+    assert sent[1]['row'] == 7 and sent[1]['src'].startswith('data:image/png') and len(read) == 1
+
+
+def test_a_search_adds_its_scores_and_takes_them_away(window):
+    window.controls['search'].value = 'water'
+    grid = window.maps.widget
+    assert grid.columns[0]['name'] == 'score'
+    grid.sort = 'score'
+    assert shown_texts(window, 'score')[-1] == 'unknown'
+    lasso(window, [3])
+    assert grid.columns[0]['name'] != 'score' and window.maps.rows[0] == 3       # nothing to sort by is left
+
+
+def test_names_in_the_table_stay_text():
+    window = Explorer(table().assign(method='<img src=x>'))
+    assert '<img src=x>' in window.maps.page(0)[0][2] and 'innerHTML' not in window.maps.widget._esm

@@ -6,8 +6,9 @@
 __all__ = ['PANEL_GAP', 'BACKGROUND', 'NOTE_BACKGROUND', 'NOTE_COLOUR', 'COMMON_COLUMNS', 'PLACE_COLUMNS', 'UMAP_LIMIT',
            'SEPARATION_ROWS', 'TABLE_SUFFIXES', 'CACHED_TILES', 'EVIDENCE_COLUMNS', 'EVIDENCE_TEXT', 'SHARPNESS_SAMPLE',
            'EXAMPLE_METHODS', 'count_values', 'count_names', 'paint_tile', 'case_reader', 'MemoryVectors',
-           'StoreVectors', 'standardised', 'EmbeddingTable', 'write_table', 'EmbeddingSelection', 'ExplorerState',
-           'sharpness', 'why', 'why_text', 'snapshot', 'example', 'save_run', 'known_without_labels', 'open_run']
+           'StoreVectors', 'standardised', 'EmbeddingTable', 'write_table', 'export_table', 'EmbeddingSelection',
+           'ExplorerState', 'sharpness', 'why', 'why_text', 'snapshot', 'example', 'save_run', 'known_without_labels',
+           'open_run']
 
 # %% ../../nbs/64_viz.explorer.ipynb #f6493c80
 import io, json
@@ -382,7 +383,7 @@ class EmbeddingTable:
         measured = 'separation is being measured' if self.pending else separation_text(self.numbers)
         return f'{line}\n{measured}'
 
-# %% ../../nbs/64_viz.explorer.ipynb #439391cd
+# %% ../../nbs/64_viz.explorer.ipynb #c39b4f1f
 TABLE_SUFFIXES = ('.csv', '.parquet')
 
 
@@ -413,6 +414,26 @@ def _write_lance(table, path, overwrite):
     import pyarrow as pa
     arrow = pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata()
     lance.write_dataset(arrow, str(path), mode='overwrite' if overwrite else 'create')
+
+
+def export_table(
+    table: pd.DataFrame, # selected rows
+    path, # suffix .csv, .parquet or .lance
+    overwrite: bool = False,
+) -> Path:
+    "Write selected rows, all or nothing; an existing file is replaced only on demand."
+    path = Path(path)
+    what = f'cannot write {path.name}'
+    if path.suffix not in (*TABLE_SUFFIXES, '.lance'):
+        found = f'found suffix {path.suffix!r}, expected .csv, .parquet or .lance'
+        raise Incompatible(what, found, 'rename the file')
+    if not len(table):
+        raise SchemaError(what, 'nothing is selected', 'lasso some points, or select_shown()')
+    if path.exists() and not overwrite:
+        raise Incompatible(what, 'it exists already', 'choose another name, or pass overwrite=True')
+    if path.suffix == '.lance': _write_lance(table, path, overwrite)
+    else: write_table(_lists_as_json(table) if path.suffix == '.csv' else table, path)
+    return path
 
 
 class EmbeddingSelection(EmbeddingTable):
@@ -578,21 +599,10 @@ class EmbeddingSelection(EmbeddingTable):
     def export(self,
         path, # suffix .csv, .parquet or .lance
         overwrite: bool = False,
+        **columns, # written beside each row, such as made='2026-01-31'
     ) -> Path:
         "Write the selection as a table, all or nothing."
-        path = Path(path)
-        what = f'cannot write {path.name}'
-        if path.suffix not in (*TABLE_SUFFIXES, '.lance'):
-            found = f'found suffix {path.suffix!r}, expected .csv, .parquet or .lance'
-            raise Incompatible(what, found, 'rename the file')
-        table = self.selection()
-        if not len(table):
-            raise SchemaError(what, 'nothing is selected', 'lasso some points, or select_shown()')
-        if path.exists() and not overwrite:
-            raise Incompatible(what, 'it exists already', 'choose another name, or pass overwrite=True')
-        if path.suffix == '.lance': _write_lance(table, path, overwrite)
-        else: write_table(_lists_as_json(table) if path.suffix == '.csv' else table, path)
-        return path
+        return export_table(self.selection().assign(**columns), path, overwrite)
 
 # %% ../../nbs/64_viz.explorer.ipynb #5703bf76
 CACHED_TILES = 400

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLOUR_STEPS', 'LIGHTER', 'DARKER', 'SHADES', 'TITLE_HEIGHT', 'LABEL_HEIGHT', 'CHARACTER_WIDTH', 'TOOLTIP_COLUMNS',
-           'SHOWN_NAMES', 'COLUMN_OF', 'MANY_POINTS', 'SCATTER_OPTIONS', 'LARGE_SCATTER_OPTIONS', 'MAX_LISTED', 'HINT',
-           'SHORT_HINT', 'STYLE', 'FILTER_COLUMNS', 'KEY_SCRIPT', 'READERS', 'encode_colours', 'legend_html',
-           'bars_svg', 'make_scatter', 'move_points', 'recolour', 'Explorer', 'summary_html', 'explore']
+           'SHOWN_NAMES', 'COLUMN_OF', 'MANY_POINTS', 'LASSO_KEYS', 'SCATTER_OPTIONS', 'LARGE_SCATTER_OPTIONS', 'HINT',
+           'SHORT_HINT', 'KEYS_HINT', 'STYLE', 'FILTER_COLUMNS', 'KEY_SCRIPT', 'READERS', 'encode_colours',
+           'legend_html', 'bars_svg', 'make_scatter', 'move_points', 'recolour', 'Explorer', 'summary_html', 'explore']
 
-# %% ../../nbs/66_viz.explorer_widget.ipynb #f68abc9d
+# %% ../../nbs/66_viz.explorer_widget.ipynb #aa7dbf5a
 import asyncio, base64, html, os
 from pathlib import Path
 
@@ -16,9 +16,14 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataNotFound, Incompatible, Problem
-from .committed import EXPERIMENTS, open_committed
+from .committed import EXPERIMENTS, open_committed, tables_folder
 from .explorer import ExplorerState, column_label, example, open_run, snapshot, why, why_text
 from .figures import OA_MAP, PALETTE, UNKNOWN, is_number, limits
+from .map_table import MapTable, value_text
+from .selection_panel import SelectionPanel
+from rssqa.viz.selections import (
+    SELECTIONS_FILE, KeptSelections, SelectionHistory, alter_selection, select_by_query,
+)
 
 # %% ../../nbs/66_viz.explorer_widget.ipynb #b398fa9f
 COLOUR_STEPS = 255 # of the colour map of numbers
@@ -101,7 +106,7 @@ def legend_html(
     grey = f' {_swatch(UNKNOWN)}unknown ({unknown:,})' if unknown else ''
     return f'<div style="font-size:12px;line-height:1.5"><b>{html.escape(column)}</b> {body}{grey}</div>'
 
-# %% ../../nbs/66_viz.explorer_widget.ipynb #a7d0d9a0
+# %% ../../nbs/66_viz.explorer_widget.ipynb #7fa55b0a
 TITLE_HEIGHT = 18 # pixels of the histogram above the bars
 LABEL_HEIGHT = 34 # and below
 CHARACTER_WIDTH = 5.7 # pixels
@@ -146,7 +151,8 @@ def bars_svg(
     parts.append(f'<line x1="0" x2="{width}" y1="{baseline}" y2="{baseline}" stroke="#888888"/>')
     parts.append(_svg_text(0, 11, title + (f', {missing:,} unknown' if missing else '')))
     parts += [_svg_text(*label) for label in _bar_labels(counts, step, baseline + 12, width)]
-    size = f'width="{width}" height="{height}" role="img" aria-label="{html.escape(title)}"'
+    size = f'viewBox="0 0 {width} {height}" style="width:{width}px;max-width:100%"'
+    size += f' role="img" aria-label="{html.escape(title)}"'
     font = 'font-family="sans-serif" font-size="11" fill="#444444"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>{"".join(parts)}</svg>'
 
@@ -166,13 +172,14 @@ def _bar_labels(counts, step, y, width): # -> [(x, y, text, anchor)]
         labels.append(((i + 0.5) * step, y + lower, name, 'middle'))
     return labels
 
-# %% ../../nbs/66_viz.explorer_widget.ipynb #8714069e
+# %% ../../nbs/66_viz.explorer_widget.ipynb #a911dd8d
 TOOLTIP_COLUMNS = ('dataset', 'scene', 'method', 'oa', 'predicted')
 SHOWN_NAMES = dict(oa='OA') # column -> its name in the tooltip, which begins with a capital
 COLUMN_OF = {name: column for column, name in SHOWN_NAMES.items()}
 MANY_POINTS = 50_000 # above: smaller marks, no animation
+LASSO_KEYS = dict(lasso='shift', merge='shift', remove='alt') # Shift draws a lasso without its button, too
 # copying a million points to a worker takes longer than indexing them
-SCATTER_OPTIONS = dict(spatialIndexUseWorker=False)
+SCATTER_OPTIONS = dict(spatialIndexUseWorker=False, actionKeyMap=LASSO_KEYS)
 # at this size a square looks like a disc, and outlines would cover the neighbours
 LARGE_SCATTER_OPTIONS = dict(renderPointsAsSquares=True, pointOutlineWidth=0, pointSizeSelected=0)
 
@@ -248,11 +255,6 @@ def recolour(
     return legend
 
 
-def _value_text(value):
-    if pd.isna(value): return 'unknown'
-    return f'{value:.3f}' if isinstance(value, (float, np.floating)) else str(value)
-
-
 def _data_url(png): return 'data:image/png;base64,' + base64.b64encode(png).decode()
 
 
@@ -262,16 +264,21 @@ def _answer_tooltip(state, widget, message): # send the values, and the tile, of
     answer = dict(type='tooltip', index=row)
     if state.images: answer['preview'] = _data_url(state.tile(row, 84))
     known = {name: c for name, c in asked.items() if c in state.table}
-    answer['properties'] = {name: _value_text(state.table[c].iloc[row]) for name, c in known.items()}
+    answer['properties'] = {name: value_text(state.table[c].iloc[row]) for name, c in known.items()}
     widget.send(answer)
 
-# %% ../../nbs/66_viz.explorer_widget.ipynb #1243f6d3
-MAX_LISTED = 200 # maps in the list
+# %% ../../nbs/66_viz.explorer_widget.ipynb #3cefe964
 HINT = 'Point at a map, or lasso some: image, map and error appear here.'
 SHORT_HINT = 'Point at a map, or lasso some.'
+KEYS_HINT = ('<div class="rssqa-text rssqa-soft">Lasso: <kbd>Shift</kbd>+drag adds, <kbd>Alt</kbd>+drag subtracts '
+             '(lasso button on); <kbd>Esc</kbd> clears, <b>Undo</b> brings it back.</div>')
 STYLE = (
     '.rssqa-explorer .widget-readout {min-width: 92px} '
     '.rssqa-explorer :focus-visible {outline: 2px solid #0072B2; outline-offset: 1px} '
+    '.rssqa-explorer .rssqa-text {font-size: 12px; line-height: 1.5; color: var(--jp-ui-font-color1, #222)} '
+    '.rssqa-explorer .rssqa-soft {color: var(--jp-ui-font-color1, #444)} '
+    '.rssqa-explorer .widget-html-content {color: var(--jp-ui-font-color1, #222)} '
+    '.rssqa-explorer svg[role=img] text {fill: var(--jp-ui-font-color1, #444)} '
     '.rssqa-explorer div[style*="data:image/png"] {min-width: 264px}'
 )
 FILTER_COLUMNS = ('dataset', 'method', 'scene', 'oa', 'gap')
@@ -319,8 +326,13 @@ def _make_controls(state): # name -> widget
         color=_column_choice(state, state.color_by, 'colour', '48px', '220px'),
         histogram=_column_choice(state, state.histogram_of, 'histogram', '66px', 'auto'),
         search=w.Text(placeholder='flooded road', continuous_update=False, description='find',
-                      style=dict(description_width='34px'), layout=dict(width='240px'),
+                      style=dict(description_width='48px'), layout=dict(flex='1 1 200px', width='auto'),
                       disabled=state.encoder is None),
+        query=w.Text(placeholder='gap < -0.3 and method == "unet"', continuous_update=False, description='query',
+                     style=dict(description_width='48px'), layout=dict(width='auto'),
+                     tooltip='a condition on columns; Enter selects the maps that meet it'),
+        undo=_button('Undo', 'the selection before (Ctrl+Z)'),
+        redo=_button('Redo', 'the selection after (Ctrl+Shift+Z)'),
         dataset=_name_filter(state, 'dataset', 4),
         method=_name_filter(state, 'method', 5),
         scene=w.Text(placeholder='all, or a pattern: town*', continuous_update=False, layout=dict(width='auto'),
@@ -334,8 +346,6 @@ def _make_controls(state): # name -> widget
         why=_button('Why?', 'say what speaks for or against the map in focus'),
         path=w.Text(value='selection.csv', layout=dict(width='150px'), tooltip='.csv, .parquet or .lance'),
         save=_button('Save', 'write the selection to this file'),
-        listed=w.Select(options=[], rows=7, layout=dict(width='auto'),
-                        tooltip='maps of the selection; arrow keys walk through them'),
     )
 
 
@@ -345,24 +355,50 @@ def _make_screens(): # name -> widget that only shows
     return {name: w.HTML(layout=dict(margin='0')) for name in names}
 
 
-KEY_SCRIPT = """export default { render({ el }) {
+KEY_SCRIPT = """export default { render({ model, el }) {
+  const press = e => {
+    const keys = e.type == 'mouseup' ? (e.shiftKey ? 'add' : e.altKey ? 'subtract' : '') : '';
+    if (e.type == 'keyup' && e.key != 'Escape' || keys == model.get('lasso')) return;
+    model.set('lasso', keys);
+    model.save_changes();
+  }
+  const undo = e => {
+    const key = e.key.toLowerCase();
+    if (!(e.ctrlKey || e.metaKey) || !'zy'.includes(key) || e.target.matches('input, textarea')) return;
+    e.preventDefault();
+    model.send({ type: key == 'y' || e.shiftKey ? 'redo' : 'undo' });
+  }
   const keepKeys = box => {
     box.setAttribute('data-lm-suppress-shortcuts', 'true');
-    box.addEventListener('keydown', e => e.stopPropagation());
+    box.addEventListener('keydown', e => { undo(e); e.stopPropagation(); });
   }
   const find = n => {
     const box = el.closest('.rssqa-explorer');
     if (box) keepKeys(box); else if (n) setTimeout(() => find(n - 1), 50);
   }
-  find(100) } }"""
+  find(100);
+  // JupyterLab takes Shift and drag for a selection of cells, unless the mouse is on an input
+  const claim = e => {
+    if (!e.shiftKey || !e.target.matches('.rssqa-explorer canvas, .rssqa-view *')) return;
+    Object.defineProperty(e.target, 'tagName', { value: 'INPUT', configurable: true });
+    setTimeout(() => delete e.target.tagName);
+  }
+  // before the scatter hears of it: what a lasso does depends on the key
+  const listeners = { mouseup: press, keyup: press, mousedown: claim };
+  for (const type in listeners) window.addEventListener(type, listeners[type], true);
+  return () => { for (const type in listeners) window.removeEventListener(type, listeners[type], true); }
+} }"""
 
 
-def _keep_keys(): # JupyterLab uses arrow keys to go from cell to cell; inside the window they belong to the list
+def _listen_to_keys():
+    # JupyterLab uses arrow keys to go from cell to cell; inside the window they belong to the table
+    import traitlets
     from anywidget import AnyWidget
-    return type('Keys', (AnyWidget,), dict(_esm=KEY_SCRIPT))(layout=dict(display='none'))
+    lasso = traitlets.Unicode().tag(sync=True) # what the next lasso does: 'add', 'subtract' or '' (select anew)
+    return type('Keys', (AnyWidget,), dict(_esm=KEY_SCRIPT, lasso=lasso))(layout=dict(display='none'))
 
 
-def _arrange(controls, screens, scatter, table): # -> box
+def _arrange(controls, screens, scatter, table, keys, panel, maps): # -> box
     import ipywidgets as w
     filters = []
     for column in FILTER_COLUMNS:
@@ -370,18 +406,20 @@ def _arrange(controls, screens, scatter, table): # -> box
         title = f'<b style="font-size:12px">{column_label(column)}</b>'
         filters += [w.HTML(title, layout=dict(margin='4px 0 -4px 0')), controls[column]]
     if filters: filters.append(controls['reset'])
-    left = w.VBox(filters, layout=dict(width='220px' if filters else '0'))
-    top = w.HBox([controls[name] for name in ('color', 'search', 'shown', 'clear')],
-                 layout=dict(flex_flow='row wrap'))
-    middle = w.VBox([top, scatter, screens['legend'], screens['status']],
-                    layout=dict(flex='1 1 420px', min_width='360px'))
+    left = w.VBox(filters, layout=dict(flex='0 0 205px' if filters else '0 0 0'))
+    wrap = dict(flex_flow='row wrap')
+    top = w.HBox([controls[name] for name in ('color', 'search')], layout=wrap)
+    change = w.HBox([controls[name] for name in ('shown', 'clear', 'undo', 'redo')], layout=wrap)
+    middle = w.VBox([top, change, controls['query'], scatter, w.HTML(KEYS_HINT), screens['legend'], screens['status']],
+                    layout=dict(flex='1 1 330px', min_width='330px'))
     actions = w.HBox([controls[name] for name in ('near', 'why', 'path', 'save')])
-    right = w.VBox([screens['tile'], screens['bars'], controls['histogram'], screens['summary'],
-                    controls['listed'], actions, screens['why']], layout=dict(width='400px'))
-    columns = w.HBox([left, middle, right], layout=dict(width='100%'))
-    return w.VBox([_keep_keys(), screens['header'], columns])
+    beside, result = panel.boxes()
+    right = w.VBox([screens['tile'], actions, screens['why'], screens['bars'], controls['histogram'],
+                    screens['summary'], beside], layout=dict(flex='1 1 350px', max_width='420px'))
+    columns = w.HBox([left, middle, right], layout=dict(width='100%') | wrap)
+    return w.VBox([keys, screens['header'], columns, maps, result])
 
-# %% ../../nbs/66_viz.explorer_widget.ipynb #db007f3f
+# %% ../../nbs/66_viz.explorer_widget.ipynb #f53288c8
 def _small(text, line_height=1.4, **style): # HTML in small print
     style = {'font-size': '12px', 'line-height': line_height} | style
     css = ';'.join(f'{name}:{value}' for name, value in style.items())
@@ -394,6 +432,7 @@ class Explorer:
         table, # DataFrame, one row a map, or an ExplorerState
         features: np.ndarray = None, # (N,D), see ExplorerState
         height: int = 440, # of the scatter, pixels
+        selections=None, # JSON file of kept selections; None: they last as long as the program
         **options, # for ExplorerState: store, semantic, encoder, images, method, numbers, seed
     ):
         is_state = isinstance(table, ExplorerState)
@@ -401,15 +440,22 @@ class Explorer:
         self.scatter = make_scatter(self.state, height)
         self.controls = _make_controls(self.state)
         self.screens = _make_screens()
-        self.box = _arrange(self.controls, self.screens, self.scatter.widget, self.state.table)
-        self.box.add_class('rssqa-explorer')
         self._updating = False
+        self.history = SelectionHistory(self.state)
+        self.kept = KeptSelections(self.state, selections)
+        self.panel = SelectionPanel(self.kept, self._run, self._show_status)
+        self.keys = _listen_to_keys()
+        self.maps = MapTable(self.state, self._run, self._alter_in_table)
+        self.box = _arrange(self.controls, self.screens, self.scatter.widget, self.state.table, self.keys, self.panel,
+                            self.maps.widget)
+        self.box.add_class('rssqa-explorer')
         self._listen()
         self.state.observe(self._redraw)
         for change in ('filter', 'focus'): self._redraw(change)
         # the scatter has its colours already: points travel to the browser once
         self._draw_legend(encode_colours(self.state, self.state.color_by)[2])
         self._draw_header()
+        if self.kept.fault: self._show_status(str(self.kept.fault), is_error=True)
         self._start_layout()
 
     def _start_layout(self): # in a thread, where there is a loop that keeps the window alive meanwhile
@@ -439,12 +485,15 @@ class Explorer:
         self._on_change('color', state.color)
         self._on_change('histogram', state.show_histogram)
         self._on_change('search', self._search)
-        self._on_change('listed', self._focus_listed)
+        self._on_change('query', self._query)
         for name in ('dataset', 'method', 'scene', 'oa', 'gap'):
             self._on_change(name, lambda _, name=name: state.filter(**{name: self._rule(name)}))
         self._on_click('reset', self._show_all)
         self._on_click('shown', state.select_shown)
         self._on_click('clear', self._select_nothing)
+        self._on_click('undo', self.history.undo)
+        self._on_click('redo', self.history.redo)
+        self.keys.on_msg(lambda _, message, __: self._run(getattr(self.history, message['type'])))
         self._on_click('near', self._select_neighbours)
         self._on_click('why', self._explain)
         self._on_click('save', self._save)
@@ -470,14 +519,15 @@ class Explorer:
         return f'{text} ({state.reason})' if selected else text
 
     def _show_status(self, text='', is_error=False): # without a text: what is shown and selected
-        colour = PALETTE[4] if is_error else '#444444'
+        colour = 'var(--jp-error-color1, #B00020)' if is_error else 'var(--jp-ui-font-color1, #444)'
         style = f'font-size:12px;line-height:1.4;color:{colour}'
         words = html.escape(text or self._counts())
         self.screens['status'].value = f'<div role="status" aria-live="polite" style="{style}">{words}</div>'
 
     def _select_lasso(self, rows):
-        rows = np.empty(0, np.int64) if rows is None else np.sort(rows)
-        self.state.select(rows, reason='lasso')
+        rows = np.empty(0, np.int64) if rows is None else np.sort(rows).astype(np.int64)
+        if self.keys.lasso: alter_selection(self.state, rows, self.keys.lasso)
+        else: self.state.select(rows, reason='lasso' if len(rows) else '')
 
     def _select_nothing(self): self.state.select([], reason='')
 
@@ -485,12 +535,15 @@ class Explorer:
         if text.strip(): self.state.search(text)
         else: self._select_nothing()
 
-    def _focus_listed(self, row):
-        if row is not None: self.state.hover(row)
+    def _query(self, text):
+        if text.strip(): select_by_query(self.state, text)
+        else: self._select_nothing()
+
+    def _alter_in_table(self, rows, how): alter_selection(self.state, rows, how, 'table')
 
     def _focus(self):
         if self.state.focus is None:
-            raise Incompatible('no map is in focus', '', 'point at one, or choose one in the list')
+            raise Incompatible('no map is in focus', '', 'point at one, or choose one in the table')
         return self.state.focus
 
     def _select_neighbours(self): self.state.neighbours(self._focus())
@@ -500,7 +553,7 @@ class Explorer:
         self.screens['why'].value = _small(html.escape(text))
 
     def _save(self):
-        path = self.state.export(self.controls['path'].value)
+        path = self.kept.export(None, self.controls['path'].value)
         self._show_status(f'{len(self.state.rows()):,} maps written to {path.name}')
 
     def _show_all(self):
@@ -537,7 +590,7 @@ class Explorer:
 
     def _draw_header(self):
         text = html.escape(self.state.header().replace(':\n', ': ').replace('\n', ' · '))
-        self.screens['header'].value = f'<style>{STYLE}</style>' + _small(text, color='#555555')
+        self.screens['header'].value = f'<style>{STYLE}</style>' + _small(text, color='var(--jp-ui-font-color1, #555)')
 
     def _draw_layout(self):
         move_points(self.scatter, self.state)
@@ -561,9 +614,7 @@ class Explorer:
             self.scatter.selection(state.chosen)
         self._draw_histogram()
         self.screens['summary'].value = summary_html(state.summary())
-        rows = state.rows()[:MAX_LISTED]
-        self.controls['listed'].options = list(zip(_map_lines(state, rows, state.scores()), rows.tolist()))
-        self.controls['listed'].value = state.focus if state.focus in rows else None
+        self.maps.draw()
 
     def _draw_focus(self):
         row = self.state.focus
@@ -574,15 +625,14 @@ class Explorer:
         tile = ''
         if self.state.images:
             alt = f'image, map and error of {name}'
-            tile = f'<img src="{_data_url(self.state.tile(row))}" alt="{alt}" style="width:392px">'
+            tile = f'<img src="{_data_url(self.state.tile(row))}" alt="{alt}" style="width:392px;max-width:100%">'
         self.screens['tile'].value = tile + _small(name, 1.3)
         self.screens['why'].value = ''
-        listed = [value for _, value in self.controls['listed'].options]
-        self.controls['listed'].value = row if row in listed else None
+        self.maps.draw_focus()
 
     def _draw_hint(self): # as high as a tile, so that nothing jumps
         height, hint = ('150px', HINT) if self.state.images else ('17px', SHORT_HINT)
-        self.screens['tile'].value = _small(hint, color='#777777', height=height)
+        self.screens['tile'].value = _small(hint, color='var(--jp-ui-font-color2, #666)', height=height)
 
     def selection(self) -> pd.DataFrame:
         "Return the selected rows that pass the filter, in their order."
@@ -605,7 +655,7 @@ def _map_lines(state, rows, score=None): # one line of text for each map
     for k, (row, name) in enumerate(zip(rows, state.names(rows))):
         parts = [] if score is None else [f'{score[k]:.3f}']
         parts.append(name)
-        parts += [f'{label} {_value_text(values[row])}' for label, values in columns]
+        parts += [f'{label} {value_text(values[row])}' for label, values in columns]
         lines.append(' · '.join(parts))
     return lines
 
@@ -626,26 +676,32 @@ def summary_html(
     counts = [_counts_html(column, facts[column]) for column in ('dataset', 'method') if column in facts]
     return _small('<br>'.join([first, '<br>'.join(counts)]))
 
-# %% ../../nbs/66_viz.explorer_widget.ipynb #bdced612
+# %% ../../nbs/66_viz.explorer_widget.ipynb #43be0164
 READERS = {'.parquet': pd.read_parquet, '.csv': pd.read_csv}
 
 
 def explore(
     source=None, # 'open': committed results; DataFrame, ExplorerState, file, folder of a run; None: drawn scenes
     height: int = 440, # of the scatter, pixels
+    selections=None, # JSON file of kept selections; default: in the folder of a run, or beside a file
     **options, # for ExplorerState
 ) -> Explorer:
     "Open the Explorer."
-    if source is None: return Explorer(example(**options), height=height)
-    if not isinstance(source, (str, os.PathLike)): return Explorer(source, height=height, **options)
+    window = dict(height=height, selections=selections)
+    if source is None: return Explorer(example(**options), **window)
+    if not isinstance(source, (str, os.PathLike)): return Explorer(source, **window, **options)
     path = Path(source)
     if source in EXPERIMENTS and not path.exists():
-        return Explorer(open_committed(source, **dict(draft=True) | options), height=height)
+        window['selections'] = selections or tables_folder().parent/'runs'/source/SELECTIONS_FILE
+        return Explorer(open_committed(source, **dict(draft=True) | options), **window)
     if not path.exists():
         expected = f'expected a table, the folder of a run, or one of {", ".join(EXPERIMENTS)}'
         raise DataNotFound(f'nothing at {path}', expected, 'check the path')
-    if path.is_dir(): return Explorer(open_run(path, **dict(draft=True) | options), height=height)
+    if path.is_dir():
+        window['selections'] = selections or path/SELECTIONS_FILE
+        return Explorer(open_run(path, **dict(draft=True) | options), **window)
     if path.suffix not in READERS:
         found = f'found suffix {path.suffix!r}, expected {" or ".join(READERS)}'
         raise Incompatible(f'cannot open {path.name}', found, 'save the table in one of these')
-    return Explorer(READERS[path.suffix](path), height=height, **options)
+    window['selections'] = selections or path.with_name(f'{path.stem}.{SELECTIONS_FILE}')
+    return Explorer(READERS[path.suffix](path), **window, **options)
