@@ -6,9 +6,9 @@
 __all__ = ['PANEL_GAP', 'BACKGROUND', 'NOTE_BACKGROUND', 'NOTE_COLOUR', 'COMMON_COLUMNS', 'PLACE_COLUMNS', 'UMAP_LIMIT',
            'SEPARATION_ROWS', 'TABLE_SUFFIXES', 'CACHED_TILES', 'EVIDENCE_COLUMNS', 'EVIDENCE_TEXT', 'SHARPNESS_SAMPLE',
            'EXAMPLE_METHODS', 'count_values', 'count_names', 'paint_tile', 'case_reader', 'MemoryVectors',
-           'StoreVectors', 'standardised', 'EmbeddingTable', 'write_table', 'export_table', 'EmbeddingSelection',
-           'ExplorerState', 'sharpness', 'why', 'why_text', 'snapshot', 'example', 'save_run', 'known_without_labels',
-           'open_run']
+           'StoreVectors', 'standardised', 'measure_separation', 'EmbeddingTable', 'write_table', 'export_table',
+           'EmbeddingSelection', 'ExplorerState', 'sharpness', 'why', 'why_text', 'snapshot', 'example', 'save_run',
+           'known_without_labels', 'open_run']
 
 # %% ../../nbs/64_viz.explorer.ipynb #f6493c80
 import io, json
@@ -225,7 +225,7 @@ class StoreVectors:
         first = ~pd.Index(self.ids[rows]).duplicated()
         return rows[first], distance[first]
 
-# %% ../../nbs/64_viz.explorer.ipynb #3647b585
+# %% ../../nbs/64_viz.explorer.ipynb #6f7c7e07
 COMMON_COLUMNS = ('image_id', 'dataset', 'scene', 'method', 'oa', 'predicted', 'gap')
 # columns that are of no use as colours
 PLACE_COLUMNS = {'u', 'v', 'x', 'y', 'w', 'h', 'path', 'mask_path', 'confusion', 'method_fp', 'image_id'}
@@ -247,7 +247,12 @@ def standardised(
     return np.nan_to_num(x[:, varies] / deviation[varies])
 
 
-def _measure_separation(x, table, seed): # (N,D), table with u and v -> as `separation`, or None
+def measure_separation(
+    x, # (N,D) features
+    table: pd.DataFrame, # N rows with oa, dataset, u and v; scene where it is known
+    seed: int = 0, # of the rows that are measured, where there are many
+) -> dict | None: # as from `separation`; None where the table has no accuracies
+    "Measure how well features separate quality, with a neighbourhood that fits the size of the datasets."
     if not {'oa', 'dataset'} <= set(table): return None
     labelled = np.isfinite(table.oa.to_numpy(float)) & table.dataset.notna().to_numpy()
     rows = np.flatnonzero(labelled)
@@ -318,7 +323,7 @@ class EmbeddingTable:
             if self._layout is None:
                 emb = next(self._stages, self.table)                         # PCA has one stage only
                 placed = self.table.assign(u=emb.u.to_numpy(), v=emb.v.to_numpy())
-                numbers = self.numbers or _measure_separation(self._x, placed, self.seed)
+                numbers = self.numbers or measure_separation(self._x, placed, self.seed)
                 self._layout = (emb, numbers)
             return self._layout
 
