@@ -15,7 +15,7 @@ import pandas as pd
 from .explorer import COMMON_COLUMNS, ExplorerState
 from .figures import column_label, is_number
 
-# %% ../../nbs/65_viz.map_table.ipynb #d06b3ba9
+# %% ../../nbs/65_viz.map_table.ipynb #5bfde637
 PAGE = 100 # rows in one answer of the kernel
 GRID_SCRIPT = """export default { render({ model, el }) {
   const make = (tag, name, parent, text = '') =>
@@ -100,10 +100,11 @@ GRID_SCRIPT = """export default { render({ model, el }) {
     later();
   };
   const press = (at, e) => {
+    const from = Math.max(focus, 0), version = get('version');
     view.focus({ preventScroll: true });
-    if (e.shiftKey) model.send({ type: 'extend', version: get('version'), from: Math.max(focus, 0), to: at });
-    if (e.ctrlKey || e.metaKey) model.send({ type: 'toggle', version: get('version'), at });
-    move(at);
+    move(at);                                                // first: a new selection makes a new version
+    if (e.shiftKey) model.send({ type: 'extend', version, from, to: at });
+    if (e.ctrlKey || e.metaKey) model.send({ type: 'toggle', version, at });
   };
   // not a click: a line may be drawn anew between pressing and releasing
   body.onmousedown = e => {
@@ -210,7 +211,7 @@ GRID_STYLE = """
 .rssqa-caption {display: block; overflow: hidden; max-height: 2.6em; margin-top: 4px; overflow-wrap: anywhere}
 """
 
-# %% ../../nbs/65_viz.map_table.ipynb #dffb4908
+# %% ../../nbs/65_viz.map_table.ipynb #8fb997cc
 TILE_SIDE = 84 # pixels of a panel in the gallery
 UNKNOWN_TEXT = 'unknown'
 
@@ -277,6 +278,7 @@ class MapTable:
         self.alter = alter
         self.rows = np.empty(0, np.int64) # in the order shown
         self._keeps_order = False
+        self._same_since = 0 # the first version with the order of now
         usable = [c for c in state.columns() if c not in 'uv']
         shown = [c for c in COMMON_COLUMNS if c in usable] or usable[:6]
         self.widget = _widget_class()(height=height, shown=shown, choices=[self._describe(c) for c in usable])
@@ -292,7 +294,7 @@ class MapTable:
         "Make the order anew, and tell the browser."
         state = self.state
         widget = self.widget
-        if not self._keeps_order: self.rows = order_rows(state, self._sort(), widget.only)
+        if not self._keeps_order: self._reorder()
         self._chosen = np.zeros(len(state), bool)
         self._chosen[state.rows()] = True
         columns = ['score'] * (state.score is not None) + widget.shown
@@ -302,6 +304,12 @@ class MapTable:
             widget.note = f'{len(self.rows):,} maps, {int(self._chosen.sum()):,} selected'
             widget.focus = self._place(state.focus)
             widget.version += 1
+
+    def _reorder(self):
+        rows = order_rows(self.state, self._sort(), self.widget.only)
+        if np.array_equal(rows, self.rows): return
+        self.rows = rows
+        self._same_since = self.widget.version + 1
 
     def _sort(self): # '' where the column has gone, as `score` does
         column = self.widget.sort.removeprefix('-')
@@ -340,7 +348,7 @@ class MapTable:
     def _answer(self, message): # of the browser
         kind = message['type']
         if kind == 'tile': self._send_tile(int(message['row']))
-        elif message['version'] != self.widget.version: return
+        elif message['version'] < self._same_since: return
         elif kind == 'page': self._send_page(int(message['page']))
         elif kind == 'focus' and len(self.rows): self.state.hover(int(self.rows[message['at']]))
         elif kind == 'toggle' and message['at'] >= 0: self._toggle(int(self.rows[message['at']]))
