@@ -115,6 +115,12 @@ def test_an_assessor_reads_the_names_of_the_class_table(assessor, tmp_path):
     assert not np.allclose(back.assess(new.image, maps, strange).table.predicted, answer.predicted)
 
 
+def test_a_source_is_fitted_with_names_where_the_start_reads_them(assessor):
+    images = [training_image(i, 'own') for i in range(10, 13)]
+    fitted = Assessor('tiny-clip', members=1, epochs=1).fit_source(images, assessor, 'start')
+    assert fitted.class_names and all(net.reads_names for net in fitted.nets)
+
+
 def test_cosines_are_those_of_the_encoder(assessor):
     image = scene('town', seed=3, size=SIDE).image
     encoder = load_encoder('tiny-clip', dtype='float32')

@@ -104,13 +104,15 @@ def test_waiting_points_are_not_asked_twice(home, maps):
     assert len(more) == 9 == len(pd.read_csv(path)) and more.values.tolist()[:6] == first.values.tolist()
 
 
-def test_a_label_where_a_map_has_no_value_is_counted_out(home, maps):
+def test_a_label_where_a_map_has_no_value_is_counted_out(home, maps, capsys, monkeypatch):
+    monkeypatch.delenv('RSSQA_QUIET', raising=False)
     ids = np.asarray(Image.open(maps['fair']/'a.png')).copy()
     ids[:6] = 255
     Image.fromarray(ids).save(maps['fair']/'a.png')
     labels = labels_of(('a.png', 0, 0, 'land'), ('a.png', 0, 40, 'land'))
     found = read_points(home/'images', maps, CLASSES, labels)
     assert found.unusable == 1 and len(found.labelled) == 1 and (found.votes != 255).all()
+    assert '1 labels are left out: a map has no value there' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('labels, error, words', [
@@ -118,6 +120,7 @@ def test_a_label_where_a_map_has_no_value_is_counted_out(home, maps):
     (labels_of(('a.png', 0, -1, 'land')), SchemaError, 'lies outside'),
     (labels_of(('a.png', 0, 0, 'lnad')), UnknownName, 'land'),
     (labels_of(('b.png', 0, 0, 'land')), DataNotFound, 'b.png, which is not among the 3 images'),
+    (labels_of(('a.png', None, 0, 'land')), SchemaError, 'found 1 rows in which x or y is no number'),
     (labels_of(('a.png', 0, 0, 'land')).drop(columns='y'), SchemaError, 'expected image, x, y, class'),
 ])
 def test_a_mistake_in_the_labels_is_named(home, maps, labels, error, words):

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['ROW_COLUMNS', 'answer_rows', 'assess_folder']
 
-# %% ../../nbs/59_quality.assess_folder.ipynb #1d17e36a
+# %% ../../nbs/59_quality.assess_folder.ipynb #90b6a744
 import os
 from pathlib import Path
 
 import numpy as np
 
-from ..core import DataNotFound, Incompatible, digest, file_id, pick_device
+from ..core import Incompatible, digest, file_id, pick_device
 from .assessment import Assessment
 from .folders import FolderResult, check_folder, check_table_path, process_folder
-from .maps import ClassTable, class_table, find_map
+from .maps import ClassTable, class_table, find_map_of
 from .pack import Pack, cached_pack, open_pack
 from .recommend import assess
 
@@ -39,7 +39,7 @@ def _plain(value): # what JSON knows; None for no number
     if isinstance(value, (bool, np.bool_)): return bool(value)
     return float(value) if np.isfinite(value) else None
 
-# %% ../../nbs/59_quality.assess_folder.ipynb #4951a870
+# %% ../../nbs/59_quality.assess_folder.ipynb #94127552
 class _AssessOne:
     "Assess the maps of one image; a worker opens the pack once."
     def __init__(self,
@@ -59,7 +59,7 @@ class _AssessOne:
 
     def __call__(self, path): # -> rows
         relative = Path(os.path.relpath(path, self.folder))
-        maps = {name: _map_of(place, relative) for name, place in self.maps.items()}
+        maps = {name: find_map_of(place, relative) for name, place in self.maps.items()}
         place = dict(source=self.dataset or '') if maps else dict(dataset=self.dataset)
         return answer_rows(assess(path, maps or None, self.classes, self.usual, pack=self.pack, **place))
 
@@ -68,12 +68,6 @@ class _AssessOne:
     def __setstate__(self, state):
         vars(self).update(state)
         self.pack = cached_pack(*state['pack'])
-
-
-def _map_of(folder, image): # image: path relative to the folder of images
-    place = folder/image.parent
-    if found := find_map(place, image.stem): return found
-    raise DataNotFound(f'no map of {image}', f'expected {image.stem} in {place}', 'name maps like their images')
 
 
 def assess_folder(

@@ -141,7 +141,7 @@ def image_posterior(
     if not weight: return q
     return (1 - weight) * q + weight * consensus_posterior(consensus, grid_of_points(maps, source))
 
-# %% ../../nbs/56_quality.assessor.ipynb #8e260a38
+# %% ../../nbs/56_quality.assessor.ipynb #7974d5c2
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 ENOUGH_SCENES = 10 # for intervals of a source by its own scenes alone
 TUNE_BATCH = 12 # images
@@ -212,6 +212,7 @@ class Assessor:
         networks: str = 'tuned', # 'tuned': those of start, trained on; 'start': as they are; 'own': from nothing
     ) -> 'Assessor':
         "Fit to the maps of one dataset, starting from other datasets, and calibrate by leaving out scenes."
+        if networks != 'own': self.class_names = start.class_names                # its networks read names, or do not
         prepared = self._read(images)
         source = _only_source(prepared)
         samples = self.draw(prepared)

@@ -210,7 +210,7 @@ def _check_map_files(tiles, name, folder):
     todo = 'give each map the name of its tile, such as tile7.png for images/tile7.jpg'
     raise DataNotFound(f'maps {name!r} are not complete in {folder}', found, todo)
 
-# %% ../../nbs/59_quality.fit_pack.ipynb #f1749776
+# %% ../../nbs/59_quality.fit_pack.ipynb #3313ad0e
 @dataclass
 class _Maps:
     "Maps of all tiles, and how accurate they are."
@@ -229,15 +229,16 @@ def _maps_of_networks(plan):
         table = build_sqed(tiles, networks, specs, store, workers=plan.workers)
     serving = networks[networks.fold == 0]
     folders = {row.method: str(Path(row.folder).relative_to(plan.out)) for row in serving.itertuples()}
-    return _Maps(table, _images_of_networks(tiles, table, store), folders)
+    return _Maps(table, _images_of_networks(tiles, table, store, plan.spec.classes), folders)
 
 
-def _images_of_networks(tiles, table, store):
+def _images_of_networks(tiles, table, store, classes):
     tile_of = tiles.set_index('image_id')
     accuracy = {i: dict(zip(rows.method.astype(str), rows.oa)) for i, rows in table.groupby('image_id')}
     for grid in prediction_grids(store, table):
         tile = tile_of.loc[grid.image_id]
-        yield TrainingImage(read_image(tile), limit_grid(grid), str(tile.scene), accuracy[grid.image_id])
+        about = dict(scene=str(tile.scene), oa=accuracy[grid.image_id], classes=classes)
+        yield TrainingImage(read_image(tile), limit_grid(grid), **about)
 
 
 def _maps_of_files(plan):
@@ -269,7 +270,8 @@ def _images_of_files(plan, table):
     for tile in plan.tiles.itertuples():
         truth = read_mask(tile, plan.spec)
         grid, known = _grid_of_maps(list(_read_maps(plan, tile)), truth, tile, len(plan.spec.classes))
-        yield TrainingImage(read_image(tile), grid, str(tile.scene), accuracy[tile.image_id], known)
+        about = dict(scene=str(tile.scene), oa=accuracy[tile.image_id], classes=plan.spec.classes)
+        yield TrainingImage(read_image(tile), grid, has_probabilities=known, **about)
 
 
 def _grid_of_maps(maps, truth, tile, k): # -> PredictionGrid, (M,) bool: which have probabilities

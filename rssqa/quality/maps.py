@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARRAY_SUFFIXES', 'PICTURE_SUFFIXES', 'WINDOWED', 'ClassTable', 'class_table', 'Map', 'map_from_ids',
-           'map_from_scores', 'read_map', 'find_map']
+           'map_from_scores', 'read_map', 'find_map', 'find_map_of']
 
 # %% ../../nbs/54_quality.maps.ipynb #8a9a3ed9
 import os
@@ -254,7 +254,7 @@ def _run_in_windows(segmenter, name, image, temperature): # half precision: a la
     p += SegOutput(mirrored[None]).probs(temperature)[0].flip(-1).half()
     return Map(name, ids, _to_numpy(p.div_(2)))
 
-# %% ../../nbs/54_quality.maps.ipynb #eba291a2
+# %% ../../nbs/54_quality.maps.ipynb #5c513121
 def _read_file(path, table, name, shape):
     suffix = path.suffix.lower()
     if suffix in ARRAY_SUFFIXES: return _from_array(_read_array(path, name), table, name, shape)
@@ -312,3 +312,15 @@ def find_map(
     if len(found) < 2: return found[0] if found else None
     what = f'there are two maps of {stem} in {folder}'
     raise Incompatible(what, f'found {", ".join(path.name for path in found)}', 'keep one')
+
+
+def find_map_of(
+    folder, # with a map of each image, in the same subfolders
+    image, # path relative to the folder of images
+) -> Path:
+    "Find the map of an image, or say that there is none."
+    image = Path(image)
+    if found := find_map(Path(folder)/image.parent, image.stem): return found
+    raise DataNotFound(f'no map of {image}', f'expected {image.stem} in {folder}', 'name maps like their images')
+
+

@@ -5,23 +5,23 @@
 # %% auto #0
 __all__ = ['MOST_POINTS', 'FolderPoints', 'read_points', 'advise_folder']
 
-# %% ../../nbs/59_quality.next_labels.ipynb #01d4f384
+# %% ../../nbs/59_quality.next_labels.ipynb #9e98d39e
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core import DataNotFound, Incompatible, SchemaError, atomic, image_size, progress
+from ..core import DataNotFound, Incompatible, SchemaError, atomic, image_size, progress, say
 from ..data.datasets import IGNORE
 from .active_selection import Advice, advise
-from .folders import check_folder, list_images, plain_name
-from .maps import ClassTable, class_table, find_map, read_map
+from .folders import check_folder, list_images
+from .maps import ClassTable, class_table, find_map_of, read_map
 from .posterior import probabilities_of_ids
 from .recommend import POINT_COLUMNS
 from ..tables.grid import limit_points, subsample
 
-# %% ../../nbs/59_quality.next_labels.ipynb #1b7d5cbf
+# %% ../../nbs/59_quality.next_labels.ipynb #91e7a7fe
 MOST_POINTS = 40_000 # of a folder, besides labelled ones
 
 
@@ -63,6 +63,8 @@ def read_points(
     known = usable & (places['class'] >= 0)
     if not usable.any():
         raise Incompatible('the maps have no point in common', 'found no value', 'check their nodata value')
+    unusable = len(asked) - int(known.sum())
+    if unusable: say(f'{unusable} labels are left out: a map has no value there')
     kept = places[usable].reset_index(drop=True)
     labelled = np.flatnonzero(kept['class'] >= 0)
     return FolderPoints(
@@ -73,7 +75,7 @@ def read_points(
         table=table,
         labelled=labelled,
         classes=kept['class'].to_numpy()[labelled],
-        unusable=len(asked) - int(known.sum()),
+        unusable=unusable,
     )
 
 
@@ -84,11 +86,15 @@ def _read_labels(labels, table, images): # -> image, x, y, class: position in th
         found = f'found columns {", ".join(map(str, labels.columns))}, expected {", ".join(POINT_COLUMNS)}'
         raise SchemaError('cannot use these labels', found, 'name the columns so')
     filled = labels[_has_class(labels)].drop_duplicates(['image', 'x', 'y'], keep='last')
+    places = filled[['x', 'y']].apply(pd.to_numeric, errors='coerce')
+    if not np.isfinite(places.to_numpy(float)).all():
+        found = f'found {places.isna().any(axis=1).sum()} rows in which x or y is no number'
+        raise SchemaError('labels without a place', found, 'give x and y in pixels from the upper left corner')
     if unknown := sorted(set(filled.image.astype(str)) - set(images)):
         found = f'found {unknown[0]}, which is not among the {len(images)} images'
         raise DataNotFound('a label belongs to no image', found, 'give paths relative to the folder of images')
     position = [table.position(value) for value in filled['class']]
-    return filled[['image', 'x', 'y']].astype(dict(x=int, y=int)).assign(**{'class': position})
+    return places.astype(int).assign(image=filled.image, **{'class': position})
 
 
 def _has_class(labels): return labels['class'].notna() & (labels['class'].astype(str).str.strip() != '')
@@ -97,7 +103,7 @@ def _has_class(labels): return labels['class'].notna() & (labels['class'].astype
 def _points_of_image(folder, path, maps, table, labels, side): # a row a point
     width, height = image_size(folder/path)
     shape = np.empty((3, height, width), np.uint8)                               # only its size is read
-    read = [read_map(_find(place, path), table, f'{name} of {path}', shape) for name, place in maps.items()]
+    read = [read_map(find_map_of(place, path), table, f'{name} of {path}', shape) for name, place in maps.items()]
     at = limit_points(subsample(np.arange(height * width).reshape(height, width)), side).ravel()
     outside = labels[(labels.x < 0) | (labels.y < 0) | (labels.x >= width) | (labels.y >= height)]
     if len(outside):
@@ -111,13 +117,6 @@ def _points_of_image(folder, path, maps, table, labels, side): # a row a point
     q = np.mean([_probabilities(m, len(table.names), at) for m in read], 0)
     places = dict(image=path, x=at % width, y=at // width)
     return pd.DataFrame(places | {'class': truth, 'votes': list(votes), 'q': list(q)})
-
-
-def _find(place, path):
-    found = find_map(Path(place)/Path(path).parent, Path(path).stem)
-    if found: return found
-    raise DataNotFound(f'no map of {plain_name(path)}', f'expected {Path(path).stem} in {place}',
-                       'name maps like their images')
 
 
 def _probabilities(m, k, at): # of a map at pixels, (n,K)
