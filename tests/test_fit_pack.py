@@ -343,6 +343,19 @@ def test_faulty_points(own, tmp_path):
         calibrate_pack(points.drop(columns='image'), tmp_path/'out', tmp_path, named, pack=own)
     with pytest.raises(DataNotFound, match='no map of 30.png'):
         calibrate_pack(points, tmp_path/'out', tmp_path, dict(good=tmp_path/'nowhere'), pack=own)
+    with pytest.raises(SchemaError, match='no class in 8 rows'):
+        calibrate_pack(points.assign(**{'class': '?'}), tmp_path/'out', tmp_path, named, pack=own)
+
+
+def test_points_without_a_class_do_not_count(own, tmp_path):
+    points = points_of(tmp_path, [30])
+    named = {name: tmp_path/name for name in SHARES}
+    more = points.assign(**{'class': ['?', ''] * 4})
+    both = pd.concat([points, more], ignore_index=True)
+    with_more = Pack(calibrate_pack(both, tmp_path/'with', tmp_path, named, pack=own))
+    alone = Pack(calibrate_pack(points, tmp_path/'alone', tmp_path, named, pack=own))
+    assert with_more.config['calibrated']['points'] == 8
+    assert with_more.assessor.shift.mean == alone.assessor.shift.mean
     with pytest.raises(SchemaError, match='outside'):
         calibrate_pack(points.assign(x=64), tmp_path/'out', tmp_path, named, pack=own)
     assert not (tmp_path/'out').exists()

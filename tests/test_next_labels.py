@@ -163,3 +163,17 @@ def test_the_command_goes_round(home, maps, capsys):
     assert 'good is best or within 0.005 OA of the best' in text
     assert 'expected .csv' in run('--labels', str(home/'labels.parquet'), code=2)
     assert 'not writable' in run('--labels', str(home/'none'/'labels.csv'), code=2)
+
+
+def test_a_point_that_cannot_be_named_is_left_out_and_not_asked_again(home, maps):
+    path = home/'labels.csv'
+    _, first = advise_folder(home/'images', maps, CLASSES, path, n=6)
+    rows = pd.read_csv(path, dtype={'class': str})
+    rows['class'] = '?'
+    rows.to_csv(path, index=False)
+    found, second = advise_folder(home/'images', maps, CLASSES, path, n=6)
+    assert found.labels == 0 and len(second) == 6
+    asked = pd.concat([first, second])
+    assert not asked.duplicated(['image', 'x', 'y']).any()
+    points = read_points(home/'images', maps, CLASSES, rows)
+    assert not pd.concat([points.places, first]).duplicated().any() and points.unusable == 0

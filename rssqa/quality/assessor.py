@@ -8,7 +8,7 @@ __all__ = ['NAME_SENTENCES', 'MANY_CALIBRATION_IMAGES', 'ENOUGH_SCENES', 'TUNE_B
            'TrainingImage', 'Semantics', 'consensus_weight', 'image_posterior', 'Assessor', 'points_right',
            'open_image']
 
-# %% ../../nbs/56_quality.assessor.ipynb #6eaaa6e1
+# %% ../../nbs/56_quality.assessor.ipynb #f8c39fd7
 import os
 from copy import copy
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ from rssqa.quality.domain import (
     DomainReport, Finding, StatisticRanges, find_nodata, image_findings, image_statistics,
 )
 from .intervals import ShiftCheck
-from .maps import ClassTable, Map, class_table, read_map
+from .maps import ClassTable, Map, class_table, has_class, read_map
 from .switching import fit_switch_rules
 from rssqa.quality.posterior import (
     PointFeatures, PointMaps, PosteriorNet, agreement_weight, build_posteriors, draw_samples, expected_accuracy,
@@ -141,7 +141,7 @@ def image_posterior(
     if not weight: return q
     return (1 - weight) * q + weight * consensus_posterior(consensus, grid_of_points(maps, source))
 
-# %% ../../nbs/56_quality.assessor.ipynb #7974d5c2
+# %% ../../nbs/56_quality.assessor.ipynb #deff73d9
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 ENOUGH_SCENES = 10 # for intervals of a source by its own scenes alone
 TUNE_BATCH = 12 # images
@@ -533,6 +533,10 @@ def points_right(
     if missing or not len(labels):
         found = f'found columns {", ".join(map(str, labels.columns))} and {len(labels)} rows'
         raise SchemaError('cannot use these labels', f'{found}, expected x, y and class', 'name the columns so')
+    if not has_class(labels).any():
+        found = f'found no class in {len(labels)} rows'
+        raise SchemaError('cannot use these labels', found, 'fill in the column class')
+    labels = labels[has_class(labels)]
     x, y = labels.x.to_numpy(int), labels.y.to_numpy(int)
     height, width = maps[0].ids.shape
     outside = (x < 0) | (y < 0) | (x >= width) | (y >= height)

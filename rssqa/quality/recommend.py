@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['POINT_COLUMNS', 'assess', 'calibrate_pack', 'rank', 'score', 'rank_folder', 'recommend', 'nothing_usable']
 
-# %% ../../nbs/58_quality.recommend.ipynb #4e0a8e7b
+# %% ../../nbs/58_quality.recommend.ipynb #5523effd
 import os, shutil
 from pathlib import Path
 
 import pandas as pd
 
-from ..core import BadImage, DataNotFound, Incompatible, SchemaError
+from ..core import BadImage, Incompatible, SchemaError
 from ..core import few_threads, pick_device, progress, say, write_json
 from .assessment import Assessment
 from .assessor import open_image
 from .folders import FolderResult, check_folder, check_table_path, process_folder
-from .maps import find_map
+from .maps import find_map_of, has_class
 from .pack import Pack, bundled_pack, cached_pack, open_pack
 
 # %% ../../nbs/58_quality.recommend.ipynb #7c731163
@@ -48,7 +48,7 @@ def _source_of_maps(pack, source): # given, or the only one of a pack that was f
     todo = f'pass classes=, a list of names or the path of a classes.json, or source={pack.datasets[0]!r}'
     raise Incompatible('cannot assess these maps', found, todo)
 
-# %% ../../nbs/58_quality.recommend.ipynb #444ea168
+# %% ../../nbs/58_quality.recommend.ipynb #43bb0058
 POINT_COLUMNS = ('image', 'x', 'y', 'class')
 
 
@@ -63,10 +63,11 @@ def calibrate_pack(
 ) -> Path: # out
     "Write a copy of a pack whose level and intervals are calibrated by labelled points of a source."
     pack = open_pack(pack)
-    _check_points(points, out)
+    points = _check_points(points, out)
     answers, labels = [], []
     for name, rows in progress(points.groupby('image', sort=True), 'assessing', points.image.nunique(), 'image'):
-        answer = assess(Path(images)/name, _maps_of(name, maps), classes, pack=pack, dataset=dataset)
+        given = maps and {method: find_map_of(folder, name) for method, folder in maps.items()}
+        answer = assess(Path(images)/name, given, classes, pack=pack, dataset=dataset)
         if answer.domain.refused: say(f'{name} is left out: {answer.advice}')
         else:
             answers.append(answer)
@@ -75,21 +76,15 @@ def calibrate_pack(
     return _write_copy(pack, pack.assessor.with_labels(answers, labels), Path(out), sum(map(len, labels)))
 
 
-def _check_points(points, out):
+def _check_points(points, out): # -> the rows with a class
     missing = [name for name in POINT_COLUMNS if name not in points]
     if missing or not len(points):
         found = f'found columns {", ".join(map(str, points.columns))} and {len(points)} rows'
         raise SchemaError('cannot use these points', f'{found}, expected {", ".join(POINT_COLUMNS)}', 'name them so')
     if Path(out).exists(): raise Incompatible(f'cannot write {out}', 'it exists', 'choose a new folder')
-
-
-def _maps_of(image, maps): # {name: path}, or None
-    if not maps: return None
-    found = {name: find_map(folder, Path(image).stem) for name, folder in maps.items()}
-    missing = [name for name, path in found.items() if path is None]
-    if not missing: return found
-    todo = 'give each map the name of its image'
-    raise DataNotFound(f'no map of {image} in {maps[missing[0]]}', f'expected {Path(image).stem}.png or similar', todo)
+    named = points[has_class(points)]
+    if len(named): return named
+    raise SchemaError('cannot use these points', f'found no class in {len(points)} rows', 'fill in the column class')
 
 
 def _write_copy(pack, assessor, out, points):
