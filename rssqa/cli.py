@@ -108,7 +108,7 @@ def _build_demo(data, out, sources, weights, encoder, steps, every, workers, see
     board = run_full_demo(plan, out, workers, seed, None if every else FIVE_RIVALS)
     print(full_demo_summary(board, plan, out))
 
-# %% ../nbs/91_cli.ipynb #86059bab
+# %% ../nbs/91_cli.ipynb #6a263774
 @app.command('assess')
 def assess_command(
     image: Annotated[Path, typer.Argument(help='Image from above, or a folder of images.')],
@@ -173,7 +173,8 @@ def advise_command(
     for name, row in found.table.iterrows():
         print(f'{name:<20}{row.p_best:>8.2f}{row.p_near:>16.2f}{row.behind:>13.3f}')
     if found.stop: return print(f'{found.leader} is best or within 0.005 OA of the best. No more labels are needed.')
-    print(f'{len(waiting)} points wait for a class in {labels}: fill them in (? where the image does not show it), then give the same command.')
+    print(f'{len(waiting)} points wait for a class in {labels}.')
+    print('Fill them in (? where the image does not show it), then give the same command.')
 
 
 def _not_csv(path):
