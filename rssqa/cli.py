@@ -6,12 +6,12 @@
 __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PARTS', 'main', 'demo_command', 'assess_command',
            'advise_command', 'use_command', 'show_command', 'build_command', 'build_demo_command', 'calibrate_command',
            'fit_command', 'score_command', 'recommend_command', 'ls_command', 'get_command', 'check_command',
-           'paper_command', 'speed_command', 'encoders_command', 'projection_command', 'assessor_command',
-           'semantics_command', 'bench_later_command', 'bench_pack_command', 'fused_command', 'starts_command',
-           'label_noise_command', 'tables_command', 'own_domain_command', 'points_command', 'labels_command',
-           'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command', 'conformance_command',
-           'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command', 'train_command',
-           'eval_command', 'doctor_command']
+           'paper_command', 'speed_command', 'methods_command', 'encoders_command', 'projection_command',
+           'assessor_command', 'semantics_command', 'bench_later_command', 'bench_pack_command', 'fused_command',
+           'starts_command', 'label_noise_command', 'tables_command', 'own_domain_command', 'points_command',
+           'labels_command', 'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command',
+           'conformance_command', 'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command',
+           'train_command', 'eval_command', 'doctor_command']
 
 # %% ../nbs/91_cli.ipynb #a05f4187
 import os, sys
@@ -548,7 +548,24 @@ def speed_command(
     options = ' --quick' * quick + (f' --only "{only}"' if only else '')
     if out: save_speed(board, out, 'rssqa bench speed' + options)
 
-# %% ../nbs/91_cli.ipynb #6afc2c16
+# %% ../nbs/91_cli.ipynb #902fe5a0
+@bench_app.command('methods')
+def methods_command(
+    preset: Annotated[str, typer.Option(help='Size of the networks.')] = 'tiny',
+    tables: _TablesOption = Path('data/tables'),
+    laps: Annotated[int, typer.Option(min=1, help='Measurements of each method; the median counts.')] = 5,
+    out: _CsvOption = None,
+):
+    "Put what each method costs beside what its maps are worth."
+    from rssqa.bench.method_costs import accuracy_by_cost, costs_and_accuracy, method_costs
+    from rssqa.provenance import save_results
+    from rssqa.tables.sqed import load_sqed
+    rows = costs_and_accuracy(method_costs(preset=preset, laps=laps), load_sqed(tables/'open.parquet'))
+    print(accuracy_by_cost(rows).round(3).to_string())
+    protocol = 'maps cross-fitted by scene; processor time of one thread, methods in turns, medians'
+    if out: save_results(rows, out, protocol, 'RS-SQED-open', 0, f'rssqa bench methods --preset {preset}')
+
+
 @bench_app.command('encoders')
 def encoders_command(
     architecture: Annotated[str, typer.Option(
