@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 _HOME = dict(
     assess='quality.recommend',
     Assessor='quality.assessor',
+    assess_scene='scene.assess_scene',
     score='quality.recommend',
     rank='quality.recommend',
     Pack='quality.pack',

@@ -19,6 +19,7 @@ from .quality.model import QualityModel, explain, load_model, save_model
 from .quality.assessor import Assessor, TrainingImage
 from .quality.pack import Pack, use_pack
 from .quality.recommend import assess, rank, recommend, score
+from .scene.assess_scene import SceneAssessment, assess_scene
 from .segment.protocol import METHOD_NAMES, MethodSpec, Segmenter, SegOutput, TorchSegmenter, check_segmenter, methods, predict_large
 from .tables.sqed import build_sqed, check_sqed, load_sqed, save_sqed
 from .tables.store import Store, extract

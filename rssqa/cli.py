@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PARTS', 'main', 'demo_command', 'assess_command',
-           'advise_command', 'use_command', 'show_command', 'build_command', 'build_demo_command', 'calibrate_command',
-           'fit_command', 'score_command', 'recommend_command', 'ls_command', 'get_command', 'check_command',
-           'paper_command', 'speed_command', 'methods_command', 'encoders_command', 'projection_command',
-           'assessor_command', 'semantics_command', 'bench_later_command', 'bench_pack_command', 'fused_command',
-           'starts_command', 'label_noise_command', 'tables_command', 'own_domain_command', 'points_command',
-           'labels_command', 'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command',
+           'scene_command', 'advise_command', 'use_command', 'show_command', 'build_command', 'build_demo_command',
+           'calibrate_command', 'fit_command', 'score_command', 'recommend_command', 'ls_command', 'get_command',
+           'check_command', 'paper_command', 'speed_command', 'methods_command', 'encoders_command',
+           'projection_command', 'assessor_command', 'semantics_command', 'bench_later_command', 'bench_pack_command',
+           'fused_command', 'starts_command', 'label_noise_command', 'tables_command', 'own_domain_command',
+           'points_command', 'labels_command', 'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command',
            'conformance_command', 'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command',
            'train_command', 'eval_command', 'doctor_command']
 
@@ -108,7 +108,7 @@ def _build_demo(data, out, sources, weights, encoder, steps, every, workers, see
     board = run_full_demo(plan, out, workers, seed, None if every else FIVE_RIVALS)
     print(full_demo_summary(board, plan, out))
 
-# %% ../nbs/91_cli.ipynb #6a263774
+# %% ../nbs/91_cli.ipynb #8fd04286
 @app.command('assess')
 def assess_command(
     image: Annotated[Path, typer.Argument(help='Image from above, or a folder of images.')],
@@ -147,6 +147,43 @@ def assess_command(
     if out: write_table(answer.table.assign(iou=answer.table.iou.map(json.dumps)), out)
     if pictures: answer.save_pictures(pictures)
     print(json.dumps(answer.to_json(), indent=1) if as_json else f'{answer}\npack: {answer.pack}')
+
+
+@app.command('scene')
+def scene_command(
+    image: Annotated[Path, typer.Argument(help='GeoTIFF of any size, or a VRT.')],
+    out: Annotated[Path, typer.Option('--out', '-o', help='Folder for the card, rasters and polygons.')],
+    maps: Annotated[Optional[list[str]], typer.Option(
+        '--map', help='NAME=PATH of a map (GeoTIFF); repeat for more. Without maps, networks of the pack run.')] = None,
+    classes: Annotated[Optional[Path], typer.Option(
+        help='Class table of the maps: JSON, names in order or {"id": "name"}.')] = None,
+    usual: Annotated[str, typer.Option(help='Map that you would use otherwise.')] = '',
+    methods: Annotated[Optional[str], typer.Option(
+        help='Networks of the pack, separated by commas; default all.')] = None,
+    dataset: _DatasetOption = None,
+    bands: Annotated[Optional[str], typer.Option(
+        help='Red, green and blue, counted from 1, such as 3,2,1.')] = None,
+    stretch: Annotated[Optional[str], typer.Option(
+        help='Values that become 0 and 1, such as 0,3000, or percentiles; 8-bit images need none.')] = None,
+    workers: Annotated[Optional[int], typer.Option(min=1, help='Processes; default one per core.')] = None,
+    pack: _PackOption = None,
+):
+    "Assess the maps of a scene of any size; the same command goes on where an earlier one was stopped."
+    from rssqa.core import check_file
+    named = _named_paths(maps or ())
+    for path in (image, *named.values(), *filter(None, [classes])): check_file(path)
+    from rssqa.scene.assess_scene import assess_scene
+    reading = dict(bands=_integers(bands) if bands else None, stretch=_limits(stretch))
+    print(assess_scene(image, named, out, classes, usual, pack, dataset, _split(methods), workers=workers, **reading))
+
+
+def _limits(text): # '0,3000' -> (0.0, 3000.0)
+    if text in (None, 'percentiles'): return text
+    try: low, high = (float(value) for value in text.split(','))
+    except ValueError as error:
+        found = f'found {text!r}, expected two numbers such as 0,3000, or percentiles'
+        raise Incompatible('cannot read --stretch', found, 'give the value of black, a comma, that of white') from error
+    return low, high
 
 
 @app.command('advise')

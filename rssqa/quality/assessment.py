@@ -18,7 +18,7 @@ from ..core import MissingFeatures, atomic, unknown
 from ..data.datasets import IGNORE
 from .domain import DomainReport
 
-# %% ../../nbs/55_quality.assessment.ipynb #daf0177c
+# %% ../../nbs/55_quality.assessment.ipynb #15024a58
 @dataclass
 class Assessment:
     "How accurate the maps of an image are, where they are wrong, and which one to use."
@@ -30,6 +30,7 @@ class Assessment:
     classes: tuple # class names
     posterior: torch.Tensor | None # (K,h,w) at the grid points; None where refused
     fused_predicted: float = np.nan # predicted OA of the fused map
+    gains: np.ndarray | None = None # (M,M) lower bound of what map i gains over map j, in the order of maps
 
     def _posterior(self): # (K,H,W)
         if self.posterior is None:

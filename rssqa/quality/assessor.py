@@ -141,7 +141,7 @@ def image_posterior(
     if not weight: return q
     return (1 - weight) * q + weight * consensus_posterior(consensus, grid_of_points(maps, source))
 
-# %% ../../nbs/56_quality.assessor.ipynb #deff73d9
+# %% ../../nbs/56_quality.assessor.ipynb #0907c184
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 ENOUGH_SCENES = 10 # for intervals of a source by its own scenes alone
 TUNE_BATCH = 12 # images
@@ -428,13 +428,13 @@ class Assessor:
         features = point_features(maps)
         posterior = image_posterior(self.nets, maps, features, self.consensus, source, self.consensus_share)
         expected = expected_accuracy(posterior, features, agreement_weight(self.nets[0], maps))
-        answer = self._table(expected, maps, report, table, labels, read, source)
+        answer, gains = self._table(expected, maps, report, table, labels, read, source)
         rule = self.switch_rules.get(self._kind(maps, source), {}).get(source)
         recommended, advice = give_advice(answer, usual, rule)
         answer['recommended'] = answer.name == recommended
         fused = min(max(float(posterior.amax(0).mean()) + expected.level_change, 0), 1)
         shown = answer.drop(columns='gain_lower')
-        return Assessment(shown, advice, report, self.name, read, table.names, posterior, fused)
+        return Assessment(shown, advice, report, self.name, read, table.names, posterior, fused, gains)
 
     def _check_source(self, source, table):
         if not source: return
@@ -471,7 +471,7 @@ class Assessor:
         share = float(known.float().mean())
         return input_kind(len(known), maps.has_probabilities.any(), share, bool(source))
 
-    def _table(self, expected, maps, report, table, labels, read, source): # best first
+    def _table(self, expected, maps, report, table, labels, read, source): # rows, best first; (M,M) gains
         kind = self._kind(maps, source)
         predicted = self.shift.apply(expected.oa)
         bounds = self.bounds
@@ -483,16 +483,15 @@ class Assessor:
             predicted = shift.apply(predicted)
             spread = spread * shift.spread
         lower, upper = bounds.interval(predicted, kind, report.widening, spread)
-        best = int(predicted.argmax())
-        differ = disagreements(maps.pred)[best]
-        gain_lower = bounds.gain_bound(predicted[best] - predicted, differ, kind)
+        gains = bounds.gain_bound(predicted[:, None] - predicted, disagreements(maps.pred), kind)
+        gain_lower = gains[predicted.argmax()]
         answer = pd.DataFrame(dict(
             name=maps.names, predicted=predicted, lower=lower, upper=upper, as_good=gain_lower <= 0,
             recommended=False, gain_lower=gain_lower,
             agreement=expected.statistics[:, 0], confidence=expected.statistics[:, 5],
         ))
         answer['iou'] = [dict(zip(table.names, row.tolist())) for row in expected.iou]
-        return answer.sort_values('predicted', ascending=False, ignore_index=True, kind='stable')
+        return answer.sort_values('predicted', ascending=False, ignore_index=True, kind='stable'), gains
 
     def with_labels(self,
         assessments: list[Assessment], # of images of one new source
