@@ -202,7 +202,7 @@ exercises.register('accuracy_without_labels/pick', Exercise(
     },
 ))
 
-# %% ../nbs/02_exercises.ipynb #2ce8b4ae
+# %% ../nbs/02_exercises.ipynb #b4ef198d
 def _pooled_width(channels): return 2 * sum(channels)
 def _deepest_width(channels): return 2 * channels[-1]
 
@@ -231,6 +231,22 @@ exercises.register('two_branches/gate', Exercise(
         'this adds the two vectors; a gate multiplies': _added,
     },
     _vector_pairs,
+))
+
+
+def _gain_of_concatenation(errors): return errors.loc['one network'] - errors.loc['concatenated']
+def _source_for_concatenation(errors): return _gain_of_concatenation(errors).idxmax()
+def _source_for_the_gate(errors): return _gain_of_concatenation(errors).idxmin()
+def _hardest_source(errors): return errors.loc['one network'].idxmax()
+
+
+exercises.register('two_branches/source', Exercise(
+    'On which source does concatenation lower the MAE most, compared with the gate of "one network"?',
+    _source_for_concatenation,
+    {
+        'the other way round: there the gate is better by most': _source_for_the_gate,
+        'that source has the largest error; compare the two variants': _hardest_source,
+    },
 ))
 
 

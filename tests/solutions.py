@@ -50,6 +50,7 @@ assert check('train_a_quality_model/leak', np.mean(leaked), random_train, random
 assert check('two_branches/features', 2 * sum(segmenter.channels), segmenter.channels)
 assert not check('two_branches/features', sum(segmenter.channels), segmenter.channels)
 assert check('two_branches/gate', lambda seg, sem: seg + seg * sem)
+assert check('two_branches/source', (errors.loc[full] - errors.loc['concatenated']).idxmax(), errors)
 ''',
     which_method='''
 def regret(table):

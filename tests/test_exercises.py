@@ -14,10 +14,12 @@ TILES = pd.DataFrame(dict(scene=list('aaabb'), split=['train'] * 4 + ['test'], f
 TRAIN = pd.DataFrame(dict(dataset=[*'xxxxy'], scene=[*'abbbc']))
 TEST = pd.DataFrame(dict(dataset=[*'xxxxxyy'], scene=[*'aaaafcd']))
 CUTS = pd.DataFrame(dict(cut=[.1, .2, .3], shuffled=[.5, .92, 1.], clean=[.1, .3, .95]))
+ERRORS = pd.DataFrame({'one network': [.1, .2, .3], 'concatenated': [.05, .25, .29]}, [*'xyz']).T
 GIVEN = {
     'accuracy_without_labels/overconfident': (TABLE,),
     'accuracy_without_labels/pick': (TABLE,),
     'two_branches/features': ((4, 8),),
+    'two_branches/source': (ERRORS,),
     'build_an_sqed/rows': (TILES, ['unet', 'pspnet', 'logcan']),
     'build_an_sqed/split_scene': (TILES,),
     'build_an_sqed/forbidden': (['conf', 'miou', 'scene'], ['conf', 'entropy']),
