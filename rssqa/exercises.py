@@ -467,6 +467,62 @@ exercises.register('which_method/gain', Exercise(
     0.001,
 ))
 
+# %% ../nbs/02_exercises.ipynb #f66d42cf
+def _brightest(error, share=0.2): return error >= np.quantile(error, 1 - share)
+def _errors_found(error, wrong): return float(_brightest(error)[wrong].mean())
+def _alarms_right(error, wrong): return float(wrong[_brightest(error)].mean())
+def _errors_missed(error, wrong): return 1 - _errors_found(error, wrong)
+
+
+exercises.register('assess_your_own_maps/review', Exercise(
+    'Which share of the wrong pixels lies in the fifth of the image with the highest probability of error?',
+    _errors_found,
+    {
+        'that is the share of the fifth that is wrong; the question is which share of the errors lies in it':
+            _alarms_right,
+        'that is the share of the errors outside of the fifth': _errors_missed,
+    },
+))
+
+
+def _covered(table): return float(table.oa.between(table.lower, table.upper).mean())
+def _uncovered(table): return 1 - _covered(table)
+def _above_lower(table): return float((table.oa >= table.lower).mean())
+def _below_upper(table): return float((table.oa <= table.upper).mean())
+
+
+exercises.register('assess_your_own_maps/covered', Exercise(
+    'On which share of the maps does the measured OA lie between the bounds?',
+    _covered,
+    {
+        'that is the share outside of the bounds': _uncovered,
+        'you compared with the lower bound alone': _above_lower,
+        'you compared with the upper bound alone': _below_upper,
+    },
+    tolerance=0.002,
+))
+
+
+def _mean_iou(iou): return float(np.nanmean(list(iou.values())))
+def _mean_iou_of_all(iou): return float(np.nan_to_num(list(iou.values())).mean())
+def _median_iou(iou): return float(np.nanmedian(list(iou.values())))
+
+
+def _ious(): # three dictionaries, one class without value
+    values = [(0.8, 0.2, np.nan, 0.9), (0.5, np.nan, 0.1, 0.3), (0.7, 0.6, 0.05, np.nan)]
+    return [(dict(zip(('water', 'road', 'car', 'tree'), row)),) for row in values]
+
+
+exercises.register('assess_your_own_maps/miou', Exercise(
+    'Write miou(iou): the mean IoU over the classes that have a value (iou is a dictionary from class to IoU).',
+    _mean_iou,
+    {
+        'a class without a value (NaN) is no class with IoU 0: leave it out': _mean_iou_of_all,
+        'that is the median': _median_iou,
+    },
+    _ious,
+))
+
 # %% ../nbs/02_exercises.ipynb #59437db3
 def _share_shared(table): return float((table.groupby('caption').key.transform('nunique') > 1).mean())
 def _share_repeated(table): return float(table.caption.duplicated(keep=False).mean())

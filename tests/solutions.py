@@ -11,6 +11,13 @@ chosen = table.loc[table.groupby('image_id').conf.idxmax()]
 best = table.groupby('image_id').oa.max()[chosen.image_id].to_numpy()
 assert check('accuracy_without_labels/pick', float((chosen.oa.to_numpy() == best).mean()), table)
 ''',
+    assess_your_own_maps='''
+brightest = error >= np.quantile(error, 0.8)
+assert check('assess_your_own_maps/review', float(brightest[wrong].mean()), error, wrong)
+inside = (new_source.lower <= new_source.oa) & (new_source.oa <= new_source.upper)
+assert check('assess_your_own_maps/covered', float(inside.mean()), new_source)
+assert check('assess_your_own_maps/miou', lambda iou: np.nanmean(list(iou.values())))
+''',
     build_an_sqed='''
 assert check('build_an_sqed/rows', len(table), tiles, ['unet', 'unetformer'])
 assert check('build_an_sqed/split_scene', broken.groupby('scene').split.nunique().idxmax(), broken)
