@@ -467,7 +467,7 @@ exercises.register('which_method/gain', Exercise(
     0.001,
 ))
 
-# %% ../nbs/02_exercises.ipynb #f66d42cf
+# %% ../nbs/02_exercises.ipynb #717609f4
 def _brightest(error, share=0.2): return error >= np.quantile(error, 1 - share)
 def _errors_found(error, wrong): return float(_brightest(error)[wrong].mean())
 def _alarms_right(error, wrong): return float(wrong[_brightest(error)].mean())
@@ -521,6 +521,61 @@ exercises.register('assess_your_own_maps/miou', Exercise(
         'that is the median': _median_iou,
     },
     _ious,
+))
+
+
+def _differ(votes): return float((votes != votes[:, :1]).any(axis=1).mean())
+def _agree(votes): return 1 - _differ(votes)
+def _first_two_differ(votes): return float((votes[:, 0] != votes[:, 1]).mean())
+def _all_differ(votes): return float(np.mean([len(set(row)) == len(row) for row in votes.tolist()]))
+def _vote_arrays(): return [(np.random.default_rng(seed).integers(0, 3, (12, 3)),) for seed in (1, 3)]
+
+
+exercises.register('from_labels_to_a_map/differ', Exercise(
+    'Write differ(votes): the share of points (rows) at which the methods (columns) do not all give the same class.',
+    _differ,
+    {
+        'that is the share of points at which all agree': _agree,
+        'compare all columns, not only the first two': _first_two_differ,
+        'one method that differs is enough': _all_differ,
+    },
+    _vote_arrays,
+))
+
+
+def _labels_until(account, column, least): return float(account.labels[account[column] >= least].min())
+def _labels_near(account): return _labels_until(account, 'p_near', 0.9)
+def _labels_best(account): return _labels_until(account, 'p_best', 0.9)
+def _labels_stop(account): return float(account.labels.max())
+
+
+exercises.register('from_labels_to_a_map/when', Exercise(
+    'After how many labels did p_near first reach 0.9?',
+    _labels_near,
+    {
+        'that is where p_best reached it': _labels_best,
+        'that is where the account ends': _labels_stop,
+    },
+    tolerance=0.001,
+))
+
+
+def _points_needed(half, p): return float(np.ceil(1.96**2 * p * (1 - p) / half**2))
+def _points_needed_at_worst(half, p): return _points_needed(half, 0.5)
+def _points_needed_for_width(half, p): return _points_needed(half / 2, p)
+def _points_needed_at_68(half, p): return float(np.ceil(p * (1 - p) / half**2))
+
+
+exercises.register('from_labels_to_a_map/enough', Exercise(
+    'Write enough(half, p): how many random points give a 95 % interval of p plus or minus half, for an OA near p?',
+    _points_needed,
+    {
+        'you assumed p = 0.5, the worst case; use p': _points_needed_at_worst,
+        'that makes the whole interval as long as half': _points_needed_for_width,
+        'that is one standard error; a 95 % interval has 1.96 of them': _points_needed_at_68,
+    },
+    lambda: [(0.05, 0.8), (0.02, 0.9), (0.1, 0.7)],
+    0.005,
 ))
 
 # %% ../nbs/02_exercises.ipynb #59437db3

@@ -24,6 +24,11 @@ assert check('build_an_sqed/split_scene', broken.groupby('scene').split.nunique(
 assert check('build_an_sqed/forbidden', {'miou', 'n_valid', 'scene', 'method_fp'}, candidates, free)
 assert not check('build_an_sqed/forbidden', {'miou', 'scene'}, candidates, free)
 ''',
+    from_labels_to_a_map='''
+assert check('from_labels_to_a_map/differ', lambda votes: (votes != votes[:, :1]).any(axis=1).mean())
+assert check('from_labels_to_a_map/when', account[account.p_near >= 0.9].labels.iloc[0], account)
+assert check('from_labels_to_a_map/enough', lambda half, p: int(np.ceil(1.96**2 * p * (1 - p) / half**2)))
+''',
     purify_captions='''
 smallest = price[price.shuffled >= 0.9].iloc[0]
 assert check('purify_captions/cut', smallest.cut, price)
