@@ -578,7 +578,7 @@ exercises.register('from_labels_to_a_map/enough', Exercise(
     0.005,
 ))
 
-# %% ../nbs/02_exercises.ipynb #59437db3
+# %% ../nbs/02_exercises.ipynb #96fbb4e5
 def _share_shared(table): return float((table.groupby('caption').key.transform('nunique') > 1).mean())
 def _share_repeated(table): return float(table.caption.duplicated(keep=False).mean())
 def _share_of_sentences(table): return float((table.groupby('caption').key.nunique() > 1).mean())
@@ -613,6 +613,30 @@ exercises.register('train_a_clip/chance', Exercise(
         'natural logarithm, please': _initial_loss_in_bits,
         'that is the probability of being right by chance; the loss is its negative logarithm': _chance,
     },
+))
+
+
+def _rank_of_own(cosines): return (cosines > np.diag(cosines)[:, None]).sum(1) # how many come before
+def _recall_at(cosines, k): return float((_rank_of_own(cosines) < k).mean())
+def _recall_of_sentences(cosines, k): return _recall_at(cosines.T, k)
+def _recall_one_less(cosines, k): return _recall_at(cosines, k - 1)
+def _missed_at(cosines, k): return 1 - _recall_at(cosines, k)
+
+
+def _cosine_matrices(): # two matrices (6,6) with a diagonal that is a little higher, and k
+    matrices = [np.random.default_rng(seed).normal(size=(6, 6)) + 0.8 * np.eye(6) for seed in (0, 4)]
+    return [(matrix, 2) for matrix in matrices]
+
+
+exercises.register('train_a_clip/recall', Exercise(
+    'Write recall(cosines, k): the share of images (rows) whose own sentence (same column) is among their k highest.',
+    _recall_at,
+    {
+        'that is the recall of sentences: compare inside each row, not each column': _recall_of_sentences,
+        'a sentence with k - 1 others before it is still among the k highest': _recall_one_less,
+        'that is the share that is missed': _missed_at,
+    },
+    _cosine_matrices,
 ))
 
 

@@ -48,6 +48,12 @@ def shared(table): return (table.groupby('caption').key.transform('nunique') > 1
 
 assert check('train_a_clip/shared', shared)
 assert check('train_a_clip/chance', np.log(recipe.batch), recipe.batch)
+
+def recall(cosines, k):
+    own = np.diag(cosines)
+    return np.mean([(row > right).sum() < k for row, right in zip(cosines, own)])
+
+assert check('train_a_clip/recall', recall)
 ''',
     train_a_quality_model='''
 def srocc_within(table): return np.mean([t.oa.corr(t.predicted, 'spearman') for _, t in table.groupby('image_id')])
