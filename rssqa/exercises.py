@@ -578,7 +578,7 @@ exercises.register('from_labels_to_a_map/enough', Exercise(
     0.005,
 ))
 
-# %% ../nbs/02_exercises.ipynb #96fbb4e5
+# %% ../nbs/02_exercises.ipynb #7e59a03f
 def _share_shared(table): return float((table.groupby('caption').key.transform('nunique') > 1).mean())
 def _share_repeated(table): return float(table.caption.duplicated(keep=False).mean())
 def _share_of_sentences(table): return float((table.groupby('caption').key.nunique() > 1).mean())
@@ -662,4 +662,38 @@ exercises.register('purify_captions/price', Exercise(
     'What share of the clean captions is removed by that cut?',
     _clean_removed,
     {'that is the share of shuffled ones': _shuffled_removed},
+))
+
+
+def _by_source(score, source): return pd.Series(np.asarray(score)).groupby(np.asarray(source))
+
+
+def _below_within(score, source, cut): # (n,) bool
+    return (np.asarray(score) < _by_source(score, source).transform('quantile', cut)).tolist()
+
+
+def _below_pooled(score, source, cut): return (np.asarray(score) < np.quantile(score, cut)).tolist()
+def _above_within(score, source, cut): return [not low for low in _below_within(score, source, cut)]
+def _below_share_of_range(score, source, cut): # of the range of each source
+    groups = _by_source(score, source)
+    low, high = groups.transform('min'), groups.transform('max')
+    return (np.asarray(score) < low + cut * (high - low)).tolist()
+
+
+def _scored_sources(): # scores of two sources of different level, their names, the share to cut
+    rng = np.random.default_rng(2)
+    source = np.array([*'aaaaaabbbbbb'])
+    return [((rng.gamma(1, 0.2, 12) + 0.3 * (source == 'b')).round(3), source, cut) for cut in (0.25, 0.5)]
+
+
+exercises.register('purify_captions/within', Exercise(
+    'Write low(score, source, cut): an array that says of each pair whether its score is below the quantile `cut` '
+    'of its own source.',
+    _below_within,
+    {
+        'that is one threshold for all sources together': _below_pooled,
+        'the other way round: those below the threshold are asked for': _above_within,
+        'a quantile counts pairs; you cut at a share of the range of scores': _below_share_of_range,
+    },
+    _scored_sources,
 ))

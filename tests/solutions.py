@@ -33,6 +33,12 @@ assert check('from_labels_to_a_map/enough', lambda half, p: int(np.ceil(1.96**2 
 smallest = price[price.shuffled >= 0.9].iloc[0]
 assert check('purify_captions/cut', smallest.cut, price)
 assert check('purify_captions/price', smallest.clean, price)
+
+def low(score, source, cut):
+    score = pd.Series(score)
+    return (score < score.groupby(source).transform('quantile', cut)).to_numpy()
+
+assert check('purify_captions/within', low)
 ''',
     read_a_umap='''
 def explained(group, y):
