@@ -202,7 +202,7 @@ exercises.register('accuracy_without_labels/pick', Exercise(
     },
 ))
 
-# %% ../nbs/02_exercises.ipynb #2ce8b4ae
+# %% ../nbs/02_exercises.ipynb #b4ef198d
 def _pooled_width(channels): return 2 * sum(channels)
 def _deepest_width(channels): return 2 * channels[-1]
 
@@ -231,6 +231,22 @@ exercises.register('two_branches/gate', Exercise(
         'this adds the two vectors; a gate multiplies': _added,
     },
     _vector_pairs,
+))
+
+
+def _gain_of_concatenation(errors): return errors.loc['one network'] - errors.loc['concatenated']
+def _source_for_concatenation(errors): return _gain_of_concatenation(errors).idxmax()
+def _source_for_the_gate(errors): return _gain_of_concatenation(errors).idxmin()
+def _hardest_source(errors): return errors.loc['one network'].idxmax()
+
+
+exercises.register('two_branches/source', Exercise(
+    'On which source does concatenation lower the MAE most, compared with the gate of "one network"?',
+    _source_for_concatenation,
+    {
+        'the other way round: there the gate is better by most': _source_for_the_gate,
+        'that source has the largest error; compare the two variants': _hardest_source,
+    },
 ))
 
 
@@ -451,7 +467,118 @@ exercises.register('which_method/gain', Exercise(
     0.001,
 ))
 
-# %% ../nbs/02_exercises.ipynb #59437db3
+# %% ../nbs/02_exercises.ipynb #717609f4
+def _brightest(error, share=0.2): return error >= np.quantile(error, 1 - share)
+def _errors_found(error, wrong): return float(_brightest(error)[wrong].mean())
+def _alarms_right(error, wrong): return float(wrong[_brightest(error)].mean())
+def _errors_missed(error, wrong): return 1 - _errors_found(error, wrong)
+
+
+exercises.register('assess_your_own_maps/review', Exercise(
+    'Which share of the wrong pixels lies in the fifth of the image with the highest probability of error?',
+    _errors_found,
+    {
+        'that is the share of the fifth that is wrong; the question is which share of the errors lies in it':
+            _alarms_right,
+        'that is the share of the errors outside of the fifth': _errors_missed,
+    },
+))
+
+
+def _covered(table): return float(table.oa.between(table.lower, table.upper).mean())
+def _uncovered(table): return 1 - _covered(table)
+def _above_lower(table): return float((table.oa >= table.lower).mean())
+def _below_upper(table): return float((table.oa <= table.upper).mean())
+
+
+exercises.register('assess_your_own_maps/covered', Exercise(
+    'On which share of the maps does the measured OA lie between the bounds?',
+    _covered,
+    {
+        'that is the share outside of the bounds': _uncovered,
+        'you compared with the lower bound alone': _above_lower,
+        'you compared with the upper bound alone': _below_upper,
+    },
+    tolerance=0.002,
+))
+
+
+def _mean_iou(iou): return float(np.nanmean(list(iou.values())))
+def _mean_iou_of_all(iou): return float(np.nan_to_num(list(iou.values())).mean())
+def _median_iou(iou): return float(np.nanmedian(list(iou.values())))
+
+
+def _ious(): # three dictionaries, one class without value
+    values = [(0.8, 0.2, np.nan, 0.9), (0.5, np.nan, 0.1, 0.3), (0.7, 0.6, 0.05, np.nan)]
+    return [(dict(zip(('water', 'road', 'car', 'tree'), row)),) for row in values]
+
+
+exercises.register('assess_your_own_maps/miou', Exercise(
+    'Write miou(iou): the mean IoU over the classes that have a value (iou is a dictionary from class to IoU).',
+    _mean_iou,
+    {
+        'a class without a value (NaN) is no class with IoU 0: leave it out': _mean_iou_of_all,
+        'that is the median': _median_iou,
+    },
+    _ious,
+))
+
+
+def _differ(votes): return float((votes != votes[:, :1]).any(axis=1).mean())
+def _agree(votes): return 1 - _differ(votes)
+def _first_two_differ(votes): return float((votes[:, 0] != votes[:, 1]).mean())
+def _all_differ(votes): return float(np.mean([len(set(row)) == len(row) for row in votes.tolist()]))
+def _vote_arrays(): return [(np.random.default_rng(seed).integers(0, 3, (12, 3)),) for seed in (1, 3)]
+
+
+exercises.register('from_labels_to_a_map/differ', Exercise(
+    'Write differ(votes): the share of points (rows) at which the methods (columns) do not all give the same class.',
+    _differ,
+    {
+        'that is the share of points at which all agree': _agree,
+        'compare all columns, not only the first two': _first_two_differ,
+        'one method that differs is enough': _all_differ,
+    },
+    _vote_arrays,
+))
+
+
+def _labels_until(account, column, least): return float(account.labels[account[column] >= least].min())
+def _labels_near(account): return _labels_until(account, 'p_near', 0.9)
+def _labels_best(account): return _labels_until(account, 'p_best', 0.9)
+def _labels_stop(account): return float(account.labels.max())
+
+
+exercises.register('from_labels_to_a_map/when', Exercise(
+    'After how many labels did p_near first reach 0.9?',
+    _labels_near,
+    {
+        'that is where p_best reached it': _labels_best,
+        'that is where the account ends': _labels_stop,
+    },
+    tolerance=0.001,
+))
+
+
+def _points_needed(half, p): return float(np.ceil(1.96**2 * p * (1 - p) / half**2))
+def _points_needed_at_worst(half, p): return _points_needed(half, 0.5)
+def _points_needed_for_width(half, p): return _points_needed(half / 2, p)
+def _points_needed_at_68(half, p): return float(np.ceil(p * (1 - p) / half**2))
+
+
+exercises.register('from_labels_to_a_map/enough', Exercise(
+    'Write enough(half, p): how many random points give a 95 % interval of p plus or minus half, for an OA near p?',
+    _points_needed,
+    {
+        'you assumed p = 0.5, the worst case; use p': _points_needed_at_worst,
+        'that makes the whole interval as long as half': _points_needed_for_width,
+        'that is one standard error; a 95 % interval has 1.96 of them': _points_needed_at_68,
+    },
+    lambda: [(0.05, 0.8), (0.02, 0.9), (0.1, 0.7)],
+    0.005,
+))
+
+# %% ../nbs/02_exercises.ipynb #7e59a03f
 def _share_shared(table): return float((table.groupby('caption').key.transform('nunique') > 1).mean())
 def _share_repeated(table): return float(table.caption.duplicated(keep=False).mean())
 def _share_of_sentences(table): return float((table.groupby('caption').key.nunique() > 1).mean())
@@ -489,6 +616,30 @@ exercises.register('train_a_clip/chance', Exercise(
 ))
 
 
+def _rank_of_own(cosines): return (cosines > np.diag(cosines)[:, None]).sum(1) # how many come before
+def _recall_at(cosines, k): return float((_rank_of_own(cosines) < k).mean())
+def _recall_of_sentences(cosines, k): return _recall_at(cosines.T, k)
+def _recall_one_less(cosines, k): return _recall_at(cosines, k - 1)
+def _missed_at(cosines, k): return 1 - _recall_at(cosines, k)
+
+
+def _cosine_matrices(): # two matrices (6,6) with a diagonal that is a little higher, and k
+    matrices = [np.random.default_rng(seed).normal(size=(6, 6)) + 0.8 * np.eye(6) for seed in (0, 4)]
+    return [(matrix, 2) for matrix in matrices]
+
+
+exercises.register('train_a_clip/recall', Exercise(
+    'Write recall(cosines, k): the share of images (rows) whose own sentence (same column) is among their k highest.',
+    _recall_at,
+    {
+        'that is the recall of sentences: compare inside each row, not each column': _recall_of_sentences,
+        'a sentence with k - 1 others before it is still among the k highest': _recall_one_less,
+        'that is the share that is missed': _missed_at,
+    },
+    _cosine_matrices,
+))
+
+
 def _smallest_cut(table, column): # the first cut that removes at least 90 % of a group, NaN if none does
     reached = table.cut[table[column] >= 0.9]
     return float(reached.iloc[0]) if len(reached) else np.nan
@@ -511,4 +662,38 @@ exercises.register('purify_captions/price', Exercise(
     'What share of the clean captions is removed by that cut?',
     _clean_removed,
     {'that is the share of shuffled ones': _shuffled_removed},
+))
+
+
+def _by_source(score, source): return pd.Series(np.asarray(score)).groupby(np.asarray(source))
+
+
+def _below_within(score, source, cut): # (n,) bool
+    return (np.asarray(score) < _by_source(score, source).transform('quantile', cut)).tolist()
+
+
+def _below_pooled(score, source, cut): return (np.asarray(score) < np.quantile(score, cut)).tolist()
+def _above_within(score, source, cut): return [not low for low in _below_within(score, source, cut)]
+def _below_share_of_range(score, source, cut): # of the range of each source
+    groups = _by_source(score, source)
+    low, high = groups.transform('min'), groups.transform('max')
+    return (np.asarray(score) < low + cut * (high - low)).tolist()
+
+
+def _scored_sources(): # scores of two sources of different level, their names, the share to cut
+    rng = np.random.default_rng(2)
+    source = np.array([*'aaaaaabbbbbb'])
+    return [((rng.gamma(1, 0.2, 12) + 0.3 * (source == 'b')).round(3), source, cut) for cut in (0.25, 0.5)]
+
+
+exercises.register('purify_captions/within', Exercise(
+    'Write low(score, source, cut): an array that says of each pair whether its score is below the quantile `cut` '
+    'of its own source.',
+    _below_within,
+    {
+        'that is one threshold for all sources together': _below_pooled,
+        'the other way round: those below the threshold are asked for': _above_within,
+        'a quantile counts pairs; you cut at a share of the range of scores': _below_share_of_range,
+    },
+    _scored_sources,
 ))

@@ -14,10 +14,18 @@ TILES = pd.DataFrame(dict(scene=list('aaabb'), split=['train'] * 4 + ['test'], f
 TRAIN = pd.DataFrame(dict(dataset=[*'xxxxy'], scene=[*'abbbc']))
 TEST = pd.DataFrame(dict(dataset=[*'xxxxxyy'], scene=[*'aaaafcd']))
 CUTS = pd.DataFrame(dict(cut=[.1, .2, .3], shuffled=[.5, .92, 1.], clean=[.1, .3, .95]))
+ERRORS = pd.DataFrame({'one network': [.1, .2, .3], 'concatenated': [.05, .25, .29]}, [*'xyz']).T
+ACCOUNT = pd.DataFrame(dict(labels=[0, 10, 20, 30], p_best=[.2, .5, .8, .93], p_near=[.3, .92, .85, .97]))
+ACCOUNT.loc[4] = 40, .94, .99
+BOUNDED = pd.DataFrame(dict(oa=[.1, .2, .6, .9, .95, .7, .5], lower=.3, upper=[.8] * 4 + [.97, .8, .8]))
 GIVEN = {
     'accuracy_without_labels/overconfident': (TABLE,),
     'accuracy_without_labels/pick': (TABLE,),
     'two_branches/features': ((4, 8),),
+    'two_branches/source': (ERRORS,),
+    'assess_your_own_maps/review': (np.arange(10) / 10, np.arange(10) % 4 == 1),
+    'assess_your_own_maps/covered': (BOUNDED,),
+    'from_labels_to_a_map/when': (ACCOUNT,),
     'build_an_sqed/rows': (TILES, ['unet', 'pspnet', 'logcan']),
     'build_an_sqed/split_scene': (TILES,),
     'build_an_sqed/forbidden': (['conf', 'miou', 'scene'], ['conf', 'entropy']),
