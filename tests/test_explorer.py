@@ -918,6 +918,76 @@ def test_the_query_box_selects_and_explains_what_it_refuses(window):
     assert window.selection().empty
 
 
+def test_the_histogram_filters_by_any_column(window):
+    t = window.state.table
+    window.controls['histogram'].value = 'entropy'
+    slider = window.controls['range']
+    assert (slider.min, slider.max) == pytest.approx((t.entropy.min(), t.entropy.max())) or slider.max == 1
+    slider.value = (.2, .4)
+    inside = t.entropy.astype(np.float32).between(np.float32(slider.value[0]), np.float32(slider.value[1]))
+    assert 0 < inside.sum() < 60 and np.array_equal(window.state.mask, inside)
+    assert set(window.scatter.widget.filter) == set(np.flatnonzero(inside))
+    assert '(filter: mean entropy)' in status(window)
+    # another column cuts across, and the first filter stays
+    window.controls['histogram'].value = 'oa'
+    assert tuple(slider.value) == (slider.min, slider.max) == (0, 1)
+    slider.value = (.6, .8)
+    assert np.array_equal(window.state.mask, inside & t.oa.between(.6, .8))
+    assert tuple(window.controls['oa'].value) == (.6, .8)
+    window.controls['histogram'].value = 'entropy'
+    assert tuple(slider.value) == pytest.approx((.2, .4), abs=.01)
+    press(window, 'reset')
+    assert window.state.mask.all() and tuple(slider.value) == (slider.min, slider.max)
+    window.controls['histogram'].value = 'method'
+    assert slider.disabled
+
+
+def test_clusters_are_outlined_named_and_selected():
+    rng = np.random.default_rng(0)
+    kind = np.repeat([0, 1, 2], 40)
+    u, v = (np.array([[0, 0], [9, 1], [4, 8]])[kind] + rng.normal(0, .4, (120, 2))).T
+    t = pd.DataFrame(dict(image_id=np.arange(120).astype(str), u=u, v=v, oa=np.array([.9, .85, .3])[kind],
+                          predicted=np.array([.9, .85, .6])[kind], dataset=np.array(['coast', 'moor', 'moor'])[kind]))
+    window = Explorer(t)
+    assert window.scatter.widget.annotations in (None, [])
+    window.controls['outlines'].value = True
+    first = next(c for c in window.clusters if 'over-predicted' in c.name)
+    assert len(window.clusters) == 3 and set(first.rows) <= set(range(80, 120)) and len(first.rows) > 35
+    assert first.name == 'low OA ×3.0, over-predicted ×3.0'
+    # outlines lie around the points, in the widget's own coordinates
+    widget = window.scatter.widget
+    assert len(widget.annotations) == 3
+    corners = np.reshape(widget.annotations[window.clusters.index(first)].vertices, (-1, 2))
+    points = widget.points[first.rows, :2]
+    assert np.allclose(corners[0], corners[-1])
+    assert np.all(corners.min(0) >= points.min(0) - 1e-5) and np.all(corners.max(0) <= points.max(0) + 1e-5)
+    assert 'over-predicted ×3.0' in window.screens['clusters'].value
+    window.controls['cluster'].value = str(first)
+    assert set(window.selection().index) == set(first.rows) and 'cluster low OA' in status(window)
+    window.keys.dark = True
+    assert len(widget.annotations) == 3
+    window.controls['outlines'].value = False
+    assert not widget.annotations and window.screens['clusters'].value == ''
+
+
+def test_noise_has_no_clusters():
+    rng = np.random.default_rng(0)
+    window = Explorer(pd.DataFrame(dict(u=rng.random(300), v=rng.random(300), oa=rng.random(300))))
+    window.controls['outlines'].value = True
+    assert all(cluster.name == 'mixed' for cluster in window.clusters)
+    few = Explorer(table(5))
+    few.controls['outlines'].value = True
+    assert few.clusters == [] and 'No region is denser' in few.screens['clusters'].value
+
+
+def test_a_few_extreme_gaps_do_not_make_all_others_neutral():
+    gap = np.concatenate([np.linspace(-.1, .1, 300), [.9]])
+    window = Explorer(table(301).assign(oa=.5, predicted=.5 + gap))
+    window.state.color('gap')
+    strength = [np.linalg.norm(lab(colour) - lab(SIGNED_COLOURS[4])) for colour in number_colours(window)]
+    assert min(strength[0], strength[300]) > 70 and '≥ 0.09' in window.screens['legend'].value
+
+
 def test_keys_undo_and_redo(window):
     lasso(window, [1])
     window.keys._handle_custom_msg(dict(type='undo'), [])

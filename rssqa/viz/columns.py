@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'MARKERS', 'UNKNOWN', 'LABELS', 'ABBREVIATIONS', 'OA_MAP', 'DARK_START', 'SIGNED_COLOURS', 'SIGNED_ENDS',
-           'PLACES', 'column_label', 'value_text', 'is_number', 'limits', 'ColourScale', 'colour_scale']
+           'INNER_SHARE', 'MANY_VALUES', 'PLACES', 'column_label', 'value_text', 'is_number', 'limits', 'ColourScale',
+           'colour_scale']
 
 # %% ../../nbs/60_viz.columns.ipynb #78aa31bd
 from dataclasses import dataclass
@@ -58,13 +59,15 @@ def value_text(
     if pd.isna(value): return 'unknown'
     return f'{value:.3f}' if isinstance(value, (float, np.floating)) else str(value)
 
-# %% ../../nbs/60_viz.columns.ipynb #c76c0037
+# %% ../../nbs/60_viz.columns.ipynb #717a2fb1
 OA_MAP = 'viridis'
 DARK_START = 0.33 # share of the map that is left out on a dark background, where its first colours vanish
 SIGNED_COLOURS = (
     '#3F6DA0', '#5C8B96', '#7CA991', '#AFC18D', '#E6D492', '#E5AE73', '#E18754', '#D85E38', '#CD281C',
 )
 SIGNED_ENDS = dict.fromkeys(('gap', 'residual', 'error'), ('under-predicted', 'over-predicted'))
+INNER_SHARE = 0.98 # of many differences that lie inside the ends of the scale
+MANY_VALUES = 50 # with fewer the ends are the extremes
 PLACES = ('u', 'v') # coordinates: their sign means nothing
 
 
@@ -94,6 +97,7 @@ class ColourScale:
     low: float
     high: float
     ends: tuple = () # of a difference: words for low and for high
+    is_clipped: bool = False # values beyond the ends have the colours of the ends
 
     @property
     def is_signed(self) -> bool: return bool(self.ends)
@@ -136,6 +140,10 @@ def colour_scale(
     low, high = limits(values)
     is_difference = low < 0 < high or column in ('gap', 'residual')
     if column in PLACES or not is_difference: return ColourScale(low, high)
-    known = np.asarray(values, float)
-    bound = float(np.max(np.abs(known), where=np.isfinite(known), initial=0)) or 1.
-    return ColourScale(-bound, bound, SIGNED_ENDS.get(column, ('below 0', 'above 0')))
+    distance = np.abs(np.asarray(values, float))
+    distance = distance[np.isfinite(distance)]
+    most = float(distance.max(initial=0)) or 1.
+    # a few extreme values must not make all others neutral
+    bound = float(np.quantile(distance, INNER_SHARE)) if len(distance) >= MANY_VALUES else most
+    bound = bound or most
+    return ColourScale(-bound, bound, SIGNED_ENDS.get(column, ('below 0', 'above 0')), bound < most)

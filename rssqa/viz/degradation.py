@@ -8,10 +8,9 @@ __all__ = ['DEGRADATIONS', 'FIRST_SCENE', 'FEW_METHODS', 'TELLING', 'SWEEP', 'CO
            'apply_degradations', 'DegradationResult', 'DegradationExplorer', 'as_png', 'interval_rows', 'curve_svg',
            'class_key', 'error_html', 'show_curves', 'show_result', 'view_degradation', 'bench_degradation']
 
-# %% ../../nbs/66_viz.degradation.ipynb #e39e14d1
+# %% ../../nbs/66_viz.degradation.ipynb #bec82127
 import asyncio, html, time
 from dataclasses import dataclass
-from threading import Lock
 
 import numpy as np
 import pandas as pd
@@ -23,6 +22,7 @@ from ..quality.recommend import rank
 from ..segment.metrics import accuracy, confusion
 from .columns import PALETTE as MARKS
 from .drawing import png_bytes
+from .explorer import LOADING
 
 # %% ../../nbs/66_viz.degradation.ipynb #20f85dbf
 # name -> words beside its slider
@@ -45,7 +45,7 @@ def apply_degradations(
     for name in DEGRADATIONS: image = degrade(image, name, levels.get(name, 0), seed)
     return image
 
-# %% ../../nbs/66_viz.degradation.ipynb #aa945751
+# %% ../../nbs/66_viz.degradation.ipynb #e00a944c
 @dataclass(frozen=True)
 class DegradationResult:
     "What the degradation explorer returns for one setting."
@@ -95,7 +95,6 @@ class DegradationExplorer:
         self._scene = scene(scene_type, seed + FIRST_SCENE, size)
         self._scene_key = (scene_type, seed) # of `_scene`
         self._result = None
-        self._lock = Lock() # one image at a time goes through the networks
         apply_degradations(self._scene.image, self.levels)                   # refuses wrong levels now
 
     @property
@@ -145,7 +144,7 @@ class DegradationExplorer:
         return self._result
 
     def _score(self, image, truth): # -> table, method -> mask
-        with self._lock: ranked = rank(image, self.pack, 'synthetic', self.methods, keep_masks=True)
+        with LOADING: ranked = rank(image, self.pack, 'synthetic', self.methods, keep_masks=True)
         ranked['oa'] = [accuracy(confusion(truth, mask, len(CLASSES)))['oa'] for mask in ranked['mask']]
         return ranked[COLUMNS], dict(zip(ranked.method, ranked['mask']))
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PANEL_GAP', 'BACKGROUND', 'NOTE_BACKGROUND', 'NOTE_COLOUR', 'COMMON_COLUMNS', 'PLACE_COLUMNS', 'UMAP_LIMIT',
-           'SEPARATION_ROWS', 'TABLE_SUFFIXES', 'CACHED_TILES', 'EVIDENCE_COLUMNS', 'EVIDENCE_TEXT', 'SHARPNESS_SAMPLE',
-           'EXAMPLE_METHODS', 'count_values', 'count_names', 'paint_tile', 'case_reader', 'MemoryVectors',
-           'StoreVectors', 'standardised', 'measure_separation', 'EmbeddingTable', 'write_table', 'export_table',
-           'EmbeddingSelection', 'ExplorerState', 'sharpness', 'why', 'why_text', 'snapshot', 'example', 'save_run',
-           'known_without_labels', 'open_run']
+           'SEPARATION_ROWS', 'TABLE_SUFFIXES', 'CACHED_TILES', 'LOADING', 'EVIDENCE_COLUMNS', 'EVIDENCE_TEXT',
+           'SHARPNESS_SAMPLE', 'EXAMPLE_METHODS', 'count_values', 'count_names', 'paint_tile', 'case_reader',
+           'MemoryVectors', 'StoreVectors', 'standardised', 'measure_separation', 'EmbeddingTable', 'write_table',
+           'export_table', 'EmbeddingSelection', 'ExplorerState', 'sharpness', 'why', 'why_text', 'snapshot', 'example',
+           'save_run', 'known_without_labels', 'open_run']
 
 # %% ../../nbs/64_viz.explorer.ipynb #153eb6c8
 import io, json
@@ -616,8 +616,9 @@ class EmbeddingSelection(EmbeddingTable):
         "Write the selection as a table, all or nothing."
         return export_table(self.selection().assign(**columns), path, overwrite)
 
-# %% ../../nbs/64_viz.explorer.ipynb #854392df
+# %% ../../nbs/64_viz.explorer.ipynb #896d795c
 CACHED_TILES = 400
+LOADING = Lock() # networks are opened by one thread at a time: libraries that import late do not expect two
 
 
 class ExplorerState(EmbeddingSelection):
@@ -638,7 +639,6 @@ class ExplorerState(EmbeddingSelection):
         self.images = images
         self._features = features
         self._tiles = OrderedDict()
-        self._search_lock = Lock()
         self._sharpness = {} # dataset code -> sharpness of a sample of its images
         if store is not None and semantic is None and encoder is not None:
             self.semantic = feature_table(self._load_encoder())
@@ -704,7 +704,7 @@ class ExplorerState(EmbeddingSelection):
         return self.select(rows, 1 - distance, f'most like "{text}"').selection()
 
     def _embed(self, text): # (D,); one thread at a time, so that nothing is loaded twice
-        with self._search_lock:
+        with LOADING:
             encoder = self._load_encoder()
             self._check_search(encoder, text)
             return np.asarray(encoder.encode_text([text]).float().cpu())[0]

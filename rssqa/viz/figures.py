@@ -59,7 +59,7 @@ def _groups(values): # -> (name, rows, colour, marker) a category, in order
     for i, name in enumerate(sorted(set(names))):
         yield name, names == name, PALETTE[i % 8], MARKERS[(i + i // 8) % 8]
 
-# %% ../../nbs/61_viz.figures.ipynb #f301ada8
+# %% ../../nbs/61_viz.figures.ipynb #5a3e8fbd
 def plot_embedding(
     emb: pd.DataFrame, # columns u, v and `color`
     color: str = 'oa', # column; numbers get the continuous map (accuracies 0..1), others the palette
@@ -93,7 +93,7 @@ def _draw_points(ax, emb, color, name):
     style = dict(s=size, linewidths=.2, edgecolors='#333333', rasterized=True)
     if _is_continuous(data[color]):
         marks = _scatter_numbers(ax, data, color, style)
-        _add_colour_bar(marks, ax, name, colour_scale(color, data[color]).ends)
+        _add_colour_bar(marks, ax, name, colour_scale(color, data[color]))
     else:
         _scatter_groups(ax, data, color, style, counts=True)
         ax.legend(loc='upper left', bbox_to_anchor=(1, 1), markerscale=max(1, (20 / size)**.5))
@@ -114,14 +114,16 @@ def _scatter_groups(ax, data, color, style, counts=False): # counts: in the lege
         ax.scatter(data.u[i], data.v[i], c=colour, marker=marker, label=label, **style)
 
 
-def _add_colour_bar(marks, ax, label, ends): # ends: words for both ends of a difference, or ()
-    bar = ax.figure.colorbar(marks, ax=ax, label=plain_text(label), shrink=.8)
-    for word, place, side in zip(ends, (0, 1), ('top', 'bottom')):
-        below = -4 if place == 0 else 4
+def _add_colour_bar(marks, ax, label, scale): # with words for both ends of a difference
+    extend = 'both' if scale.is_clipped else 'neither'
+    bar = ax.figure.colorbar(marks, ax=ax, label=plain_text(label), shrink=.8, extend=extend)
+    away = 16 if scale.is_clipped else 4
+    for word, place, side in zip(scale.ends, (0, 1), ('top', 'bottom')):
+        below = -away if place == 0 else away
         bar.ax.annotate(word, (0, place), (0, below), xycoords='axes fraction', textcoords='offset points', va=side,
                         fontsize=8)
 
-# %% ../../nbs/61_viz.figures.ipynb #2796daa2
+# %% ../../nbs/61_viz.figures.ipynb #f6852dae
 def _cells(emb, color, cells): # -> frame u, v (centres), n, `color` (mean, or most frequent); size of a cell
     step = max(np.ptp(emb.u), np.ptp(emb.v)) / cells or 1.
     i, j = (((emb[c] - emb[c].min()) // step).astype(int) for c in 'uv')
@@ -146,7 +148,7 @@ def _draw_density(ax, emb, color, name, cells):
         scale = colour_scale(color, emb[color])
         paint = ScalarMappable(Normalize(scale.low, scale.high), scale.colour_map())
         picture[data.j, data.i] = paint.to_rgba(np.ma.masked_invalid(data[color]))
-        _add_colour_bar(paint, ax, f'{name}, mean of a cell', scale.ends)
+        _add_colour_bar(paint, ax, f'{name}, mean of a cell', scale)
     else:
         counts = _as_names(emb[color]).value_counts()
         for group, i, colour, _ in _groups(data[color]):

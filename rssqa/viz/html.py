@@ -20,7 +20,7 @@ from .columns import PALETTE, UNKNOWN, ColourScale, colour_scale, column_label, 
 from .drawing import require_columns
 from .figures import how_made
 
-# %% ../../nbs/63_viz.html.ipynb #c7e672e8
+# %% ../../nbs/63_viz.html.ipynb #65ec0dce
 MISSING = 65535 # the code of a missing value
 RAMP = 33 # colours of a scale of numbers; odd, so that a difference of 0 has the neutral one
 
@@ -37,7 +37,8 @@ def _numbers(values): # column of numbers -> dict for the script: value = lo + s
     steps = np.round((np.where(known, x, lo) - lo) / step)
     code = np.where(known, steps, MISSING)
     scale = colour_scale(values.name, x)
-    packed = dict(kind='number', lo=lo, step=step, whole=whole, scale=(scale.low, scale.high), ends=scale.ends)
+    packed = dict(kind='number', lo=lo, step=step, whole=whole, scale=(scale.low, scale.high), ends=scale.ends,
+                  clipped=scale.is_clipped)
     return packed | dict(missing=int((~known).sum()), data=_b64(code))
 
 
@@ -185,7 +186,7 @@ PLANE_CSS = '''
   .plane { break-inside: avoid } }
 '''
 
-# %% ../../nbs/63_viz.html.ipynb #220ab1c6
+# %% ../../nbs/63_viz.html.ipynb #77fc6333
 PLANE_JS = r'''
 const MISSING = 65535;
 const unpack = text => new Uint16Array(Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer);
@@ -391,9 +392,10 @@ function plane(root) {
   }
   function numberLegend(key) {
     const [lo, hi] = color.scale, ticks = hi > lo ? [hi, (lo + hi) / 2, lo] : [hi];
-    const short = x => isFraction(color) ? x.toFixed(1) : Number(x.toPrecision(4));
+    const short = x => isFraction(color) ? x.toFixed(1) : Number(x.toPrecision(3));
     const words = new Map([[lo, color.ends[0]], [hi, color.ends[1]]]);
-    const tick = x => make('span', { textContent: `${short(x)} ${words.get(x) || ''}` });
+    const beyond = x => color.clipped && x ? (x < 0 ? '≤ ' : '≥ ') : '';
+    const tick = x => make('span', { textContent: `${beyond(x)}${short(x)} ${words.get(x) || ''}` });
     const bar = make('i', { style: `background:linear-gradient(to top,${ramp().join(',')})` });
     key.append(make('div', { className: 'ramp' }, bar, make('span', {}, ...ticks.map(tick))));
     if (color.missing) key.append(make('p', {}, swatch(-1), ` unknown (${thousands(color.missing)})`));

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COLOUR_STEPS', 'LIGHTER', 'DARKER', 'LIGHTEST', 'SHADES', 'DARK_SHADES', 'TOOLTIP_COLUMNS', 'SHOWN_NAMES',
            'COLUMN_OF', 'BACKGROUNDS', 'MANY_POINTS', 'LASSO_KEYS', 'SCATTER_OPTIONS', 'LARGE_SCATTER_OPTIONS',
-           'encode_colours', 'legend_html', 'make_scatter', 'move_points', 'recolour', 'set_theme', 'data_url']
+           'encode_colours', 'legend_html', 'make_scatter', 'move_points', 'recolour', 'set_theme', 'draw_outlines',
+           'data_url']
 
 # %% ../../nbs/65_viz.scatter.ipynb #84b6f5ff
 import base64, html
@@ -16,7 +17,7 @@ import pandas as pd
 from .columns import PALETTE, UNKNOWN, ColourScale, colour_scale, is_number, value_text
 from .explorer import ExplorerState
 
-# %% ../../nbs/65_viz.scatter.ipynb #2912ba90
+# %% ../../nbs/65_viz.scatter.ipynb #0a9b8222
 COLOUR_STEPS = 255 # of the colour map of numbers; odd: 0 of a difference has the neutral colour
 
 
@@ -82,7 +83,8 @@ def _scale_html(scale, dark):
     gradient = f'linear-gradient(to right,{", ".join(scale.colours(9, dark))})'
     bar = f'<span style="display:inline-block;width:140px;height:10px;background:{gradient}"></span>'
     low, high = scale.ends or ('', '')
-    return f'{low} {scale.low:.3g} {bar} {scale.high:.3g} {high}'
+    below, above = ('≤ ', '≥ ') if scale.is_clipped else ('', '')
+    return f'{low} {below}{scale.low:.3g} {bar} {above}{scale.high:.3g} {high}'
 
 
 def legend_html(
@@ -100,7 +102,7 @@ def legend_html(
     style = 'class="rssqa-text" style="font-size:12px;line-height:1.5"'
     return f'<div {style}><b>{html.escape(column)}</b> {body}{grey}</div>'
 
-# %% ../../nbs/65_viz.scatter.ipynb #fe337419
+# %% ../../nbs/65_viz.scatter.ipynb #af8642c8
 TOOLTIP_COLUMNS = ('dataset', 'scene', 'method', 'oa', 'predicted')
 SHOWN_NAMES = {c: c.capitalize() for c in TOOLTIP_COLUMNS} | dict(oa='OA', predicted='Predicted OA') # in the tooltip
 COLUMN_OF = {name: column for column, name in SHOWN_NAMES.items()}
@@ -195,6 +197,17 @@ def set_theme(
         scatter.widget.background_color = BACKGROUNDS['dark' if dark else 'light']
         scatter.widget.tooltip_color = ink
         scatter.widget.reticle_color = [*ink[:3], .25]
+
+
+def draw_outlines(
+    scatter, # from make_scatter
+    outlines: list, # of (k,2) corners in the units of u and v
+    colours: list, # of each
+) -> None:
+    "Draw lines over the points; [] takes them away."
+    from jscatter import Line
+    lines = [Line(outline.tolist(), line_color=colour, line_width=2) for outline, colour in zip(outlines, colours)]
+    scatter.annotations(lines)
 
 
 def data_url(

@@ -119,7 +119,7 @@ def share_page(
         provenance='\n'.join(facts_of(state)),
     )
 
-# %% ../../nbs/65_viz.share.ipynb #48fbc48a
+# %% ../../nbs/65_viz.share.ipynb #5bcd4d63
 FIGURE_SUFFIXES = ('.svg', '.pdf')
 PRINT = {'svg.fonttype': 'none', 'pdf.fonttype': 42, 'savefig.dpi': 300} # text stays text
 
@@ -137,7 +137,8 @@ def figure_of(
     ax = figure.subplots()
     plot_embedding(shown, state.color_by, numbers=state.numbers, ax=ax)
     selected = state.table[['u', 'v']].iloc[state.rows()]
-    ax.scatter(selected.u, selected.v, s=34, facecolors='none', edgecolors='black', linewidths=.7, zorder=3)
+    size = float(np.clip(9000 / len(shown), 7, 34))
+    ax.scatter(selected.u, selected.v, s=size, facecolors='none', edgecolors='black', linewidths=.4, zorder=3)
     lines = [describe_selection(state) + (', ringed' if len(selected) else ''), *facts_of(state)]
     caption = '\n'.join(textwrap.fill(line, 96) for line in lines if line)
     if captioned: figure.supxlabel(caption.replace('$', r'\$'), x=.01, ha='left', fontsize=7, color=SOFT)

@@ -7,7 +7,7 @@ __all__ = ['RANKING_COLUMNS', 'CHOICE_COLUMNS', 'TIE', 'BORDER', 'GREY', 'LAST_C
            'REMOVED', 'ADDED', 'EXTRA_TEXT', 'read_table', 'as_good', 'Recommender', 'class_table', 'view_recommender',
            'PairReviewer', 'marked', 'view_reviewer', 'app_settings', 'example_review']
 
-# %% ../../nbs/67_viz.widgets.ipynb #1417aabc
+# %% ../../nbs/67_viz.widgets.ipynb #40dbb095
 import asyncio, html, os, sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..quality.folders import SUFFIXES
 from ..quality.pack import Pack, default_pack
 from ..quality.recommend import rank
 from .degradation import as_png, class_key, error_html, interval_rows
-from .explorer import write_table
+from .explorer import LOADING, write_table
 from .columns import PALETTE as MARKS
 
 # %% ../../nbs/67_viz.widgets.ipynb #84ae6e06
@@ -36,7 +36,7 @@ def read_table(
     if not path.is_file(): raise DataNotFound(f'no table {path}', '', 'check the path')
     return pd.read_csv(path, keep_default_na=False) if path.suffix == '.csv' else pd.read_parquet(path)
 
-# %% ../../nbs/67_viz.widgets.ipynb #9b862238
+# %% ../../nbs/67_viz.widgets.ipynb #3047b14c
 RANKING_COLUMNS = ['method', 'predicted', 'lower', 'upper', 'state', 'reason', 'mask']
 CHOICE_COLUMNS = ['image', 'chosen', 'predicted', 'lower', 'upper', 'recommended', 'by']
 
@@ -61,7 +61,6 @@ class Recommender:
         dataset: str = None, # which class table, where the pack has several
     ):
         self.pack = pack if isinstance(pack, Pack) else Pack(pack or default_pack())
-        self._lock = Lock() # one image at a time
         self._turns = Lock() # of those who wait in threads
         self.dataset = self.pack.resolve_dataset(dataset)
         self._start({})
@@ -103,7 +102,8 @@ class Recommender:
     ) -> pd.DataFrame: # best first: method, predicted, lower, upper, state, reason, mask
         "Rank the methods for an image; computed once."
         name = self._name(name)
-        with self._lock:
+        if name in self.rankings: return self.rankings[name]                 # at once, whatever else is ranked now
+        with LOADING:
             if name in self.problems: raise BadImage(*self.problems[name])
             if name not in self.rankings: self._rank(name, self.images, self.rankings)
             return self.rankings[name]
