@@ -67,3 +67,62 @@ def opened(chromium, address, width=1200, height=860, **options):
         assert page.faults == []
         assert [url for url in requests if not url.startswith(LOCAL)] == []
     finally: context.close()
+
+
+# every visible text of a part of a page: its words, contrast ratio (WCAG 2) to what lies behind it, colours
+CONTRASTS = r"""root => {
+  const parse = text => { const n = text.match(/[0-9.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
+  const isSpaced = text => text.startsWith('color(');
+  const scaled = c => [c[0] * 255, c[1] * 255, c[2] * 255, c[3]];
+  const colour = text => isSpaced(text) ? scaled(parse(text)) : parse(text);
+  const over = (top, below) => [0, 1, 2].map(k => top[k] * top[3] + below[k] * (1 - top[3])).concat(1);
+  const luminance = c => c.slice(0, 3).map(x => x / 255)
+    .map(x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4)
+    .reduce((sum, x, k) => sum + x * [.2126, .7152, .0722][k], 0);
+  const behind = node => {
+    const layers = [];
+    for (let e = node; e; e = e.parentElement) {
+      const c = colour(getComputedStyle(e).backgroundColor);
+      if (c[3] > 0) layers.push(c);
+      if (c[3] == 1) break;
+    }
+    return layers.reverse().reduce((below, top) => over(top, below), [255, 255, 255, 1]);
+  };
+  const found = [], walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
+  const check = (node, words, ink) => {
+    const style = getComputedStyle(node), box = node.getBoundingClientRect();
+    if (!words.trim() || !box.width || !box.height || node.matches(':disabled, :disabled *')) return;
+    if (!node.checkVisibility({ checkOpacity: true, checkVisibilityCSS: true })) return;
+    if (node.closest('style, script, option, [class*="jss:"]')) return;
+    const ground = behind(node), top = over(colour(ink ?? style.color), ground);
+    const [dark, light] = [luminance(ground), luminance(top)].sort((a, b) => a - b);
+    found.push({ words: words.trim().slice(0, 40), ratio: (light + .05) / (dark + .05),
+                 ink: top.map(Math.round).join(), ground: ground.map(Math.round).join() });
+  };
+  while (walker.nextNode()) {
+    const parent = walker.currentNode.parentElement;
+    if (parent) check(parent, walker.currentNode.textContent, parent.closest('svg') && getComputedStyle(parent).fill);
+  }
+  for (const field of root.querySelectorAll('input[type=text], select, textarea')) {
+    check(field, field.value || field.textContent);
+    const hint = !field.value && field.placeholder;
+    if (hint) check(field, hint, getComputedStyle(field, '::placeholder').color);
+  }
+  return found;
+}"""
+
+
+def faint_texts(part, least=4.5) -> list:
+    "Texts of a part of a page (a locator) with less contrast than the least, each once; fails if there is no text."
+    found = part.evaluate(CONTRASTS)
+    assert len(found) > 10, found
+    faint = {(text['words'], round(text['ratio'], 2), text['ink'], text['ground']) for text in found}
+    return sorted(text for text in faint if text[1] < least)
+
+
+def choose_theme(page, name='JupyterLab Dark'):
+    "Choose a theme of JupyterLab by its menu."
+    page.click('.lm-MenuBar-itemLabel:has-text("Settings")')
+    page.hover('.lm-Menu-itemLabel:text-is("Theme")')
+    page.click(f'.lm-Menu-itemLabel:text-is("{name}")')
+    page.wait_for_function('n => document.body.dataset.jpThemeName == n', arg=name)

@@ -111,11 +111,12 @@ def test_the_pair_reviewer_runs_as_an_app(chromium, tmp_path):
     out = tmp_path/'ratings.csv'
     with served(chromium, tmp_path, 'pairs', '--out', str(out)) as page:
         page.get_by_text('0 rated, 0 skipped, 8 left').wait_for()
-        page.get_by_role('button', name='Right').click()
+        page.get_by_text('Keys, while this window has its outline').wait_for()
+        # without a click before
+        page.wait_for_function('document.activeElement.classList.contains("rssqa-keys")')
+        page.keyboard.press('r')
         page.get_by_text('1 rated, 0 skipped, 7 left').wait_for()
-        page.get_by_text('Keys, after a click').wait_for()
-        # the button that was clicked has the focus
-        page.keyboard.press('w')
+        page.get_by_role('button', name='Wrong').click()
         page.get_by_text('2 rated, 0 skipped, 6 left').wait_for()
         page.keyboard.press('s')
         page.get_by_text('2 rated, 1 skipped, 5 left').wait_for()
@@ -149,7 +150,7 @@ def test_the_explorer_opens_a_run_as_an_app(chromium, tmp_path):
         page.get_by_role('button', name='Select shown').click()
         page.get_by_text(f'{n} selected').first.wait_for()
         page.get_by_role('button', name='Save').click()
-        page.get_by_text(f'{n} maps written to selection.csv').wait_for()
+        page.get_by_text(f'{n} maps written to {tmp_path}/selection.csv').wait_for()
     # where the person called it, not where the notebook is
     assert len(pd.read_csv(tmp_path/'selection.csv')) == n
 

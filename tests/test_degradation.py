@@ -1,19 +1,25 @@
 """The degradation explorer answers with measured numbers, leaves no trace, and refuses what makes no sense."""
+import asyncio
+import io
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from filelock import FileLock
+from PIL import Image
 
 from rssqa.core import Incompatible, SchemaError, UnknownName, bundled, read_json, write_json
 from rssqa.data.synthetic import CLASSES, scene
 from rssqa.segment.metrics import accuracy, confusion
 from rssqa.viz.degradation import (
-    DEGRADATIONS, FEW_METHODS, DegradationExplorer, apply_degradations, as_png, bench_degradation, interval_rows,
+    DEGRADATIONS, FEW_METHODS, SWEEP, TELLING, DegradationExplorer, apply_degradations, as_png, bench_degradation,
+    interval_rows,
 )
+import rssqa.viz.degradation as module
 from trained import trained_setup
 
 
@@ -97,9 +103,44 @@ def test_the_view_follows_and_explains(explorer, monkeypatch):
     monkeypatch.setattr(explorer.pack, '_open', {})
     monkeypatch.setitem(explorer.pack.config, 'networks', {'synthetic': {}})
     view.sliders['blur'].value = .5
-    assert 'b3261e' in view.message.value
+    assert 'has no networks' in view.message.value and view.message.value.startswith('<p style="color')
     monkeypatch.undo()
     explorer.reset()
+
+
+def test_the_scene_is_there_at_once_and_only_the_last_place_of_a_slider_is_computed(monkeypatch):
+    settings = []
+    real = module.rank
+
+    def slow(*args, **options): # a second for the first answer
+        settings.append(1)
+        time.sleep(1 if len(settings) == 1 else .05)
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, 'rank', slow)
+    monkeypatch.setattr(module, 'PAUSE', .05)
+
+    async def live():
+        explorer = DegradationExplorer(small_pack(), size=64, levels=TELLING)
+        assert not settings                                                  # no network has run
+        view = explorer.view()
+        shown = np.asarray(Image.open(io.BytesIO(view.pictures['image'].value)).convert('RGB'), float)
+        assert shown.std() > 10 and view.numbers.value == '' and view.sliders['season'].value == TELLING['season']
+        await asyncio.sleep(.3)
+        assert 'segmenting' in view.status.value
+        for level in (.1, .2, .3, .4, .5): view.sliders['blur'].value = level
+        await view.task
+        return explorer, view
+
+    explorer, view = asyncio.run(live())
+    assert explorer.result.levels == dict(season=.8, haze=0, blur=.5, resolution=0, noise=0)
+    assert len(settings) == 2 + len(SWEEP)                                   # first, last, curves
+    assert view.status.value == '' and view.curves.value.count('<svg') == 2 and 'blur 0 to 1' in view.curves.value
+    # the curves are those of a sweep, and stand at the level of the slider
+    table = explorer.sweep('blur')
+    at = table[(table.method == 'pspnet') & (table.level == .4)].iloc[0]
+    assert '%.1f,%.1f' % module._curve_point(.4, at.oa) in view.curves.value
+    assert f'x1="{module._curve_point(.5, 0)[0]}"' in view.curves.value
 
 
 def test_drawings():

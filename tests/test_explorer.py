@@ -1,5 +1,5 @@
 """The Explorer without a browser: the state's answers, and a window that follows it."""
-import asyncio, base64, io, json, shutil, subprocess, sys, time, warnings
+import asyncio, base64, html, io, json, shutil, subprocess, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,8 +14,9 @@ from rssqa.data.synthetic import PALETTE as COLOURS, scene
 from rssqa.tables.store import Store, put_vectors
 from rssqa.viz.explorer import (EmbeddingSelection, ExplorerState, case_reader, count_names, count_values, open_run,
                                 paint_tile, save_run, sharpness, snapshot, why, why_text)
-from rssqa.viz.explorer_widget import SHADES, Explorer, encode_colours, explore, legend_html
-from rssqa.viz.figures import UNKNOWN
+from rssqa.viz.columns import SIGNED_COLOURS, UNKNOWN
+from rssqa.viz.explorer_widget import Explorer, explore
+from rssqa.viz.scatter import SHADES, encode_colours, legend_html
 
 CLASSES = ('ground', 'building', 'road', 'vegetation', 'water', 'vehicle')
 VECTORS = 'sem/words@abcdef01' # table of the store
@@ -445,9 +446,84 @@ def test_an_error_is_shown_and_the_window_lives_on(window, tmp_path, monkeypatch
     assert 'ValueError' in status(window)
     lasso(window, [1, 2])
     press(window, 'save')
-    assert '2 maps written to selection.csv' in status(window) and len(pd.read_csv('selection.csv')) == 2
+    assert '2 maps written to /' in status(window) and '/selection.csv' in status(window)
+    assert len(pd.read_csv('selection.csv')) == 2
     press(window, 'save')
-    assert 'exists already' in status(window)
+    assert 'selection-2.csv' in status(window) and len(pd.read_csv('selection-2.csv')) == 2
+
+
+def test_what_is_shown_is_shared_as_a_page_and_a_figure(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    window = Explorer(table(), images=cases)
+    window.state.filter(dataset='coast')
+    lasso(window, [0, 1, 4])
+    keep(window, 'first <i>')
+    part(window, 'note').value = 'muddy & wide'
+    part(window, 'tags').value = 'a, b'
+    window.state.color('gap')
+    lasso(window, [5])
+    press(window, 'share')
+    assert str(tmp_path/'explorer.html') in html.unescape(status(window))
+    text = (tmp_path/'explorer.html').read_text()
+    data = json.loads(text.split('<script type="application/json">')[1].split('</script>')[0])
+    now, kept = data['selections']
+    assert now['about'] == '1 map selected (lasso)' and kept['name'] == 'first <i>'
+    assert 'muddy & wide' in kept['about'] and 'tags: a, b' in kept['about'] and 'dataset coast' in kept['about']
+    unpack = lambda packed: np.frombuffer(base64.b64decode(packed), '<u2')       # noqa: E731
+    columns = {column['name']: column for column in data['columns']}
+    image = [columns['image_id']['levels'][code] for code in unpack(columns['image_id']['data'])]
+    assert {image[k] for k in unpack(kept['rows'])} == {'i000', 'i002'} and len(unpack(kept['rows'])) == 3
+    assert columns['gap']['ends'] == ['under-predicted', 'over-predicted'] and data['thumbs'] is not None
+    assert 'by rssqa' in text and 'filter: dataset coast' in text and 'Separation' in text
+    press(window, 'figure')
+    assert str(tmp_path/'explorer.svg') in html.unescape(status(window)) and 'explorer.pdf' in status(window)
+    drawn = (tmp_path/'explorer.svg').read_text()
+    for words in ('over-predicted', '1 map selected (lasso), ringed', 'filter: dataset coast', 'by rssqa'):
+        assert words in drawn
+    assert (tmp_path/'explorer.pdf').read_bytes().startswith(b'%PDF')
+    for name in ('share', 'figure'): press(window, name)                  # a second time
+    names = {path.name for path in tmp_path.glob('explorer*')}
+    assert names == {f'{stem}.{kind}' for stem in ('explorer', 'explorer-2') for kind in ('html', 'pdf', 'svg')}
+
+
+def test_long_actions_say_what_they_do_and_take_no_second_click(window, monkeypatch):
+    during = []
+
+    def slow(row, k=10):
+        during.append((status(window), window.controls['share'].disabled, part(window, 'keep').disabled))
+        return window.state.select([row])
+
+    monkeypatch.setattr(window.state, 'neighbours', slow)
+    window.state.hover(3)
+    press(window, 'near')
+    assert 'looking for neighbours …' in during[0][0] and during[0][1:] == (True, True)
+    assert '1 selected' in status(window) and not window.controls['share'].disabled
+    monkeypatch.setattr(window.state, 'neighbours', lambda row: 1 / 0)
+    press(window, 'near')
+    assert 'ZeroDivisionError' in status(window) and not window.controls['near'].disabled
+
+
+def test_the_first_search_is_prepared_in_the_background(stored):
+    loads = []
+
+    def load():
+        loads.append(1)
+        time.sleep(.3)
+        return Words()
+
+    class Words(AxisEncoder):
+        words = [*AxisEncoder.words[:3], 'a'] # 'a map', with which the search is prepared
+
+    async def live():
+        window = Explorer(ExplorerState(table(), store=stored[0].store, semantic=VECTORS, encoder=load, images=cases))
+        await asyncio.sleep(.1)
+        assert window.state.chosen.size == 0
+        window.controls['search'].value = 'water'                        # while it is being prepared
+        await window._warming
+        return window
+
+    window = asyncio.run(live())
+    assert loads == [1] and 'most like' in status(window) and len(window.selection())
 
 
 # ---------------------------------------------------------------- colours
@@ -455,9 +531,9 @@ def test_an_error_is_shown_and_the_window_lives_on(window, tmp_path, monkeypatch
 def test_unknown_scores_are_grey_and_never_zero():
     t = table()
     t.loc[:9, 'oa'] = np.nan
-    values, colours, span = encode_colours(Explorer(t).state, 'oa')
+    values, colours, scale = encode_colours(Explorer(t).state, 'oa')
     assert (values[:10] == 0).all() and (values[10:] > 0).all() and (values < 1).all()
-    assert colours[0] == '#BBBBBB' and span == (0, 1)
+    assert colours[0] == '#BBBBBB' and (scale.low, scale.high) == (0, 1)
     some_unknown = EmbeddingSelection(t.assign(method=t.method.where(t.index > 4)))
     codes, colours, legend = encode_colours(some_unknown, 'method')
     assert set(codes[:5]) == {0} and 0 not in set(codes[5:]) and len(legend) == 2
@@ -496,7 +572,7 @@ def test_points_have_the_colours_of_the_legend(unknown):
         assert_colours_match(window, column)
     # from names to numbers and back
     window.state.color('oa')
-    assert len(window.scatter.widget.color) == 256
+    assert len(window.scatter.widget.color) == 257
     window.state.color('method')
     assert_colours_match(window, 'method')
     assert point_colours(window).count(UNKNOWN) == unknown
@@ -506,6 +582,65 @@ def test_points_have_the_colours_of_the_legend(unknown):
     assert_colours_match(window, 'method')
     window.controls['color'].value = 'dataset'
     assert_colours_match(window, 'dataset')
+
+
+def number_colours(window) -> list:
+    "Colour of each point, as the shader of jupyter-scatter looks it up for numbers."
+    from matplotlib.colors import to_hex
+    widget = window.scatter.widget
+    column = dict(valueA=2, valueB=3)[widget.color_by]
+    places = np.floor(widget.points[:, column] * np.float32(len(widget.color) - 1)).astype(int)
+    return [to_hex(widget.color[place]).upper() for place in places]
+
+
+def lab(colour) -> np.ndarray:
+    "CIELAB of '#rrggbb', D65."
+    rgb = np.array([int(colour[i:i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(rgb <= .04045, rgb / 12.92, ((rgb + .055) / 1.055)**2.4)
+    xyz = np.array([[.4124, .3576, .1805], [.2126, .7152, .0722], [.0193, .1192, .9505]]) @ linear
+    xyz = xyz / np.array([.9505, 1, 1.089])
+    f = np.where(xyz > .008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def test_a_gap_of_zero_is_neutral_and_both_signs_are_equally_strong():
+    t = table(9)
+    gap = np.array([-.4, -.2, -.1, 0, .1, .2, .4, np.nan, .05])
+    window = Explorer(t.assign(oa=.5, predicted=.5 + gap))
+    window.state.color('gap')
+    colours = number_colours(window)
+    neutral = SIGNED_COLOURS[4]
+    assert colours[3] == neutral and colours[7] == UNKNOWN
+    assert np.linalg.norm(lab(neutral) - lab(UNKNOWN)) > 25                  # neutral is not unknown
+    strength = [np.linalg.norm(lab(colour) - lab(neutral)) for colour in colours]
+    for under, over in ((0, 6), (1, 5), (2, 4)):
+        assert strength[under] == pytest.approx(strength[over], rel=.06) and strength[under] > 15
+        assert lab(colours[under])[2] < lab(neutral)[2] and lab(colours[over])[1] > lab(neutral)[1]
+    assert strength[0] > strength[1] > strength[2]
+    legend = window.screens['legend'].value
+    assert 'under-predicted -0.4' in legend and '0.4 over-predicted' in legend
+    # one-sided gaps keep their middle, an accuracy keeps its map
+    window = Explorer(t.assign(oa=.5, predicted=.5 + np.abs(gap)))
+    window.state.color('gap')
+    assert number_colours(window)[3] == neutral
+    window.state.color('oa')
+    assert 'over-predicted' not in window.screens['legend'].value
+
+
+def test_a_dark_theme_changes_background_and_dark_colours():
+    def brightness(colour): return lab(colour)[0]
+    window = Explorer(table().assign(oa=np.linspace(0, 1, 60), kind=[f'k{k % 20:02d}' for k in range(60)]))
+    for column in ('oa', 'gap', 'kind'):
+        window.state.color(column)
+        colour_of = number_colours if column != 'kind' else point_colours
+        light = min(map(brightness, colour_of(window)))
+        window.keys.dark = True
+        dark = min(map(brightness, colour_of(window)))
+        assert dark > 37 and (dark > light + 5 or column == 'gap')
+        assert max(window.scatter.widget.background_color[:3]) < .2
+        if column == 'kind': assert point_colours(window) == legend_colours(window, 'kind')
+        window.keys.dark = False
+        assert min(window.scatter.widget.background_color[:3]) == 1
 
 
 def test_rare_names_are_grey_where_colours_run_out():
@@ -783,6 +918,76 @@ def test_the_query_box_selects_and_explains_what_it_refuses(window):
     assert window.selection().empty
 
 
+def test_the_histogram_filters_by_any_column(window):
+    t = window.state.table
+    window.controls['histogram'].value = 'entropy'
+    slider = window.controls['range']
+    assert (slider.min, slider.max) == pytest.approx((t.entropy.min(), t.entropy.max())) or slider.max == 1
+    slider.value = (.2, .4)
+    inside = t.entropy.astype(np.float32).between(np.float32(slider.value[0]), np.float32(slider.value[1]))
+    assert 0 < inside.sum() < 60 and np.array_equal(window.state.mask, inside)
+    assert set(window.scatter.widget.filter) == set(np.flatnonzero(inside))
+    assert '(filter: mean entropy)' in status(window)
+    # another column cuts across, and the first filter stays
+    window.controls['histogram'].value = 'oa'
+    assert tuple(slider.value) == (slider.min, slider.max) == (0, 1)
+    slider.value = (.6, .8)
+    assert np.array_equal(window.state.mask, inside & t.oa.between(.6, .8))
+    assert tuple(window.controls['oa'].value) == (.6, .8)
+    window.controls['histogram'].value = 'entropy'
+    assert tuple(slider.value) == pytest.approx((.2, .4), abs=.01)
+    press(window, 'reset')
+    assert window.state.mask.all() and tuple(slider.value) == (slider.min, slider.max)
+    window.controls['histogram'].value = 'method'
+    assert slider.disabled
+
+
+def test_clusters_are_outlined_named_and_selected():
+    rng = np.random.default_rng(0)
+    kind = np.repeat([0, 1, 2], 40)
+    u, v = (np.array([[0, 0], [9, 1], [4, 8]])[kind] + rng.normal(0, .4, (120, 2))).T
+    t = pd.DataFrame(dict(image_id=np.arange(120).astype(str), u=u, v=v, oa=np.array([.9, .85, .3])[kind],
+                          predicted=np.array([.9, .85, .6])[kind], dataset=np.array(['coast', 'moor', 'moor'])[kind]))
+    window = Explorer(t)
+    assert window.scatter.widget.annotations in (None, [])
+    window.controls['outlines'].value = True
+    first = next(c for c in window.clusters if 'over-predicted' in c.name)
+    assert len(window.clusters) == 3 and set(first.rows) <= set(range(80, 120)) and len(first.rows) > 35
+    assert first.name == 'low OA ×3.0, over-predicted ×3.0'
+    # outlines lie around the points, in the widget's own coordinates
+    widget = window.scatter.widget
+    assert len(widget.annotations) == 3
+    corners = np.reshape(widget.annotations[window.clusters.index(first)].vertices, (-1, 2))
+    points = widget.points[first.rows, :2]
+    assert np.allclose(corners[0], corners[-1])
+    assert np.all(corners.min(0) >= points.min(0) - 1e-5) and np.all(corners.max(0) <= points.max(0) + 1e-5)
+    assert 'over-predicted ×3.0' in window.screens['clusters'].value
+    window.controls['cluster'].value = str(first)
+    assert set(window.selection().index) == set(first.rows) and 'cluster low OA' in status(window)
+    window.keys.dark = True
+    assert len(widget.annotations) == 3
+    window.controls['outlines'].value = False
+    assert not widget.annotations and window.screens['clusters'].value == ''
+
+
+def test_noise_has_no_clusters():
+    rng = np.random.default_rng(0)
+    window = Explorer(pd.DataFrame(dict(u=rng.random(300), v=rng.random(300), oa=rng.random(300))))
+    window.controls['outlines'].value = True
+    assert all(cluster.name == 'mixed' for cluster in window.clusters)
+    few = Explorer(table(5))
+    few.controls['outlines'].value = True
+    assert few.clusters == [] and 'No region is denser' in few.screens['clusters'].value
+
+
+def test_a_few_extreme_gaps_do_not_make_all_others_neutral():
+    gap = np.concatenate([np.linspace(-.1, .1, 300), [.9]])
+    window = Explorer(table(301).assign(oa=.5, predicted=.5 + gap))
+    window.state.color('gap')
+    strength = [np.linalg.norm(lab(colour) - lab(SIGNED_COLOURS[4])) for colour in number_colours(window)]
+    assert min(strength[0], strength[300]) > 70 and '≥ 0.09' in window.screens['legend'].value
+
+
 def test_keys_undo_and_redo(window):
     lasso(window, [1])
     window.keys._handle_custom_msg(dict(type='undo'), [])
@@ -852,7 +1057,7 @@ def test_the_panel_compares(window):
     part(window, 'compare').click()
     page = part(window, 'result').value
     assert 'lower OA than those in the rest' in page and 'made by this column' in page
-    assert '&lt;b&gt;' in page and 'low <b>' not in page and 'data:image/png' in page
+    assert '&lt;b&gt;' in page and 'low <b>' not in page and '<svg' in page and '--jp-ui-font-color1' in page
     part(window, 'second').value = 'selected now'
     part(window, 'first').value = 'selected now'
     part(window, 'compare').click()

@@ -6,10 +6,12 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 from hypothesis import given, settings, strategies as st
 from matplotlib.figure import Figure
 
 from rssqa.viz import figures as viz
+from rssqa.viz.columns import SIGNED_COLOURS
 from rssqa.core import BadImage, Incompatible, SchemaError, UnknownName
 from rssqa.segment.metrics import recommendation, single_best
 from rssqa.viz.projection import project, separation
@@ -57,6 +59,17 @@ def test_scores_by_hand(tiny):
     # two methods make no rank correlation
     assert (s['n_rows'], s['n_images']) == (8, 4) and np.isnan(s['srocc_image'])
     assert viz.scores(toy().assign(predicted=lambda t: t.oa))['srocc_image'] == pytest.approx(1)
+
+
+def test_a_difference_is_drawn_around_zero_with_words():
+    emb = pd.DataFrame(dict(u=[0., 1, 2, 3], v=[0., 0, 1, 1], gap=[-.2, 0, .1, np.nan]))
+    for many in (emb, pd.concat([emb] * 3)):
+        shown = viz.plot_embedding(many, 'gap', max_points=5)
+        words = [text.get_text() for ax in shown.figure_.axes for text in ax.texts]
+        assert 'under-predicted' in words and 'over-predicted' in words
+    marks = viz.plot_embedding(emb, 'gap').ax_.collections[0]
+    assert marks.get_clim() == (-.2, .2)
+    assert np.allclose(marks.cmap(marks.norm(0.))[:3], to_rgb(SIGNED_COLOURS[4]), atol=.01)
 
 
 def test_follow_by_hand(tiny):
@@ -239,6 +252,8 @@ def test_branches_carry_their_numbers():
     ranks = np.concatenate([c.get_array() for c in shown.ax_[0].collections])
     assert np.isclose(ranks.max(), 1) and len(ranks) == 40
     assert shown.data_.skill['fused'] > .5 > shown.data_.skill['semantic'] + .2
+    by_oa = viz.compare_branches(views, t, 'oa', 'pca')
+    assert [ax.get_ylabel() for ax in by_oa.figure_.axes][-1] == 'OA'
     fig = Figure()
     by_dataset = viz.compare_branches(views, t, 'dataset', 'pca', axes=fig.subplots(1, 2))
     assert by_dataset.figure_ is fig

@@ -3,6 +3,7 @@ lasso selection and downloads it."""
 import base64
 import io
 import json
+import os
 import re
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from matplotlib.path import Path as Polygon
 from PIL import Image
 
-from browser import chromium, opened  # noqa: F401 (a fixture)
+from browser import chromium, faint_texts, opened  # noqa: F401 (a fixture)
 from rssqa.core import Incompatible, SchemaError, UnknownName
 from rssqa.viz.html import CSP, LIMIT, MISSING, drawn, plane, to_html
 from rssqa.data.synthetic import SCENE_TYPES, scene
@@ -285,6 +286,33 @@ def test_a_lasso_counts_and_averages(page):
     browser_page.click('.plane .none')
     assert browser_page.inner_text('.plane .summary').startswith('Nothing selected')
     assert browser_page.is_disabled('.plane .save')
+
+
+def test_kept_selections_are_chosen_in_a_dark_page(chromium, tmp_path):
+    emb, _, _ = points(60)
+    emb = emb.assign(gap=emb.predicted - emb.oa)
+    kept = [dict(name=HOSTILE, rows=[3, 7, 41], about='tags: a\nnote <b>'), dict(name='one', rows=[5], about='')]
+    path = to_html(emb, tmp_path/'p.html', 'gap', selections=kept, provenance='made today\nby <i>')
+    rows = shuffled(emb)['image_id'].tolist()
+    with opened(chromium, path.as_uri(), color_scheme='dark') as browser_page:
+        browser_page.wait_for_selector('.plane[data-ready]')
+        assert browser_page.locator('.plane .key').inner_text().split('\n')[1].endswith('over-predicted')
+        browser_page.select_option('.plane .kept', label=' '.join(HOSTILE.split()))
+        chosen = [rows[k] for k in ask(browser_page, 'plane.selected()')]
+        assert sorted(chosen) == sorted(emb.image_id[[3, 7, 41]])
+        assert browser_page.inner_text('.plane .about') == 'tags: a\nnote <b>'
+        assert browser_page.get_by_text('by <i>').is_visible()
+        at = np.array(ask(browser_page, 'plane.at(0)'))
+        browser_page.mouse.move(*at)
+        browser_page.locator('.plane .tip').wait_for()
+        assert faint_texts(browser_page.locator('body')) == []
+        assert browser_page.evaluate('getComputedStyle(document.body).backgroundColor') == 'rgb(17, 17, 17)'
+        if 'RSSQA_SHOTS' in os.environ: browser_page.screenshot(path=f'{os.environ["RSSQA_SHOTS"]}/page-dark.png')
+        browser_page.click('.plane .none')
+        assert browser_page.input_value('.plane .kept') == '' and browser_page.inner_text('.plane .about') == ''
+    with opened(chromium, path.as_uri()) as browser_page:
+        browser_page.wait_for_selector('.plane[data-ready]')
+        assert faint_texts(browser_page.locator('body')) == []
 
 
 def test_the_selection_can_be_downloaded(page):

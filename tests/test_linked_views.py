@@ -1,12 +1,14 @@
 "Linked views: what happens in one picture happens in all, and each says what was measured behind it."
+import io
 import json
 import os
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
-from browser import chromium, drag, lab, page, run_all  # noqa: F401 (fixtures)
+from browser import choose_theme, chromium, drag, faint_texts, lab, page, run_all  # noqa: F401 (fixtures)
 from rssqa.core import Incompatible, MissingFeatures
 from rssqa.viz.committed import tables_folder
 from rssqa.viz.explorer import example
@@ -125,7 +127,7 @@ def test_committed_features_are_those_of_one_method():
     with pytest.raises(Incompatible, match='(?i)rows of one method'): committed_features(table)
     part = table[table.method == 'unet'].sample(40, random_state=0)
     features = committed_features(part)
-    assert list(features) == ['semantic', 'segmenter', 'label-free columns', 'together']
+    assert list(features) == ['semantic', 'segmenter', 'fused', 'label-free']
     assert all(len(x) == 40 and np.isfinite(x).all() for x in features.values())
     again = committed_features(part.iloc[::-1])
     np.testing.assert_allclose(again['segmenter'][::-1], features['segmenter'], atol=1e-4)
@@ -153,13 +155,40 @@ state.observe(report)
 report()'''
 
 
-def wait_for(page, lab, condition, wait=60):
+def wait_for(page, lab, condition, wait=180):
     path = lab.home/'linked.json'
     for _ in range(10 * wait):
         report = json.loads(path.read_text()) if path.exists() else {}
         if report and condition(report): return report
         page.wait_for_timeout(100)
     pytest.fail(f'the kernel reports {report}')
+
+
+def shot(page, name): # for a person to look at
+    if 'RSSQA_SHOTS' in os.environ: page.screenshot(path=f'{os.environ["RSSQA_SHOTS"]}/{name}.png')
+
+
+def look_at_themes(page, canvas):
+    "Every text can be read in both themes, an error and a comparison too; scatters have the background of the theme."
+    page.set_viewport_size(dict(width=1500, height=2000))
+    page.get_by_role('button', name='Compare').click()
+    page.locator('.rssqa-figure svg').wait_for()
+    page.get_by_text('?', exact=True).first.click()
+    page.get_by_text('Nearness is measured among all features').first.wait_for()
+    for theme, is_right in (('JupyterLab Light', '> 240'), ('JupyterLab Dark', '< 40')):
+        choose_theme(page, theme)
+        page.wait_for_function(f"""() => [...document.querySelectorAll('.rssqa-explorer [data-jss-theme]')]
+            .every(e => getComputedStyle(e).backgroundColor.match(/[0-9]+/g).slice(0, 3).every(x => x {is_right}))""")
+        page.get_by_placeholder('gap < -0.3').fill(f'no such {theme}')
+        page.keyboard.press('Enter')
+        page.locator('.rssqa-error').wait_for()
+        page.locator('.rssqa-explorer canvas').first.evaluate('e => e.scrollIntoView()')
+        shot(page, f'{theme[11:].lower()}')
+        assert faint_texts(page.locator('.jp-OutputArea .rssqa-explorer').first) == []
+        assert page.locator('.rssqa-explorer :text-is("Color")').count() == 0      # no second legend, no axes
+        picture = canvas.screenshot()
+        corner = np.asarray(Image.open(io.BytesIO(picture)).convert('L'))[3, 3]
+        assert eval(f'{corner} {is_right}')
 
 
 def test_a_lasso_with_the_mouse_in_a_view(page, lab):
@@ -186,4 +215,5 @@ def test_a_lasso_with_the_mouse_in_a_view(page, lab):
     assert set(inside) >= set(report['chosen']) and len(report['chosen']) >= 0.9 * len(inside)
     assert report['reason'] == 'lasso in noise'
     page.get_by_text(f'{len(report["chosen"])} selected (lasso in noise)').wait_for()
+    look_at_themes(page, canvas)
     assert [fault for fault in page.faults if 'Failed to initialize model' not in fault] == []

@@ -134,6 +134,8 @@ def test_learning_rows_read_names():
     assert (data.n == 2).all()
     assert data.share.is_monotonic_increasing
     with pytest.raises(SchemaError, match="xpected names such as"): plots.learning_rows(board.tail(1))
+    ax = plots.plot_learning(rows.assign(gsd_m=rows.share, mean_oa=rows.mae), x='gsd_m', measure='mean_oa').ax_
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ('GSD (m)', 'mean OA')
     with pytest.raises(SchemaError, match='no column scenes'): plots.plot_learning(rows, x='scenes')
 
 

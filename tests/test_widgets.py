@@ -1,4 +1,7 @@
 """Choices and ratings are kept: states without a browser, buttons through their clicks, errors explained."""
+import asyncio
+import time
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +12,8 @@ from rssqa.core import BadImage, DataNotFound, Incompatible, SchemaError, Unknow
 from rssqa.data.synthetic import scene
 from rssqa.quality.pack import Pack
 from rssqa.viz.explorer import write_table
-from rssqa.viz.widgets import PairReviewer, Recommender, example_review, marked, read_table
+from rssqa.viz.degradation import as_png
+from rssqa.viz.widgets import PairReviewer, Recommender, as_good, example_review, marked, read_table
 from test_degradation import small_pack
 
 
@@ -113,6 +117,61 @@ def test_the_recommender_view(pack, folder, tmp_path):
     view.path.value = str(tmp_path/'t.xlsx')
     view.save.click()
     assert '.csv or .parquet' in view.saved.value
+
+
+def test_an_answer_is_never_shown_under_another_name(pack, monkeypatch):
+    "What a slow network answers stands under its own name, and images that were left are not ranked."
+    ranked = []
+    real = module.rank
+
+    def slow(image, *args, **options):
+        ranked.append(round(float(np.mean(image)), 6))
+        time.sleep(.4)
+        return real(image, *args, **options)
+
+    monkeypatch.setattr(module, 'rank', slow)
+    images = {name: scene('town', k, 64).image for k, name in enumerate('abc')}
+
+    async def live():
+        view = Recommender(images, pack).view()
+        await asyncio.sleep(.1)                                              # `a` is being ranked
+        assert 'segmenting' in view.position.value and is_cleared(view)
+        view.next.click()
+        view.next.click()
+        assert view.which.value == 'c' and is_cleared(view)
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        while not all(task.done() for task in tasks):
+            if view.maps.children: assert pictures(view)[0] == as_png(images[view.which.value], 220)
+            await asyncio.sleep(.02)
+        assert pictures(view)[0] == as_png(images['c'], 220) and view.position.value == '3 of 3'
+        assert 'c' in view.choices.value and not view.save.disabled
+        view.back.click()
+        view.back.click()                                                    # known already: at once
+        assert pictures(view)[0] == as_png(images['a'], 220)
+        return view
+
+    view = asyncio.run(live())
+    assert ranked == [round(float(np.mean(images[name])), 6) for name in 'ac']
+    assert list(view.state.rankings) == ['a', 'c']
+
+
+def test_ties_are_named(pack, monkeypatch):
+    ranking = pd.DataFrame(dict(method=['unet', 'logcan', 'pspnet'], predicted=[.8, .797, .79]))
+    assert as_good(ranking) == ['logcan'] and as_good(ranking.assign(predicted=np.nan)) == []
+    assert as_good(ranking, tie=.02) == ['logcan', 'pspnet']
+
+    def tied(*args, real=module.rank, **options):
+        found = real(*args, **options)
+        return found.assign(predicted=[.8, .799][:len(found)])
+
+    monkeypatch.setattr(module, 'rank', tied)
+    view = Recommender([scene('town', 1, 64).image], pack).view()
+    first, second = view.state.ranked().method
+    assert f'recommended: {first}</b>, as good: {second}' in view.numbers.value
+    captions = [box.children[1].value for box in view.maps.children]
+    row = view.state.ranked().iloc[1]
+    assert 'as good' in captions[2] and f'[{row.lower:.2f}, {row.upper:.2f}]' in captions[2]
+    assert 'building' in view.numbers.value                                  # the legend of the classes
 
 
 def watch_screen(view) -> list:
@@ -249,6 +308,23 @@ def test_the_reviewer_view(tmp_path):
 
 
 def test_changes_are_marked_and_escaped():
-    removed = '<del style="background:#fbe3e0">&lt;b&gt;</del>'
+    removed = '<del style="background:#fbe3e0;color:#1d2329">&lt;b&gt;</del>'
     assert marked('a <b> c', 'a c') == (f'a {removed} c', 'a c')
     assert marked('', '') == ('', '')
+
+
+def test_the_reviewer_says_what_is_in_the_file(tmp_path):
+    review, images = example_review()
+    path = tmp_path/'ratings.csv'
+    view = PairReviewer(review, path, images).view()
+    assert 'nothing saved yet' in view.position.value and not path.exists()
+    view.press('r')
+    assert '1 rated' in view.position.value and 'saved in ratings.csv' in view.position.value
+    # a pair that the table rates and the file skips is skipped
+    saved = read_table(path)
+    saved.loc[1, 'skipped'] = True
+    write_table(saved, path)
+    again = PairReviewer(review.assign(rating='right'), path, images)
+    assert again.review.rating[1] == '' and again.review.skipped[1]
+    both = (again.review.rating != '') & again.review.skipped
+    assert not both.any()

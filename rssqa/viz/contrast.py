@@ -6,15 +6,15 @@
 __all__ = ['SIZES', 'MIN_IMAGES', 'DRAWS', 'CLASSES', 'LEVEL', 'MIN_SHARE', 'MAX_NAMES', 'REST', 'NOT_COMPARED', 'cliffs_delta',
            'size_word', 'draw_images', 'compare_selections', 'difference_text', 'comparison_note', 'plot_differences']
 
-# %% ../../nbs/64_viz.contrast.ipynb #582c9425
+# %% ../../nbs/64_viz.contrast.ipynb #acf16ddc
 import textwrap
 
 import numpy as np
 import pandas as pd
 
 from ..core import Incompatible, SchemaError, unknown
-from .figures import PALETTE, Display, column_label, is_number
-from .figures import _canvas, _display, _plain, _title
+from .columns import PALETTE, column_label, is_number
+from .drawing import FAINT, SOFT, Display, display_of, new_axes, plain_text, write_title
 
 # %% ../../nbs/64_viz.contrast.ipynb #4f308add
 SIZES = ((0.147, 'negligible'), (0.33, 'small'), (0.474, 'medium'), (np.inf, 'large')) # |Cliff's delta| below
@@ -182,7 +182,7 @@ def _compare_names(column, groups): # -> a row for each name that differs most
 
 def _shares(names): return pd.Series(names).value_counts(normalize=True)
 
-# %% ../../nbs/64_viz.contrast.ipynb #10c1255c
+# %% ../../nbs/64_viz.contrast.ipynb #000b633c
 def difference_text(
     row, # of compare_selections, such as found.iloc[0]
     names: tuple = ('A', 'B'), # of the two selections
@@ -223,24 +223,26 @@ def plot_differences(
 ) -> Display: # data_: rows drawn
     "Draw the largest differences with their intervals."
     data = found.head(limit)
-    ax = _canvas(ax, 7.2, 1.5 + .27 * len(data))
+    ax = new_axes(ax, 7.2, 1.5 + .27 * len(data))
     y = np.arange(len(data))[::-1]
     for bound, _ in SIZES[:-1]:
-        for side in (-bound, bound): ax.axvline(side, color='#E4E4E4', lw=1, zorder=0)
-    ax.axvline(0, color='#888888', lw=1, zorder=0)
+        for side in (-bound, bound): ax.axvline(side, color=FAINT, lw=1, zorder=0)
+    ax.axvline(0, color=SOFT, lw=1, zorder=0)
     colours = np.where(data.clear, PALETTE[0], '#8C8C8C')
     ax.hlines(y, data.low, data.high, color=colours, lw=2, alpha=.6)
-    ax.scatter(data.delta, y, c=np.where(data.clear, PALETTE[0], 'white'), edgecolors=colours, s=34, zorder=2)
-    ax.set_yticks(y, [_plain(_row_label(row))[:44] for _, row in data.iterrows()])
+    ax.scatter(data.delta, y, c=np.where(data.clear, PALETTE[0], 'none'), edgecolors=colours, s=34, zorder=2)
+    ax.set_yticks(y, [plain_text(_row_label(row))[:44] for _, row in data.iterrows()])
     beside = ('axes fraction', 'data')
-    for height, (_, row) in zip(y, data.iterrows()):
-        ax.annotate(_row_values(row), (1.02, height), xycoords=beside, va='center', fontsize=8)
-    ax.annotate('first      second', (1.02, len(data) - .4), xycoords=beside, va='center', fontsize=8, color='#555555')
+    for k, head in enumerate(('first', 'second')):
+        left = 1.02 + .11 * k
+        ax.annotate(head, (left, len(data) - .4), xycoords=beside, va='center', fontsize=8, color=SOFT)
+        for height, (_, row) in zip(y, data.iterrows()):
+            ax.annotate(_row_values(row)[k], (left, height), xycoords=beside, va='center', fontsize=8)
     ax.set(xlim=(-1.05, 1.05), ylim=(-.6, len(data) - .4))
-    ax.set_xlabel(f"Cliff's delta; right: larger in {_plain(names[0])[:30]}")
+    ax.set_xlabel(f"Cliff's delta; right: larger in {plain_text(names[0])[:30]}")
     note = '\n'.join(textwrap.wrap(comparison_note(found), 58))
-    _title(ax, f'{names[0]} against {names[1]}'[:48], note)
-    return _display(data, ax)
+    write_title(ax, f'{names[0]} against {names[1]}'[:48], note)
+    return display_of(data, ax)
 
 
 def _row_label(row):
@@ -248,6 +250,6 @@ def _row_label(row):
     return f'{label}: {row["name"]}' if row['name'] else label
 
 
-def _row_values(row): # both means or shares, in columns
-    if row['name']: return f'{row["a"]:.0%}      {row["b"]:.0%}'
-    return f'{row["a"]:.2g}     {row["b"]:.2g}'
+def _row_values(row): # both means or shares
+    form = '.0%' if row['name'] else '.2g'
+    return format(row['a'], form), format(row['b'], form)

@@ -6,7 +6,7 @@
 __all__ = ['VISIBLE', 'WRONG_COLOURS', 'UNLABELLED_COLOURS', 'APART', 'image_choices', 'example_images', 'shrink', 'free_colour',
            'class_legend', 'class_name', 'error_picture', 'exact_png', 'data_url', 'photo_url']
 
-# %% ../../nbs/67_viz.examples.ipynb #aeaa204b
+# %% ../../nbs/67_viz.examples.ipynb #cd567830
 import base64, io
 
 import numpy as np
@@ -14,22 +14,22 @@ import pandas as pd
 
 from ..core import BadImage, as_image
 from ..segment.metrics import IGNORE, single_best
-from .figures import IGNORED, WRONG, png_bytes
-from .figures import _measured, _need, _picks
+from .drawing import measured_rows, png_bytes, require_columns
+from .figures import IGNORED, WRONG, choice_accuracies
 
-# %% ../../nbs/67_viz.examples.ipynb #243788f0
+# %% ../../nbs/67_viz.examples.ipynb #13bfa1aa
 def image_choices(
     sqed: pd.DataFrame, # image_id, dataset, method, oa, predicted; images without every method are left out
     always: str | dict | None = None, # as in `figures.follow`
 ) -> pd.DataFrame: # one row an image: dataset, recommended, always, OA of each choice, gain, regret
     "Compare the recommended map of each image with that of the method best on average and with the best."
-    _need(sqed, ['image_id', 'dataset', 'method'], 'a recommendation')
-    t, _ = _measured(sqed, ['oa', 'predicted'], 'a recommendation')
+    require_columns(sqed, ['image_id', 'dataset', 'method'], 'a recommendation')
+    t, _ = measured_rows(sqed, ['oa', 'predicted'], 'a recommendation')
     if always is None: always = single_best(t)
     single = always if isinstance(always, dict) else {'': always}
     parts = []
     for name, part in t.groupby('dataset', observed=True):
-        parts.append(_picks(part, 'predicted', single.get(name, single.get(''))))
+        parts.append(choice_accuracies(part, 'predicted', single.get(name, single.get(''))))
     out = pd.concat(parts).sort_index()
     ordered = t.sort_values(['predicted', 'method'], ascending=[False, True])
     out['recommended'] = ordered.drop_duplicates('image_id').set_index('image_id').method.reindex(out.index)

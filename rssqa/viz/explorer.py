@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PANEL_GAP', 'BACKGROUND', 'NOTE_BACKGROUND', 'NOTE_COLOUR', 'COMMON_COLUMNS', 'PLACE_COLUMNS', 'UMAP_LIMIT',
-           'SEPARATION_ROWS', 'TABLE_SUFFIXES', 'CACHED_TILES', 'EVIDENCE_COLUMNS', 'EVIDENCE_TEXT', 'SHARPNESS_SAMPLE',
-           'EXAMPLE_METHODS', 'count_values', 'count_names', 'paint_tile', 'case_reader', 'MemoryVectors',
-           'StoreVectors', 'standardised', 'measure_separation', 'EmbeddingTable', 'write_table', 'export_table',
-           'EmbeddingSelection', 'ExplorerState', 'sharpness', 'why', 'why_text', 'snapshot', 'example', 'save_run',
-           'known_without_labels', 'open_run']
+           'SEPARATION_ROWS', 'TABLE_SUFFIXES', 'CACHED_TILES', 'LOADING', 'EVIDENCE_COLUMNS', 'EVIDENCE_TEXT',
+           'SHARPNESS_SAMPLE', 'EXAMPLE_METHODS', 'count_values', 'count_names', 'paint_tile', 'case_reader',
+           'MemoryVectors', 'StoreVectors', 'standardised', 'measure_separation', 'EmbeddingTable', 'write_table',
+           'export_table', 'EmbeddingSelection', 'ExplorerState', 'sharpness', 'why', 'why_text', 'snapshot', 'example',
+           'save_run', 'known_without_labels', 'open_run']
 
-# %% ../../nbs/64_viz.explorer.ipynb #f6493c80
+# %% ../../nbs/64_viz.explorer.ipynb #153eb6c8
 import io, json
 from collections import OrderedDict
 from fnmatch import fnmatchcase
@@ -30,9 +30,9 @@ from ..quality.features import FeatureExtractor
 from ..segment.confidence import agreement, label_free
 from ..tables.sqed import label_free_columns, load_sqed, save_sqed, stored_mask
 from ..tables.store import Store, feature_table, get_vectors, nearest, put_vectors
-from rssqa.viz.figures import (
-    PALETTE, Display, case_oa, case_panels, column_label, how_made, is_number, limits, plot_embedding, png_bytes,
-)
+from .columns import PALETTE, column_label, is_number, limits
+from .drawing import Display, png_bytes
+from .figures import case_oa, case_panels, how_made, plot_embedding
 from .projection import separation, separation_text, stages
 
 # %% ../../nbs/64_viz.explorer.ipynb #dcb781ff
@@ -388,7 +388,7 @@ class EmbeddingTable:
         measured = 'separation is being measured' if self.pending else separation_text(self.numbers)
         return f'{line}\n{measured}'
 
-# %% ../../nbs/64_viz.explorer.ipynb #c39b4f1f
+# %% ../../nbs/64_viz.explorer.ipynb #558e27dd
 TABLE_SUFFIXES = ('.csv', '.parquet')
 
 
@@ -455,12 +455,13 @@ class EmbeddingSelection(EmbeddingTable):
         candidates = ('oa', 'predicted', *self.columns())
         self.color_by = next((c for c in candidates if c in self.table), 'u')
         self.histogram_of = self.color_by
+        self.dark = False # background of the window
 
     def __repr__(self):
         return f'{len(self):,} maps, {int(self.mask.sum()):,} shown, {len(self.rows()):,} selected'
 
     def observe(self,
-        function: Callable, # of 'filter', 'selection', 'focus', 'color', 'histogram' or 'layout'
+        function: Callable, # of 'filter', 'selection', 'focus', 'color', 'theme', 'histogram' or 'layout'
     ) -> Callable:
         "Call a function after every change; return a function that stops this."
         self._observers.append(function)
@@ -565,6 +566,12 @@ class EmbeddingSelection(EmbeddingTable):
         self.color_by = self.require(column)
         self._notify('color')
 
+    def set_theme(self, dark: bool) -> None:
+        "Choose colours that can be distinguished on a dark or a light background."
+        if dark == self.dark: return
+        self.dark = dark
+        self._notify('theme')
+
     def show_histogram(self, column: str) -> None:
         "Choose the column of the histogram."
         self.histogram_of = self.require(column)
@@ -609,8 +616,9 @@ class EmbeddingSelection(EmbeddingTable):
         "Write the selection as a table, all or nothing."
         return export_table(self.selection().assign(**columns), path, overwrite)
 
-# %% ../../nbs/64_viz.explorer.ipynb #5703bf76
+# %% ../../nbs/64_viz.explorer.ipynb #896d795c
 CACHED_TILES = 400
+LOADING = Lock() # networks are opened by one thread at a time: libraries that import late do not expect two
 
 
 class ExplorerState(EmbeddingSelection):
@@ -691,11 +699,19 @@ class ExplorerState(EmbeddingSelection):
         k: int = 20, # images wanted
     ) -> pd.DataFrame: # k rows with `score` = cosine, best first; they become the selection
         "Select the shown images most similar to a sentence, one map each."
-        encoder = self._load_encoder()
-        self._check_search(encoder, text)
-        embedding = np.asarray(encoder.encode_text([text]).float().cpu())[0]
+        embedding = self._embed(text)
         rows, distance = self.vectors().nearest(embedding, k, self.mask)
         return self.select(rows, 1 - distance, f'most like "{text}"').selection()
+
+    def _embed(self, text): # (D,); one thread at a time, so that nothing is loaded twice
+        with LOADING:
+            encoder = self._load_encoder()
+            self._check_search(encoder, text)
+            return np.asarray(encoder.encode_text([text]).float().cpu())[0]
+
+    def warm_search(self) -> None:
+        "Load text encoder and vectors, so that the first search is as fast as the next; a thread may call it."
+        self.vectors().nearest(self._embed('a map'), 1, self.mask)
 
     def _check_search(self, encoder, text):
         what = 'cannot search in words'

@@ -7,16 +7,19 @@ __all__ = ['TIE', 'NO_COMPLETE_IMAGE', 'MEASURES', 'CONFIDENCES', 'method_regret
            'plot_choices', 'plot_cells', 'plot_confidence', 'learning_rows', 'plot_learning', 'with_originals',
            'plot_degradation', 'class_quality', 'plot_classes', 'scene_share', 'plot_residuals', 'plot_uncertainty']
 
-# %% ../../nbs/62_viz.plots.ipynb #91aa82be
+# %% ../../nbs/62_viz.plots.ipynb #67a0002f
 import numpy as np
 import pandas as pd
 
 from ..core import BadImage, Incompatible, SchemaError, unknown
 from ..segment.metrics import IGNORE, accuracy, class_iou, failure_auroc, plcc, srocc, wide
-from .figures import METRICS, MARKERS, OA_MAP, PALETTE, Display, case_oa, case_panels
-from .figures import _canvas, _display, _measured, _need, _plain, _title
+from .columns import MARKERS, OA_MAP, PALETTE, column_label
+from rssqa.viz.drawing import (
+    Display, display_of, measured_rows, new_axes, plain_text, require_columns, write_title,
+)
+from .figures import METRICS, case_oa, case_panels
 
-# %% ../../nbs/62_viz.plots.ipynb #1cd1f5a9
+# %% ../../nbs/62_viz.plots.ipynb #532a7b56
 TIE = .005 # OA difference that counts as equal
 NO_COMPLETE_IMAGE = 'no image has a row for every method', 'score every image with every method'
 
@@ -26,8 +29,8 @@ def method_regrets(
     column: str = 'predicted', # of the prediction, OA 0..1
 ) -> pd.DataFrame: # a method a row, least regret first: regret, p90, rank (1: best), near_best (share), n
     "Measure the regret of always using one method, and that of the recommended method."
-    _need(sqed, ['image_id', 'method'], 'methods')
-    t = _measured(sqed, ['oa'], 'methods')[0]
+    require_columns(sqed, ['image_id', 'method'], 'methods')
+    t = measured_rows(sqed, ['oa'], 'methods')[0]
     oa = wide(t, 'oa').dropna()
     if not len(oa): raise SchemaError('cannot rank methods', *NO_COMPLETE_IMAGE)
     regret = (-oa).add(oa.max(axis=1), axis=0)
@@ -49,7 +52,7 @@ def plot_ranking(
 ) -> Display: # data_: from method_regrets
     "Draw the mean regret of each method, its 90th percentile, and how often it is as good as the best."
     data = method_regrets(sqed, column)
-    ax = _canvas(ax, 6.4, 1.3 + .3 * len(data))
+    ax = new_axes(ax, 6.4, 1.3 + .3 * len(data))
     y = np.arange(len(data))[::-1]
     colours = [PALETTE[0] if m == 'recommended' else '#8C8C8C' for m in data.index]
     ax.hlines(y, data.regret, data.p90, color=colours, lw=1.5, alpha=.5)
@@ -59,21 +62,21 @@ def plot_ranking(
         ax.annotate(f'{row.rank:.1f}    {row.near_best:.0%}', (1.02, height), xycoords=beside, va='center')
     head = 'rank    near\n           best'
     ax.annotate(head, (1.02, len(data) - .45), xycoords=beside, fontsize=8, color='#555555')
-    ax.set_yticks(y, [_plain(str(m)[:24]) for m in data.index])
+    ax.set_yticks(y, [plain_text(str(m)[:24]) for m in data.index])
     ax.set_xlabel('regret: OA below the best map of the image (mean, line to the 90th percentile)')
     ax.set(xlim=(0, None), ylim=(-.6, len(data) - .4))
     note = f'n = {data.n.iloc[0]:,} images · near best: within {TIE} OA'
-    _title(ax, 'regret of always using one method', note)
-    return _display(data, ax)
+    write_title(ax, 'regret of always using one method', note)
+    return display_of(data, ax)
 
-# %% ../../nbs/62_viz.plots.ipynb #0ce6ae0c
+# %% ../../nbs/62_viz.plots.ipynb #ff5c2176
 def choice_table(
     sqed: pd.DataFrame, # image_id, method, oa and `column`; images without all methods are left out
     column: str = 'predicted', # of the prediction, OA 0..1
 ) -> pd.DataFrame: # images, best (rows) x recommended (columns); attrs: n, top1, regret
     "Count which method was recommended where another was best."
-    _need(sqed, ['image_id', 'method'], 'recommendations')
-    t = _measured(sqed, ['oa', column], 'recommendations')[0]
+    require_columns(sqed, ['image_id', 'method'], 'recommendations')
+    t = measured_rows(sqed, ['oa', column], 'recommendations')[0]
     oa = wide(t, 'oa').dropna()
     score = wide(t, column).dropna()
     both = oa.index.intersection(score.index)
@@ -109,18 +112,18 @@ def plot_choices(
 ) -> Display: # data_: from choice_table
     "Draw the recommended method against the best one."
     data = choice_table(sqed, column)
-    ax = _canvas(ax, 2.2 + .52 * len(data), 1.7 + .36 * len(data))
+    ax = new_axes(ax, 2.2 + .52 * len(data), 1.7 + .36 * len(data))
     totals = data.sum(axis=1)
     share = data.div(totals.where(totals > 0), axis=0)
     _heatmap(ax, share, 'Blues', 0, 1, '.2f', 'share of the row')
-    ax.set_yticklabels([_plain(f'{str(m)[:20]} ({totals[m]:.0f})') for m in data.index], rotation=0)
-    ax.set_xticklabels([_plain(str(m)[:20]) for m in data.columns], rotation=40, ha='right')
+    ax.set_yticklabels([plain_text(f'{str(m)[:20]} ({totals[m]:.0f})') for m in data.index], rotation=0)
+    ax.set_xticklabels([plain_text(str(m)[:20]) for m in data.columns], rotation=40, ha='right')
     ax.set(xlabel='recommended', ylabel='best (images)')
     note = 'n = {n:,} images · top-1 {top1:.0%} · mean regret {regret:.4f}'.format(**data.attrs)
-    _title(ax, 'recommended against best method', note)
-    return _display(data, ax)
+    write_title(ax, 'recommended against best method', note)
+    return display_of(data, ax)
 
-# %% ../../nbs/62_viz.plots.ipynb #534fafce
+# %% ../../nbs/62_viz.plots.ipynb #16e66c80
 MEASURES = dict( # name: (words, format, colour map)
     mae=('mean absolute error', '.3f', 'rocket_r'),
     bias=('predicted - true OA, mean', '+.3f', 'vlag'),
@@ -152,22 +155,22 @@ def plot_cells(
 ) -> Display: # data_: methods x datasets
     "Draw how well OA is predicted for each method on each dataset."
     if measure not in MEASURES: raise unknown('measure', measure, MEASURES)
-    _need(sqed, ['dataset', 'method'], 'a prediction by dataset and method')
-    t, left_out = _measured(sqed, ['oa', column], 'a prediction by dataset and method')
+    require_columns(sqed, ['dataset', 'method'], 'a prediction by dataset and method')
+    t, left_out = measured_rows(sqed, ['oa', column], 'a prediction by dataset and method')
     groups = t.groupby(['method', 'dataset'], observed=True)
     cells = pd.Series({key: _cell(part, column, measure) for key, part in groups})
     data = cells.rename_axis(['method', 'dataset']).unstack()
     name, form, cmap = MEASURES[measure]
-    ax = _canvas(ax, 2.6 + .95 * data.shape[1], 1.6 + .3 * len(data))
+    ax = new_axes(ax, 2.6 + .95 * data.shape[1], 1.6 + .3 * len(data))
     low, high = _cell_scale(data, measure)
     _heatmap(ax, data.astype(float), cmap, low, high, form, name)
-    ax.set_xticklabels([_plain(str(c)[:16]) for c in data.columns], rotation=20, ha='right')
-    ax.set_yticklabels([_plain(str(m)[:22]) for m in data.index], rotation=0)
+    ax.set_xticklabels([plain_text(str(c)[:16]) for c in data.columns], rotation=20, ha='right')
+    ax.set_yticklabels([plain_text(str(m)[:22]) for m in data.index], rotation=0)
     ax.set(xlabel='', ylabel='')
-    _title(ax, f'{name}, by dataset and method', f'n = {len(t):,} maps{left_out}')
-    return _display(data, ax)
+    write_title(ax, f'{name}, by dataset and method', f'n = {len(t):,} maps{left_out}')
+    return display_of(data, ax)
 
-# %% ../../nbs/62_viz.plots.ipynb #fa0c9f66
+# %% ../../nbs/62_viz.plots.ipynb #2cb7c68f
 CONFIDENCES = dict(conf='mean softmax confidence', conf_t='mean softmax confidence, temperature scaled')
 
 
@@ -180,31 +183,31 @@ def plot_confidence(
 ) -> Display: # data_: a group a row: n, mean confidence and oa, gap, share_over (confidence > OA)
     "Draw the distribution of confidence of each group, its mean, and the mean OA."
     import seaborn
-    _need(sqed, [by], 'confidence')
-    t, left_out = _measured(sqed, ['oa', column], 'confidence')
+    require_columns(sqed, [by], 'confidence')
+    t, left_out = measured_rows(sqed, ['oa', column], 'confidence')
     over = t[column] > t.oa
     groups = t.groupby(by, observed=True)
     data = pd.DataFrame(dict(n=groups.size(), confidence=groups[column].mean(), oa=groups.oa.mean()))
     data['gap'] = data.confidence - data.oa
     data['share_over'] = over.groupby(t[by], observed=True).mean()
-    ax = _canvas(ax, 6.2, 3.8)
+    ax = new_axes(ax, 6.2, 3.8)
     lo = np.floor(t[column].min() * 10) / 10
     edges = np.linspace(lo, max(1., t[column].max()), bins + 1)
     style = dict(x=column, bins=edges, stat='density', element='step', fill=len(data) <= 4, alpha=.15, ax=ax)
     for i, (name, row) in enumerate(data.iterrows()):
         colour = PALETTE[i % 8]
-        label = f'{_plain(str(name)[:20])}: confidence {row.confidence:.2f}, OA {row.oa:.2f}'
+        label = f'{plain_text(str(name)[:20])}: confidence {row.confidence:.2f}, OA {row.oa:.2f}'
         seaborn.histplot(t[t[by] == name], color=colour, label=label, **style)
         ax.axvline(row.confidence, color=colour, ls='--', lw=1.2)
         ax.axvline(row.oa, color=colour, lw=1.2)
-    words = CONFIDENCES.get(column, _plain(column))
+    words = CONFIDENCES.get(column, plain_text(column))
     ax.set(xlabel=f'{words} (dashed: its mean; solid: mean OA)', ylabel='density of maps')
     ax.legend(loc='upper left')
     note = f'n = {len(t):,} maps{left_out} · {over.mean():.0%} of them more confident than accurate'
-    _title(ax, 'confidence and accuracy', note)
-    return _display(data, ax)
+    write_title(ax, 'confidence and accuracy', note)
+    return display_of(data, ax)
 
-# %% ../../nbs/62_viz.plots.ipynb #fc0d565b
+# %% ../../nbs/62_viz.plots.ipynb #050b8dd2
 def learning_rows(
     board: pd.DataFrame, # results indexed by, or with a column, predictor; names end in ' @ share'
     full: pd.DataFrame | None = None, # results on all training data, plain names: share 1
@@ -223,7 +226,7 @@ def learning_rows(
 
 
 def _line(ax, x, y, i, label): # the i-th curve of a figure
-    ax.plot(x, y, MARKERS[i % 8] + '-', color=PALETTE[i % 8], ms=5, label=_plain(label))
+    ax.plot(x, y, MARKERS[i % 8] + '-', color=PALETTE[i % 8], ms=5, label=plain_text(label))
 
 
 def plot_learning(
@@ -233,11 +236,11 @@ def plot_learning(
     ax=None, # matplotlib axes
 ) -> Display: # data_: name, x, mean, low, high, n
     "Draw a measure against the amount of training data, one line a predictor."
-    _need(rows, ['name'], 'learning curves')
-    t, left_out = _measured(rows, [x, measure], 'learning curves')
+    require_columns(rows, ['name'], 'learning curves')
+    t, left_out = measured_rows(rows, [x, measure], 'learning curves')
     groups = t.groupby(['name', x], sort=True)[measure]
     data = groups.agg(mean='mean', low='min', high='max', n='size').reset_index()
-    ax = _canvas(ax, 5.6, 3.8)
+    ax = new_axes(ax, 5.6, 3.8)
     for i, (name, part) in enumerate(data.groupby('name', sort=False)):
         ax.fill_between(part[x], part.low, part.high, color=PALETTE[i % 8], alpha=.15, lw=0)
         _line(ax, part[x], part['mean'], i, str(name)[:32])
@@ -246,21 +249,21 @@ def plot_learning(
         ticks = sorted(data[x].unique())
         ax.set_xticks(ticks, [f'{v:g}' for v in ticks])
         ax.minorticks_off()
-    title = METRICS[measure][0] if measure in METRICS else _plain(measure)
-    ax.set(xlabel='share of the training data' if x == 'share' else _plain(x), ylabel=title)
+    title = METRICS[measure][0] if measure in METRICS else plain_text(column_label(measure))
+    ax.set(xlabel='share of the training data' if x == 'share' else plain_text(column_label(x)), ylabel=title)
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     note = f'{data.name.nunique()} predictors, {len(t)} measurements{left_out}'
     if data.n.max() > 1: note += ' · band: lowest to highest'
-    _title(ax, f'{title} by amount of training data', note)
-    return _display(data, ax)
+    write_title(ax, f'{title} by amount of training data', note)
+    return display_of(data, ax)
 
-# %% ../../nbs/62_viz.plots.ipynb #79ca9dc5
+# %% ../../nbs/62_viz.plots.ipynb #51cc8bb3
 def with_originals(
     damaged: pd.DataFrame, # image_id (original, '+', damage), method, kind, level, oa
     originals: pd.DataFrame, # image_id, method, oa
 ) -> pd.DataFrame: # rows of both, with column source; every kind has its own level 0
     "Put the undamaged rows of the same images beside damaged ones, as level 0 of each kind."
-    _need(damaged, ['image_id', 'method', 'kind', 'level'], 'damage')
+    require_columns(damaged, ['image_id', 'method', 'kind', 'level'], 'damage')
     t = damaged.assign(source=damaged.image_id.str.split('+').str[0])
     pairs = t[['source', 'method', 'kind']].drop_duplicates()
     clean = pairs.merge(originals, left_on=['source', 'method'], right_on=['image_id', 'method'])
@@ -278,13 +281,13 @@ def plot_degradation(
     ax=None, # matplotlib axes
 ) -> Display: # data_: kind, level, oa, n and predicted
     "Draw mean OA against the strength of each damage, and what was predicted."
-    _need(table, ['kind', 'level'], 'degradation')
-    t, left_out = _measured(table, ['oa', 'level'], 'degradation')
+    require_columns(table, ['kind', 'level'], 'degradation')
+    t, left_out = measured_rows(table, ['oa', 'level'], 'degradation')
     groups = t.groupby(['kind', 'level'], observed=True)
     data = pd.DataFrame(dict(oa=groups.oa.mean(), n=groups.size()))
     if column in t and t[column].notna().any(): data['predicted'] = groups[column].mean()
     data = data.reset_index()
-    ax = _canvas(ax, 5.8, 3.8)
+    ax = new_axes(ax, 5.8, 3.8)
     for i, (kind, part) in enumerate(data.groupby('kind', observed=True)):
         _line(ax, part.level, part.oa, i, f'{kind} (n = {part.n.max():,})')
         if 'predicted' in data: ax.plot(part.level, part.predicted, '--', color=PALETTE[i % 8], lw=1.2)
@@ -293,17 +296,17 @@ def plot_degradation(
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     drop = data.groupby('kind', observed=True).oa.agg(lambda oa: oa.iloc[0] - oa.iloc[-1])
     largest = f'largest drop: {drop.idxmax()}, {drop.max():.3f}'
-    _title(ax, 'OA under damage', f'n = {len(t):,} maps{left_out} · {largest}')
-    return _display(data, ax)
+    write_title(ax, 'OA under damage', f'n = {len(t):,} maps{left_out} · {largest}')
+    return display_of(data, ax)
 
-# %% ../../nbs/62_viz.plots.ipynb #eac1e2a7
+# %% ../../nbs/62_viz.plots.ipynb #5e9b2ff3
 def class_quality(
     sqed: pd.DataFrame, # one dataset: method, confusion (K*K a row)
     classes: list | None = None, # K names
     by: str = 'method', # column
 ) -> pd.DataFrame: # classes x groups, IoU 0..1, NaN for an absent class; attrs: share of pixels, oa, n
     "Measure the IoU of every class over all labelled pixels of each group."
-    _need(sqed, [by, 'confusion'], 'quality of classes')
+    require_columns(sqed, [by, 'confusion'], 'quality of classes')
     counts = {round(len(c)**.5) for c in sqed.confusion}
     if len(counts) > 1:
         found = f'found {sorted(counts)} classes'
@@ -336,17 +339,17 @@ def plot_classes(
     share = pd.Series(data.attrs['share'])
     order = share[share > 0].sort_values(ascending=False).index
     columns = data.mean().sort_values(ascending=False).index
-    ax = _canvas(ax, 2.8 + .58 * len(columns), 2 + .3 * len(order))
+    ax = new_axes(ax, 2.8 + .58 * len(columns), 2 + .3 * len(order))
     _heatmap(ax, data.loc[order, columns], OA_MAP, 0, 1, '.2f', 'IoU')
-    ax.set_yticklabels([_plain(f'{str(c)[:18]} ({share[c]:.1%})') for c in order], rotation=0)
-    ax.set_xticklabels([_plain(str(c)[:18]) for c in columns], rotation=40, ha='right')
+    ax.set_yticklabels([plain_text(f'{str(c)[:18]} ({share[c]:.1%})') for c in order], rotation=0)
+    ax.set_xticklabels([plain_text(str(c)[:18]) for c in columns], rotation=40, ha='right')
     ax.set(xlabel='', ylabel='class (share of pixels)')
     miou, oa = data.mean(), pd.Series(data.attrs['oa'])
     ranges = f'mIoU {miou.min():.2f} to {miou.max():.2f}, OA {oa.min():.2f} to {oa.max():.2f}'
-    _title(ax, 'IoU by class', f'n = {data.attrs["n"]:,} maps · {ranges}')
-    return _display(data, ax)
+    write_title(ax, 'IoU by class', f'n = {data.attrs["n"]:,} maps · {ranges}')
+    return display_of(data, ax)
 
-# %% ../../nbs/62_viz.plots.ipynb #9410af97
+# %% ../../nbs/62_viz.plots.ipynb #274a3390
 def scene_share(
     residual, # (n,) predicted - true OA
     scene, # (n,) names
@@ -372,35 +375,35 @@ def plot_residuals(
     ax=None, # matplotlib axes
 ) -> Display: # data_: one row a scene: dataset, n, median, mean, low, high (10th and 90th percentile)
     "Draw the distribution of predicted - true OA of each scene."
-    _need(sqed, ['scene'], 'residuals')
-    t, left_out = _measured(sqed, ['oa', column], 'residuals')
+    require_columns(sqed, ['scene'], 'residuals')
+    t, left_out = measured_rows(sqed, ['oa', column], 'residuals')
     t = t.assign(residual=t[column] - t.oa, dataset=t.get('dataset', pd.Series('', t.index)).astype(str))
     residual = t.groupby(['dataset', 'scene'], observed=True).residual
     data = pd.DataFrame(dict(n=residual.size(), median=residual.median(), mean=residual.mean()))
     data = data.assign(low=residual.quantile(.1), high=residual.quantile(.9)).reset_index()
     drawn = data.nlargest(most, 'n').sort_values('median')
-    ax = _canvas(ax, 6.4, 1.4 + .2 * len(drawn))
+    ax = new_axes(ax, 6.4, 1.4 + .2 * len(drawn))
     y = np.arange(len(drawn))
     names = sorted(t.dataset.unique())
     for i, name in enumerate(names):
         rows = (drawn.dataset == name).to_numpy()
         if not rows.any(): continue
         part = drawn[rows]
-        color, label = PALETTE[i % 8], _plain(name[:24]) or 'scenes'
+        color, label = PALETTE[i % 8], plain_text(name[:24]) or 'scenes'
         ax.hlines(y[rows], part.low, part.high, color=color, lw=3, alpha=.35)
         ax.scatter(part['median'], y[rows], color=color, s=22, label=label, zorder=2)
     ax.axvline(0, color='#333333', lw=1)
-    ax.set_yticks(y, [_plain(f'{str(s)[:18]} ({n})') for s, n in zip(drawn.scene, drawn.n)], fontsize=7)
+    ax.set_yticks(y, [plain_text(f'{str(s)[:18]} ({n})') for s, n in zip(drawn.scene, drawn.n)], fontsize=7)
     ax.set(xlabel='predicted - true OA (median, 10th to 90th percentile)', ylim=(-.7, len(drawn) - .3))
     if len(names) > 1: ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     share = scene_share(t.residual, t.dataset + '/' + t.scene.astype(str))
     note = f'{share:.0%} of the variance lies between scenes'
     if np.isnan(share): note = 'share of variance between scenes not measurable'
     counts = f'n = {len(t):,} maps of {len(data):,} scenes{left_out}, {len(drawn)} drawn'
-    _title(ax, 'residuals by scene', f'{counts} · {note}')
-    return _display(data, ax)
+    write_title(ax, 'residuals by scene', f'{counts} · {note}')
+    return display_of(data, ax)
 
-# %% ../../nbs/62_viz.plots.ipynb #b6175dc3
+# %% ../../nbs/62_viz.plots.ipynb #b7502d62
 def plot_uncertainty(
     image, # (3,h,w)
     truth: np.ndarray, # (h,w) class ids, 255 = ignore
@@ -429,7 +432,7 @@ def plot_uncertainty(
     title = f'confidence (AUROC {auroc:.2f})' if np.isfinite(auroc) else 'confidence'
     last.set_title(title, fontsize=9, weight='normal')
     for ax in np.ravel(axes): ax.set(xticks=[], yticks=[])
-    return _display(pd.DataFrame([data]), axes)
+    return display_of(pd.DataFrame([data]), axes)
 
 
 def _uncertainty(truth, mask, confidence): # -> oa, auroc, mean confidence of right and of wrong pixels

@@ -8,7 +8,7 @@ __all__ = ['METRIC_SENTENCES', 'OURS', 'INTERVALS', 'RULE_TEXTS', 'MAX_BYTES', '
            'CHOICES', 'CSS', 'SCRIPT', 'PAGE', 'TEMPLATES', 'CASES', 'SIZES', 'QUESTION', 'headlines',
            'interval_columns', 'dataset_quality', 'findings', 'write_report']
 
-# %% ../../nbs/68_viz.report.ipynb #5591cd0b
+# %% ../../nbs/68_viz.report.ipynb #4931dbde
 import io, textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,10 +22,9 @@ from ..segment.metrics import IGNORE
 from .examples import UNLABELLED_COLOURS, VISIBLE, WRONG_COLOURS
 from .examples import (class_legend, class_name, data_url, error_picture, exact_png, example_images,
                                 free_colour, image_choices, photo_url, shrink)
-from .figures import png_bytes
+from .drawing import plain_text, png_bytes
 from .figures import (METRICS, STYLE, best_rows, case_oa, follow, method_shares, plot_calibration,
                                plot_predicted_true, scores)
-from .figures import _plain
 from .html import PLANE_CSS, PLANE_JS, drawn, measured, plane
 
 # %% ../../nbs/68_viz.report.ipynb #354da36a
@@ -313,7 +312,7 @@ def _advice_text(choice, scope=''): # what following the recommendation brings h
     change = 'gains' if choice.gain > 0 else 'loses'
     return f'{start} {single}: following the advice {change} {abs(choice.gain):.3f}.'
 
-# %% ../../nbs/68_viz.report.ipynb #02560c74
+# %% ../../nbs/68_viz.report.ipynb #0a75437f
 MAX_BYTES = 3_000_000 # of one report
 LIBRARIES = ('rssqa', 'torch', 'numpy', 'pandas', 'scikit-learn') # whose versions are reported
 PLOT_DPI = 180
@@ -336,7 +335,7 @@ def _axes(height): # inches -> axes on a new figure
 def _legend_below(shown, names): # put a legend with whole names under the axes of a display
     handles, _ = shown.ax_.get_legend_handles_labels()
     shown.ax_.get_legend().remove()
-    labels = [_plain(textwrap.fill(name, 44)) for name in sorted(names)]
+    labels = [plain_text(textwrap.fill(name, 44)) for name in sorted(names)]
     columns = 1 if max(map(len, labels)) > 20 else 2
     shown.figure_.legend(handles, labels, loc='outside lower center', ncols=columns, fontsize=8)
     return shown

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['SENTENCES', 'NOW', 'comparison_html', 'SelectionPanel']
 
-# %% ../../nbs/65_viz.selection_panel.ipynb #d4bbef4f
-import asyncio, base64, html
+# %% ../../nbs/65_viz.selection_panel.ipynb #5df18229
+import asyncio, html
 from typing import Callable
 
 import pandas as pd
 
 from ..core import Incompatible
 from .contrast import REST, comparison_note, difference_text, plot_differences
+from .figures import STYLE
 
-# %% ../../nbs/65_viz.selection_panel.ipynb #876069a2
+# %% ../../nbs/65_viz.selection_panel.ipynb #6e91c87a
 SENTENCES = 6 # at most, of the largest differences
 
 
@@ -23,6 +24,7 @@ def comparison_html(
     sentences: int = SENTENCES, # at most
 ) -> str: # HTML
     "Show a comparison: what was compared, the largest differences in words, and a figure."
+    from matplotlib import rc_context
     names = found.attrs.get('names', ('A', 'B'))
     quoted = tuple(name if name in (REST, NOW) else f'“{name}”' for name in names)
     clear = found[found.clear]
@@ -30,10 +32,9 @@ def comparison_html(
     lines = [difference_text(row, quoted, made_by) for _, row in clear.head(sentences).iterrows()]
     items = ''.join(f'<li>{html.escape(line[0].upper() + line[1:])}</li>' for line in lines)
     if not lines: items = '<li>No column differs clearly.</li>'
-    png = base64.b64encode(plot_differences(found, names)._repr_png_()).decode()
     title = html.escape(f'{quoted[0]} against {quoted[1]}')
-    alt = f'differences with intervals: {title}'
-    picture = f'<img src="data:image/png;base64,{png}" alt="{alt}" style="max-width:100%">'
+    with rc_context(STYLE): svg = plot_differences(found, names).themed_svg()
+    picture = f'<div role="img" aria-label="differences with intervals: {title}" class="rssqa-figure">{svg}</div>'
     note = html.escape(comparison_note(found))
     return (f'<div class="rssqa-text"><b>{title}</b> {note}'
             f'<ul style="margin:4px 0 6px 0;padding-left:18px">{items}</ul>{picture}</div>')
