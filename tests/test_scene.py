@@ -1,0 +1,270 @@
+"Scenes: every pixel in one cell, foreign grids, resuming, refusals, rasters that never stay half written."
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import rasterio
+from rasterio.transform import from_origin
+
+from rssqa.core import BadImage, Incompatible, Problem
+from rssqa.data.synthetic import CLASSES, scene
+from rssqa.quality.maps import class_table
+from rssqa.quality.pack import open_pack
+from rssqa.scene.assess import SceneTask, assess_cells, cell_posterior, summarise_cells
+from rssqa.scene.assess_scene import assess_scene
+from rssqa.scene.card import class_table_of, reasons_by_area
+from rssqa.scene.outputs import block_posterior, region_table, window_weights, write_regions
+from rssqa.scene.raster import Grid, open_scene, open_scene_map, scene_cells
+
+SIDE = 320
+ORIGIN = (500_000, 5_500_000)
+TABLE = class_table(CLASSES)
+UTM = rasterio.crs.CRS.from_epsg(32633).to_wkt()
+GRID = Grid(SIDE, SIDE, (0.5, 0, ORIGIN[0], 0, -0.5, ORIGIN[1]), UTM)
+
+
+def write(path, bands, **options):
+    bands = np.asarray(bands)
+    profile = dict(driver='GTiff', height=bands.shape[1], width=bands.shape[2], count=len(bands), dtype=bands.dtype)
+    place = dict(crs='EPSG:32633', transform=from_origin(*ORIGIN, 0.5, 0.5))
+    with rasterio.open(path, 'w', **profile | place | options) as f: f.write(bands)
+    return str(path)
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    "A drawn scene and two maps of it."
+    home = tmp_path_factory.mktemp('scene')
+    drawn = scene('town', seed=5, size=SIDE)
+    rng = np.random.default_rng(0)
+    maps = {}
+    for name, share in dict(good=0.1, poor=0.4).items():
+        wrong = np.kron(rng.random((SIDE // 8, SIDE // 8)) < share, np.ones((8, 8), bool))
+        ids = np.where(wrong, (drawn.mask + 1) % len(CLASSES), drawn.mask)
+        maps[name] = write(home/f'{name}.tif', ids[None].astype(np.uint8))
+    image = write(home/'image.tif', (drawn.image * 254 + 1).astype(np.uint8))
+    return dict(home=home, image=image, maps=maps, drawn=drawn)
+
+
+@pytest.fixture(scope='module')
+def task(files):
+    pack = open_pack(None)
+    return SceneTask(files['image'], files['maps'], TABLE, pack=(str(pack.folder), pack.device))
+
+
+@pytest.fixture(scope='module')
+def cells(task, tmp_path_factory): return assess_cells(task, tmp_path_factory.mktemp('cells')/'out', workers=1)
+
+
+@pytest.mark.parametrize('width, height', [(1, 7), (255, 256), (257, 300), (448, 449), (1000, 300)])
+def test_every_pixel_lies_in_one_cell_and_in_its_window(width, height):
+    count = np.zeros((height, width), int)
+    for cell in scene_cells(Grid(width, height, GRID.transform)):
+        left, top, right, bottom = cell.box
+        near, high, far, low = cell.window
+        count[top:bottom, left:right] += 1
+        assert near <= left and right <= far and high <= top and bottom <= low
+        assert far - near == min(256, width) and low - high == min(256, height)
+    assert (count == 1).all()
+
+
+def test_inner_cells_do_not_depend_on_the_extent():
+    small, large = (scene_cells(Grid(n, n, GRID.transform)) for n in (1000, 3000))
+    same = {(c.row, c.column): c for c in large}
+    inner = [c for c in small if c.row < 4 and c.column < 4]
+    assert len(inner) == 16 and all(same[c.row, c.column] == c for c in inner)
+
+
+@pytest.mark.parametrize('margin', [128, -1, 300])
+def test_a_margin_that_leaves_no_cell_is_refused(margin):
+    with pytest.raises(Incompatible, match='(?i)margin'): scene_cells(GRID, 256, margin)
+
+
+def test_a_map_of_another_resolution_and_coordinate_system_is_resampled(files, tmp_path):
+    from rasterio.warp import Resampling, calculate_default_transform, reproject
+    truth = files['drawn'].mask.astype(np.uint8)
+    bounds = rasterio.transform.array_bounds(SIDE, SIDE, from_origin(*ORIGIN, 0.5, 0.5))
+    transform, width, height = calculate_default_transform('EPSG:32633', 'EPSG:4326', SIDE, SIDE, *bounds)
+    turned = np.full((height, width), 255, np.uint8)
+    reproject(truth, turned, src_transform=from_origin(*ORIGIN, 0.5, 0.5), src_crs='EPSG:32633',
+              dst_transform=transform, dst_crs='EPSG:4326', resampling=Resampling.nearest, dst_nodata=255)
+    path = write(tmp_path/'degrees.tif', turned[None], crs='EPSG:4326', transform=transform, nodata=255)
+    with open_scene_map(path, TABLE, GRID) as m: read = m.read((32, 32, 288, 288)).ids
+    inside = truth[32:288, 32:288]
+    assert (read == inside).mean() > 0.9
+
+
+def test_half_a_pixel_of_shift_is_named(files, tmp_path):
+    path = write(tmp_path/'half.tif', files['drawn'].mask[None].astype(np.uint8),
+                 transform=from_origin(ORIGIN[0] + 0.25, ORIGIN[1], 0.5, 0.5))
+    with open_scene_map(path, TABLE, GRID) as m: assert 'shifted by 0.5 columns and 0 rows' in m.how
+
+
+@pytest.mark.parametrize('options, words', [
+    (dict(transform=from_origin(900_000, 5_500_000, 0.5, 0.5)), 'lies elsewhere'),
+    (dict(crs=None, transform=from_origin(0, 0, 1, 1)), None),
+])
+def test_a_map_elsewhere_is_refused_and_one_without_a_place_is_read_as_it_is(files, tmp_path, options, words):
+    path = write(tmp_path/'map.tif', files['drawn'].mask[None].astype(np.uint8), **options)
+    if words is None:
+        with open_scene_map(path, TABLE, GRID) as m: assert m.how == ''
+        return
+    with pytest.raises(Incompatible, match=words) as error, open_scene_map(path, TABLE, GRID): pass
+    assert str(error.value).count('320x320') == 2
+
+
+def test_a_map_of_another_size_without_a_place_is_refused(files, tmp_path):
+    path = write(tmp_path/'map.tif', files['drawn'].mask[None, :100].astype(np.uint8), crs=None)
+    with pytest.raises(Incompatible, match='(?i)resample it'), open_scene_map(path, TABLE, GRID): pass
+
+
+@pytest.mark.parametrize('kwargs, words', [
+    (dict(bands=(1, 2, 9)), 'counted from 1'),
+    (dict(stretch=(5, 5)), 'lower value first'),
+    (dict(stretch='best'), "or 'percentiles'"),
+])
+def test_bad_ways_of_reading_are_refused(files, kwargs, words):
+    with pytest.raises(BadImage, match=words), open_scene(files['image'], **kwargs): pass
+
+
+def test_percentiles_of_a_deep_image_become_0_and_1(files, tmp_path):
+    deep = (files['drawn'].image * 9000 + 500).astype(np.uint16)
+    with open_scene(write(tmp_path/'deep.tif', deep), stretch='percentiles') as image:
+        x, valid = image.read((0, 0, SIDE, SIDE))
+    assert valid.all() and np.allclose(np.quantile(x, [0.01, 0.99]), [0, 1], atol=1e-6)
+
+
+def test_cells_are_finished_once_and_a_folder_belongs_to_one_task(files, task, cells, tmp_path, monkeypatch):
+    out = tmp_path/'out'
+    first = assess_cells(task, out, workers=1)
+    pd.testing.assert_frame_equal(first.drop(columns='posterior'), cells.drop(columns='posterior'))
+    monkeypatch.setattr('rssqa.scene.assess.assess_cell', lambda *a: pytest.fail('assessed again'))
+    assert len(assess_cells(task, out, workers=1)) == len(first)
+    other = SceneTask(files['image'], dict(good=files['maps']['good']), TABLE, pack=task.pack)
+    with pytest.raises(Incompatible, match='(?i)cannot go on'): assess_cells(other, out, workers=1)
+
+
+def test_a_folder_with_other_files_is_not_touched(task, tmp_path):
+    (tmp_path/'letter.txt').write_text('a letter')
+    with pytest.raises(Incompatible, match='other files'): assess_cells(task, tmp_path, workers=1)
+    assert [p.name for p in tmp_path.iterdir()] == ['letter.txt']
+
+
+def test_an_unknown_id_in_one_place_is_named_with_the_place(files, task, tmp_path):
+    ids = files['drawn'].mask.astype(np.uint8).copy()
+    ids[300:, 300:] = 77
+    maps = dict(files['maps'], other=write(tmp_path/'other.tif', ids[None]))
+    with pytest.raises(BadImage, match='77.*') as error:
+        assess_cells(SceneTask(files['image'], maps, TABLE, pack=task.pack), tmp_path/'out', workers=1)
+    assert 'at pixels (64, 64, 320, 320)' in str(error.value)
+
+
+def test_a_map_without_values_in_a_cell_takes_no_part_there(files, task, tmp_path):
+    ids = files['drawn'].mask.astype(np.uint8).copy()
+    ids[:, :256] = 255
+    maps = dict(files['maps'], part=write(tmp_path/'part.tif', ids[None], nodata=255))
+    found = assess_cells(SceneTask(files['image'], maps, TABLE, pack=task.pack), tmp_path/'out', workers=1)
+    at = found.set_index(['row', 'column'])
+    assert np.isnan(at.predicted[0, 0][2]) and np.isfinite(at.predicted[0, 1]).all()
+    table, _ = summarise_cells(found, list(maps))
+    assert table.set_index('name').share['part'] < 1 and table.predicted.notna().all()
+
+
+def test_the_better_map_is_ahead_and_weights_are_pixels(cells, task):
+    table, advice = summarise_cells(cells, task.names)
+    assert table.name.tolist() == ['good', 'poor'] and 'good' in advice
+    weight = cells.pixels.to_numpy()
+    predicted = np.stack(cells.predicted.to_numpy())[:, 0]
+    assert table.predicted[0] == pytest.approx((weight * predicted).sum() / weight.sum())
+
+
+def test_blending_leaves_constant_posteriors_as_they_are(cells):
+    from rssqa.tables.grid import pack_four_bits
+    shape = tuple(cells.points[0])
+    flat = np.zeros(shape, np.float32)
+    flat[2] = 1
+    same = cells.assign(posterior=[pack_four_bits(flat)] * len(cells))
+    q = block_posterior(same, (0, 0, SIDE, SIDE), GRID, 64, len(CLASSES))
+    assert np.allclose(q[2], 1, atol=0.01) and np.allclose(q.sum(0), 1, atol=0.01)
+
+
+def test_blocks_do_not_depend_on_where_they_are_cut(cells):
+    whole = block_posterior(cells, (0, 0, SIDE, SIDE), GRID, 64, len(CLASSES))
+    part = block_posterior(cells, (100, 37, 260, 301), GRID, 64, len(CLASSES))
+    np.testing.assert_allclose(part, whole[:, 37:301, 100:260], atol=1e-5)
+
+
+def test_weights_stay_1_at_the_border_of_the_scene():
+    weights = window_weights((0, 64, 256, 320), GRID, 64)
+    assert weights[-1, 0] == 1 and weights[0, 0] < 0.02 and weights[128, -1] < 0.02
+
+
+def test_regions_come_back_from_the_geopackage(cells, task, tmp_path):
+    pyogrio = pytest.importorskip('pyogrio')
+    shapely = pytest.importorskip('shapely')
+    regions = region_table(cells, task.names, GRID)
+    path = write_regions(regions, GRID, tmp_path/'regions.gpkg')
+    meta, _, geometry, values = pyogrio.raw.read(path)
+    read = dict(zip(meta['fields'], values))
+    assert meta['crs'] == 'EPSG:32633' and read['best'].tolist() == regions.best.tolist()
+    np.testing.assert_allclose(read['good_oa'], regions.good_oa)
+    assert sum(shapely.area(shapely.from_wkb(geometry))) == pytest.approx((SIDE * 0.5)**2)
+
+
+def test_a_scene_leaves_all_files_and_no_others(files, tmp_path):
+    answer = assess_scene(files['image'], files['maps'], tmp_path/'out', CLASSES, workers=1)
+    names = {p.name for p in (tmp_path/'out').iterdir() if p.is_file()}
+    assert names >= {'card.html', 'quality.tif', 'fused.tif', 'quality.qml', 'fused.qml', 'item.json', 'maps.csv'}
+    assert not [name for name in names if name.startswith('.')]
+    item = json.loads((tmp_path/'out'/'item.json').read_text())
+    assert all((tmp_path/'out'/asset['href']).exists() for asset in item['assets'].values())
+    west, south, east, north = item['bbox']
+    assert west < east and south < north and 14 < west < 16
+    with rasterio.open(tmp_path/'out'/'fused.tif') as f:
+        assert f.tags(ns='IMAGE_STRUCTURE')['LAYOUT'] == 'COG'
+        fused = f.read(1)
+    good = rasterio.open(files['maps']['good']).read(1)
+    truth = files['drawn'].mask
+    assert (fused == truth).mean() >= (good == truth).mean() - 0.02
+    assert 'good <strong>(recommended)</strong>' in (tmp_path/'out'/'card.html').read_text()
+    assert str(answer).startswith('Use good')
+
+
+def test_a_failed_raster_leaves_nothing(files, task, cells, tmp_path, monkeypatch):
+    from rssqa.scene import outputs
+    def fail(*a): raise BadImage('cannot read a block', '', '')
+    monkeypatch.setattr(outputs, '_quality_pixels', fail)
+    with pytest.raises(Problem, match='cannot read a block'):
+        outputs.write_rasters(task, cells, [0, 1], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_scene_has_no_answer(files, tmp_path):
+    image = write(tmp_path/'black.tif', np.zeros((3, SIDE, SIDE), np.uint8), nodata=0)
+    pack = open_pack(None)
+    task = SceneTask(image, files['maps'], TABLE, pack=(str(pack.folder), pack.device))
+    found = assess_cells(task, tmp_path/'out', 1)
+    table, advice = summarise_cells(found, list(files['maps']))
+    assert set(found.state) == {'empty'} and advice.startswith('No answer') and not table.recommended.any()
+
+
+def test_a_scene_of_one_row_is_refused(files, tmp_path):
+    image = write(tmp_path/'row.tif', np.ones((3, 1, SIDE), np.uint8))
+    with pytest.raises(BadImage, match='at least'): assess_scene(image, files['maps'], tmp_path/'out', CLASSES)
+
+
+def test_iou_by_hand():
+    table = class_table_of(np.array([[3.0, 1], [2, 4]]), ('a', 'b'))
+    assert table.iou.tolist() == pytest.approx([3 / 6, 4 / 7]) and table.area_map.tolist() == pytest.approx([0.4, 0.6])
+
+
+def test_reasons_are_counted_without_their_numbers():
+    reasons = ['30% of the image has no data', '9% of the image has no data', '']
+    cells = pd.DataFrame(dict(pixels=[50, 30, 20], reason=reasons))
+    assert reasons_by_area(cells) == [('part of the image has no data', 0.8)]
+
+
+def test_the_posterior_of_a_cell_is_a_distribution(cells):
+    q = cell_posterior(cells.iloc[0])
+    assert np.abs(q.sum(0) - 1).max() < 0.03
