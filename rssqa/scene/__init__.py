@@ -1,0 +1,1 @@
+"""Scenes of any size: windows, cells, rasters, regions and the accuracy card."""
