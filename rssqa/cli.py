@@ -58,10 +58,13 @@ def main(args: list[str] = None) -> None:
     if message: print(f'rssqa: {message}', file=sys.stderr)
     sys.exit(code)
 
-# %% ../nbs/91_cli.ipynb #c0cf657d
+# %% ../nbs/91_cli.ipynb #710aa188
 _PackOption = Annotated[Optional[Path], typer.Option(
     help='Folder of a pack; default: the one chosen with rssqa pack use, else the bundled one.')]
 _DatasetOption = Annotated[Optional[str], typer.Option(help='Class table, where the pack knows several.')]
+_ClassesOption = Annotated[Optional[Path], typer.Option(
+    help='Class table of the maps: JSON, names in order or {"id": "name"}.')]
+_UsualOption = Annotated[str, typer.Option(help='Map that you would use otherwise.')]
 _CsvOption = Annotated[Optional[Path], typer.Option(help='CSV file to write.')]
 _TablesOption = Annotated[Path, typer.Option(help='Folder of the committed tables.')]
 _VariantsOption = Annotated[Optional[str], typer.Option(
@@ -108,15 +111,14 @@ def _build_demo(data, out, sources, weights, encoder, steps, every, workers, see
     board = run_full_demo(plan, out, workers, seed, None if every else FIVE_RIVALS)
     print(full_demo_summary(board, plan, out))
 
-# %% ../nbs/91_cli.ipynb #8fd04286
+# %% ../nbs/91_cli.ipynb #c5616a4f
 @app.command('assess')
 def assess_command(
     image: Annotated[Path, typer.Argument(help='Image from above, or a folder of images.')],
     maps: Annotated[Optional[list[str]], typer.Option(
         '--map', help='NAME=PATH of a map (class ids or probabilities) or a folder of maps; repeat for more.')] = None,
-    classes: Annotated[Optional[Path], typer.Option(
-        help='Class table of the maps: JSON, names in order or {"id": "name"}.')] = None,
-    usual: Annotated[str, typer.Option(help='Map that you would use otherwise.')] = '',
+    classes: _ClassesOption = None,
+    usual: _UsualOption = '',
     labels: Annotated[Optional[Path], typer.Option(
         help='CSV of labelled points of this image: x, y, class.')] = None,
     as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
@@ -155,9 +157,8 @@ def scene_command(
     out: Annotated[Path, typer.Option('--out', '-o', help='Folder for the card, rasters and polygons.')],
     maps: Annotated[Optional[list[str]], typer.Option(
         '--map', help='NAME=PATH of a map (GeoTIFF); repeat for more. Without maps, networks of the pack run.')] = None,
-    classes: Annotated[Optional[Path], typer.Option(
-        help='Class table of the maps: JSON, names in order or {"id": "name"}.')] = None,
-    usual: Annotated[str, typer.Option(help='Map that you would use otherwise.')] = '',
+    classes: _ClassesOption = None,
+    usual: _UsualOption = '',
     methods: Annotated[Optional[str], typer.Option(
         help='Networks of the pack, separated by commas; default all.')] = None,
     dataset: _DatasetOption = None,

@@ -15,6 +15,7 @@ from rssqa.cli import main
 from rssqa.data.synthetic import scene, write_scenes
 from rssqa.quality.pack import Pack, bundled_pack, default_pack
 from rssqa.segment.methods.training import Recipe
+from rssqa.tables.sqed import load_sqed
 
 
 def call(capsys, *args):
@@ -152,6 +153,19 @@ def test_the_browser_is_used_unless_it_is_switched_off(capsys, monkeypatch, opti
     monkeypatch.setattr(module, 'measure_waits', record)
     code, out, _ = call(capsys, 'bench', 'explorer', '--sizes', '10,20', *options)
     assert code == 0 and 'first paint' in out and calls == [((10, 20), browser)]
+
+
+def test_costs_of_methods_stand_beside_their_accuracy(capsys, tmp_path):
+    options = ('--preset', 'nano', '--laps', '1', '--out', str(tmp_path/'costs.csv'))
+    code, out, _ = call(capsys, 'bench', 'methods', *options)
+    written = pd.read_csv(tmp_path/'costs.csv')
+    table = load_sqed('data/tables/open.parquet')
+    assert code == 0 and 'logcan' in out and len(written) == 8 * table.dataset.nunique()
+    assert written.groupby('dataset').behind.min().eq(0).all() and written.cost.min() == 1
+    one = written[(written.dataset == 'mumbai_pleiades') & (written.method == 'logcan')].iloc[0]
+    part = table[(table.dataset == 'mumbai_pleiades') & (table.method == 'logcan')]
+    right = sum(np.trace(c.reshape(6, 6)) for c in part.confusion)
+    assert one.oa == pytest.approx(right / sum(c.sum() for c in part.confusion), abs=1e-4)
 
 
 def test_interruption_says_how_to_go_on(capsys, monkeypatch):

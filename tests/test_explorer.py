@@ -17,6 +17,7 @@ from rssqa.viz.explorer import (EmbeddingSelection, ExplorerState, case_reader, 
 from rssqa.viz.columns import SIGNED_COLOURS, UNKNOWN
 from rssqa.viz.explorer_widget import Explorer, explore
 from rssqa.viz.scatter import SHADES, encode_colours, legend_html
+from rssqa.viz.share import share_page
 
 CLASSES = ('ground', 'building', 'road', 'vegetation', 'water', 'vehicle')
 VECTORS = 'sem/words@abcdef01' # table of the store
@@ -475,6 +476,10 @@ def test_what_is_shown_is_shared_as_a_page_and_a_figure(tmp_path, monkeypatch):
     assert {image[k] for k in unpack(kept['rows'])} == {'i000', 'i002'} and len(unpack(kept['rows'])) == 3
     assert columns['gap']['ends'] == ['under-predicted', 'over-predicted'] and data['thumbs'] is not None
     assert 'by rssqa' in text and 'filter: dataset coast' in text and 'Separation' in text
+    assert 'no pictures' not in text
+    monkeypatch.setattr('rssqa.viz.share.MAX_PICTURES', 1)
+    many = share_page(window.state, window.kept, 'many.html').read_text()
+    assert 'a page holds at most 1' in many and '"thumbs":null' in many
     press(window, 'figure')
     assert str(tmp_path/'explorer.svg') in html.unescape(status(window)) and 'explorer.pdf' in status(window)
     drawn = (tmp_path/'explorer.svg').read_text()
@@ -494,10 +499,12 @@ def test_long_actions_say_what_they_do_and_take_no_second_click(window, monkeypa
         return window.state.select([row])
 
     monkeypatch.setattr(window.state, 'neighbours', slow)
+    window.controls['figure'].disabled = True
     window.state.hover(3)
     press(window, 'near')
     assert 'looking for neighbours …' in during[0][0] and during[0][1:] == (True, True)
     assert '1 selected' in status(window) and not window.controls['share'].disabled
+    assert window.controls['figure'].disabled                              # as it was before
     monkeypatch.setattr(window.state, 'neighbours', lambda row: 1 / 0)
     press(window, 'near')
     assert 'ZeroDivisionError' in status(window) and not window.controls['near'].disabled

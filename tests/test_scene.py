@@ -14,7 +14,7 @@ from rssqa.quality.pack import open_pack
 from rssqa.scene.assess import SceneTask, assess_cells, cell_posterior, summarise_cells
 from rssqa.scene.assess_scene import assess_scene
 from rssqa.scene.card import class_table_of, reasons_by_area
-from rssqa.scene.outputs import block_posterior, region_table, window_weights, write_regions
+from rssqa.scene.outputs import CellIndex, block_posterior, region_table, window_weights, write_regions
 from rssqa.scene.raster import Grid, open_scene, open_scene_map, scene_cells
 
 SIDE = 320
@@ -108,10 +108,22 @@ def test_half_a_pixel_of_shift_is_named(files, tmp_path):
 def test_a_map_elsewhere_is_refused_and_one_without_a_place_is_read_as_it_is(files, tmp_path, options, words):
     path = write(tmp_path/'map.tif', files['drawn'].mask[None].astype(np.uint8), **options)
     if words is None:
-        with open_scene_map(path, TABLE, GRID) as m: assert m.how == ''
+        with open_scene_map(path, TABLE, GRID) as m: assert m.how.startswith('taken pixel by pixel')
         return
     with pytest.raises(Incompatible, match=words) as error, open_scene_map(path, TABLE, GRID): pass
     assert str(error.value).count('320x320') == 2
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'uint8'])
+def test_probabilities_on_another_grid_have_no_value_beyond_their_border(files, tmp_path, dtype):
+    truth = files['drawn'].mask[:, 100:]
+    p = np.eye(len(CLASSES))[truth].transpose(2, 0, 1)
+    p = (0.9 * p + 0.1 / len(CLASSES)).astype('float32') if dtype == 'float32' else (255 * p).astype('uint8')
+    path = write(tmp_path/'p.tif', p, transform=from_origin(ORIGIN[0] + 50, ORIGIN[1], 0.5, 0.5))
+    with open_scene_map(path, TABLE, GRID) as m: read = m.read((0, 0, 256, 256))
+    assert (read.ids[:, :100] == 255).all() and (read.ids[:, 100:] == truth[:256, :156]).all()
+    strongest = read.probabilities.max(0)[:, 100:]
+    assert strongest.min() > 0.9
 
 
 def test_a_map_of_another_size_without_a_place_is_refused(files, tmp_path):
@@ -185,13 +197,13 @@ def test_blending_leaves_constant_posteriors_as_they_are(cells):
     flat = np.zeros(shape, np.float32)
     flat[2] = 1
     same = cells.assign(posterior=[pack_four_bits(flat)] * len(cells))
-    q = block_posterior(same, (0, 0, SIDE, SIDE), GRID, 64, len(CLASSES))
+    q = block_posterior(CellIndex(same), (0, 0, SIDE, SIDE), GRID, 64, len(CLASSES))
     assert np.allclose(q[2], 1, atol=0.01) and np.allclose(q.sum(0), 1, atol=0.01)
 
 
 def test_blocks_do_not_depend_on_where_they_are_cut(cells):
-    whole = block_posterior(cells, (0, 0, SIDE, SIDE), GRID, 64, len(CLASSES))
-    part = block_posterior(cells, (100, 37, 260, 301), GRID, 64, len(CLASSES))
+    whole = block_posterior(CellIndex(cells), (0, 0, SIDE, SIDE), GRID, 64, len(CLASSES))
+    part = block_posterior(CellIndex(cells), (100, 37, 260, 301), GRID, 64, len(CLASSES))
     np.testing.assert_allclose(part, whole[:, 37:301, 100:260], atol=1e-5)
 
 
@@ -247,6 +259,94 @@ def test_an_empty_scene_has_no_answer(files, tmp_path):
     found = assess_cells(task, tmp_path/'out', 1)
     table, advice = summarise_cells(found, list(files['maps']))
     assert set(found.state) == {'empty'} and advice.startswith('No answer') and not table.recommended.any()
+
+
+def test_a_scene_without_an_answer_has_a_card_that_says_so(files, tmp_path):
+    image = write(tmp_path/'black.tif', np.zeros((3, SIDE, SIDE), np.uint8), nodata=0)
+    answer = assess_scene(image, files['maps'], tmp_path/'out', CLASSES, workers=1)
+    page = (tmp_path/'out'/'card.html').read_text()
+    assert answer.advice == 'No answer: the image has no data.' and answer.advice in page and 'no answer</td>' in page
+    assert 'Where' not in page and '(recommended)' not in page
+
+
+@pytest.mark.parametrize('chunk', [1, 64])
+def test_empty_cells_do_not_disturb_the_others(files, tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr('rssqa.scene.assess.CHUNK', chunk)
+    pixels = (files['drawn'].image * 254 + 1).astype(np.uint8)
+    pixels[:, :, 224:] = 0
+    pixels = np.concatenate([pixels, np.zeros_like(pixels)], 2)                    # the right half has no data
+    wide = {}
+    for name, path in files['maps'].items():
+        with rasterio.open(path) as f: ids = f.read()
+        wide[name] = write(tmp_path/f'{name}.tif', np.concatenate([ids, ids], 2))
+    image = write(tmp_path/'image.tif', pixels, nodata=0)
+    answer = assess_scene(image, wide, tmp_path/'out', CLASSES, workers=1)
+    states = answer.cells.groupby('column').state.first()
+    assert states.iloc[0] != 'empty' and states.iloc[-1] == 'empty'
+    assert answer.table.name[0] == 'good' and answer.table.predicted.notna().all()
+    with rasterio.open(tmp_path/'out'/'quality.tif') as f: quality = f.read()
+    assert (quality[0, :, -20:] == 255).all() and (quality[0, :, :20] < 255).all()
+
+
+def test_networks_of_a_pack_make_the_maps_where_there_are_none(files, tmp_path, monkeypatch):
+    from rssqa.core import bundled
+    options = dict(pack=bundled('demo'), methods=('unet', 'pspnet'), workers=1)
+    answer = assess_scene(files['image'], None, tmp_path/'out', **options)
+    assert set(answer.table.name) == {'unet', 'pspnet'} and answer.table.predicted.between(0, 1).all()
+    made = tmp_path/'out_maps'
+    assert sorted(p.name for p in made.iterdir()) == ['pspnet.tif', 'task.json', 'unet.tif']
+    with rasterio.open(made/'unet.tif') as f: p = f.read()
+    assert np.abs(p.sum(0, dtype=int) - 255).max() <= len(p) / 2
+    monkeypatch.setattr('rssqa.scene.segment.segment_box', lambda *a: pytest.fail('segmented again'))
+    again = assess_scene(files['image'], None, tmp_path/'out', **options)
+    pd.testing.assert_frame_equal(again.table, answer.table)
+
+
+def _fill_the_disk(task, cells, out): # in a process of its own: no file may grow beyond 2 kB
+    import resource, signal
+    from rssqa.scene.outputs import write_rasters
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
+    write_rasters(task, cells, [0, 1], out)
+
+
+def test_a_full_disk_is_named_and_leaves_no_raster(task, cells, tmp_path):
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+        with pytest.raises(Incompatible, match='(?i)cannot write .*tif.*make room'):
+            pool.submit(_fill_the_disk, task, cells, tmp_path).result()
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_calls_do_not_write_one_folder(task, tmp_path):
+    from rssqa.quality.folders import claim_output
+    with claim_output(tmp_path/'out'), pytest.raises(Incompatible, match='(?i)another call is writing it'):
+        assess_cells(task, tmp_path/'out', workers=1)
+
+
+def test_a_map_that_is_gone_is_named(files, task, tmp_path):
+    maps = dict(files['maps'], gone=str(tmp_path/'gone.tif'))
+    with pytest.raises(Problem, match='gone.tif'):
+        assess_cells(SceneTask(files['image'], maps, TABLE, pack=task.pack), tmp_path/'out', workers=1)
+
+
+def test_several_processes_give_the_cells_of_one(task, cells, tmp_path, monkeypatch):
+    monkeypatch.setattr('rssqa.scene.assess.CHUNK', 1)
+    several = assess_cells(task, tmp_path/'out', workers=2)
+    for key in ('predicted', 'lower', 'upper', 'gains'):
+        np.testing.assert_allclose(np.stack(several[key]), np.stack(cells[key]), atol=1e-5)
+
+
+def test_the_command_writes_the_card(files, tmp_path, capsys):
+    from rssqa.cli import main
+    (tmp_path/'classes.json').write_text(json.dumps(list(CLASSES)))
+    maps = [word for name, path in files['maps'].items() for word in ('--map', f'{name}={path}')]
+    argv = ['scene', files['image'], *maps, '--classes', str(tmp_path/'classes.json'), '-o', str(tmp_path/'out')]
+    with pytest.raises(SystemExit) as stop: main([*argv, '--workers', '1'])
+    assert not stop.value.code and 'Use good' in capsys.readouterr().out and (tmp_path/'out'/'card.html').exists()
+    with pytest.raises(SystemExit) as stop: main([*argv, '--stretch', 'bright'])
+    assert stop.value.code == 2 and 'two numbers such as 0,3000' in capsys.readouterr().err
 
 
 def test_a_scene_of_one_row_is_refused(files, tmp_path):

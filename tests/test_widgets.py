@@ -156,18 +156,17 @@ def test_an_answer_is_never_shown_under_another_name(pack, monkeypatch):
 
 
 def test_ties_are_named(pack, monkeypatch):
-    ranking = pd.DataFrame(dict(method=['unet', 'logcan', 'pspnet'], predicted=[.8, .797, .79]))
-    assert as_good(ranking) == ['logcan'] and as_good(ranking.assign(predicted=np.nan)) == []
-    assert as_good(ranking, tie=.02) == ['logcan', 'pspnet']
+    ranking = pd.DataFrame(dict(method=['unet', 'logcan', 'pspnet'], as_good=[True, True, False]))
+    assert as_good(ranking) == ['logcan'] and as_good(ranking.assign(as_good=False)) == []
 
     def tied(*args, real=module.rank, **options):
         found = real(*args, **options)
-        return found.assign(predicted=[.8, .799][:len(found)])
+        return found.assign(as_good=True)
 
     monkeypatch.setattr(module, 'rank', tied)
     view = Recommender([scene('town', 1, 64).image], pack).view()
     first, second = view.state.ranked().method
-    assert f'recommended: {first}</b>, as good: {second}' in view.numbers.value
+    assert f'recommended: {first}</b>; as good, as far as can be told: {second}' in view.numbers.value
     captions = [box.children[1].value for box in view.maps.children]
     row = view.state.ranked().iloc[1]
     assert 'as good' in captions[2] and f'[{row.lower:.2f}, {row.upper:.2f}]' in captions[2]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'ONE_THREAD', 'IMAGES_A_WORKER', 'check_table_path', 'write_faults', 'write_table', 'Listing',
-           'check_folder', 'list_images', 'plain_name', 'claim_output', 'FolderResult', 'process_folder']
+           'check_folder', 'list_images', 'plain_name', 'own_folder', 'claim_output', 'FolderResult', 'process_folder']
 
-# %% ../../nbs/56_quality.folders.ipynb #269e7c41
+# %% ../../nbs/56_quality.folders.ipynb #0735e508
 import json, os, signal
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, wait
@@ -17,9 +17,11 @@ from typing import Callable, NamedTuple
 
 import pandas as pd
 
-from ..core import DataNotFound, Incompatible, Problem, atomic, check_file, digest, few_threads, progress, say
+from rssqa.core import (
+    DataNotFound, Incompatible, Problem, atomic, check_file, digest, few_threads, progress, read_json, say, write_json,
+)
 
-# %% ../../nbs/56_quality.folders.ipynb #c502a190
+# %% ../../nbs/56_quality.folders.ipynb #ffac1b3e
 def check_table_path(
     path, # of a table that will be written
 ) -> None:
@@ -41,7 +43,8 @@ def write_faults(
     "Name a full disk, or one that is gone, as a Problem."
     try: yield
     except OSError as e:
-        raise Incompatible(f'cannot write {path}', e.strerror, 'make room, then give the same command') from e
+        found = e.strerror or str(e).splitlines()[0]                       # GDAL gives no number
+        raise Incompatible(f'cannot write {path}', found, 'make room, then give the same command') from e
 
 
 def write_table(
@@ -115,7 +118,7 @@ def plain_name(
     r"Write a file name as text: bytes that are not UTF-8 become \x escapes."
     return os.fsencode(path).decode('utf-8', 'backslashreplace')
 
-# %% ../../nbs/56_quality.folders.ipynb #75c940c8
+# %% ../../nbs/56_quality.folders.ipynb #a72275b9
 class _Part:
     "Rows of finished images, on disk until the table is written."
     def __init__(self,
@@ -144,6 +147,22 @@ class _Part:
 
     def __exit__(self, *error): self.file.close()
     def remove(self): self.path.unlink(missing_ok=True)
+
+
+def own_folder(
+    out, # folder for the parts of long work
+    task: str, # digest of everything that the parts depend on
+) -> None:
+    "Reserve a folder for one task, or check that it belongs to it, so that parts of two tasks never mix."
+    out = Path(out)
+    record = out/'task.json'
+    if record.exists():
+        if read_json(record)['digest'] == task: return
+        found = 'it belongs to other inputs or settings, or one of the files was changed'
+        raise Incompatible(f'cannot go on in {out}', found, 'delete it, or choose another folder')
+    if out.exists() and any(out.iterdir()):
+        raise Incompatible(f'cannot write into {out}', 'it has other files', 'choose a new folder')
+    with write_faults(out): write_json(record, dict(digest=task))
 
 
 @contextmanager

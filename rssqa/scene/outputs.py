@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'REDUCTION', 'NO_VALUE', 'SCALE', 'QUALITY_BANDS', 'SCALES', 'FLAGS', 'ERROR_COLOURS', 'MEDIA',
-           'window_weights', 'block_posterior', 'SceneBlock', 'scene_blocks', 'scene_boxes', 'write_rasters', 'Cog',
-           'write_box', 'region_table', 'write_regions', 'write_styles', 'write_item']
+           'window_weights', 'CellIndex', 'block_posterior', 'SceneBlock', 'scene_blocks', 'scene_boxes',
+           'write_rasters', 'Cog', 'write_box', 'region_table', 'write_regions', 'write_styles', 'write_item']
 
-# %% ../../nbs/72_scene.outputs.ipynb #28462066
+# %% ../../nbs/72_scene.outputs.ipynb #5e280691
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,13 +18,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 
-from ..core import MissingFeatures, atomic, file_faults, few_threads, progress, write_json
+from ..core import Incompatible, MissingFeatures, Problem, atomic, few_threads, progress, write_json
 from ..data.datasets import IGNORE
 from ..quality.folders import write_faults
 from .assess import SceneTask, cell_posterior, open_maps
 from .raster import Grid, open_scene
 
-# %% ../../nbs/72_scene.outputs.ipynb #d693715e
+# %% ../../nbs/72_scene.outputs.ipynb #6059a3b7
 def window_weights(
     window: tuple, # left, top, right, bottom in pixels
     grid: Grid,
@@ -45,8 +45,36 @@ def _rise(n, ramp, at_start, at_end): # (n,) float32
     return weight.astype(np.float32)
 
 
+class CellIndex:
+    "Cells that can be found by their place."
+    def __init__(self,
+        cells: pd.DataFrame, # from assess_cells
+    ):
+        self.cells = cells
+        self.boxes = np.stack(cells.box.to_numpy()).T                       # (4,n)
+        self.windows = np.stack(cells.window.to_numpy()).T
+        self.has_answer = cells.posterior.notna().to_numpy()
+
+    def overlapping(self,
+        box: tuple, # left, top, right, bottom in pixels
+    ) -> pd.DataFrame: # some of the cells
+        "Find the cells that share pixels with a box."
+        return self.cells[_meets(self.boxes, box)]
+
+    def reaching(self,
+        box: tuple, # left, top, right, bottom in pixels
+    ) -> pd.DataFrame: # some of the cells
+        "Find the cells with an answer whose windows reach into a box."
+        return self.cells[_meets(self.windows, box) & self.has_answer]
+
+
+def _meets(edges, box): # (4,n) -> (n,) bool
+    left, top, right, bottom = edges
+    return (left < box[2]) & (right > box[0]) & (top < box[3]) & (bottom > box[1])
+
+
 def block_posterior(
-    cells: pd.DataFrame, # from assess_cells
+    index: CellIndex,
     box: tuple, # left, top, right, bottom of the block in pixels
     grid: Grid,
     ramp: int, # pixels, twice the margin
@@ -56,7 +84,7 @@ def block_posterior(
     left, top, right, bottom = box
     total = np.zeros((classes, bottom - top, right - left), np.float32)
     weights = np.zeros(total.shape[1:], np.float32)
-    for row in cells[_touching(cells, box)].itertuples():
+    for row in index.reaching(box).itertuples():
         near, high, far, low = row.window
         x0, x1 = max(left, near), min(right, far)
         y0, y1 = max(top, high), min(bottom, low)
@@ -68,18 +96,12 @@ def block_posterior(
     return total / np.maximum(weights, 1e-6)
 
 
-def _touching(cells, box): # (n,) bool: cells with an answer whose window reaches into the box
-    windows = np.stack(cells.window.to_numpy())
-    inside = (windows[:, 0] < box[2]) & (windows[:, 2] > box[0]) & (windows[:, 1] < box[3]) & (windows[:, 3] > box[1])
-    return inside & cells.posterior.notna().to_numpy()
-
-
 def _enlarge(row, size): # (K,H,W) at the pixels of the window
     import torch
     q = torch.as_tensor(cell_posterior(row))[None]
     return torch.nn.functional.interpolate(q, size, mode='bilinear', align_corners=False)[0].numpy()
 
-# %% ../../nbs/72_scene.outputs.ipynb #1feacf8d
+# %% ../../nbs/72_scene.outputs.ipynb #7114cf44
 BLOCK = 1024 # pixels a side
 REDUCTION = 8 # pixels of the image a side for one pixel of quality.tif
 NO_VALUE = 255
@@ -131,7 +153,7 @@ class SceneBlock:
 
 def scene_blocks(
     task: SceneTask,
-    cells: pd.DataFrame, # from assess_cells
+    index: CellIndex,
     side: int = BLOCK, # pixels
 ): # yields SceneBlock
     "Go through a scene block by block."
@@ -140,7 +162,7 @@ def scene_blocks(
         grid = image.grid
         maps = open_maps(task, grid, stack)
         for box in scene_boxes(grid, side):
-            q = block_posterior(cells, box, grid, 2 * task.margin, classes)
+            q = block_posterior(index, box, grid, 2 * task.margin, classes)
             _, valid = image.read(box)
             ids = np.stack([m.read(box).ids for m in maps])
             yield SceneBlock(box, valid & (q.sum(0) > 0), q, ids)
@@ -154,7 +176,7 @@ def scene_boxes(
     corners = [(x, y) for y in range(0, grid.height, side) for x in range(0, grid.width, side)]
     return [(x, y, min(x + side, grid.width), min(y + side, grid.height)) for x, y in corners]
 
-# %% ../../nbs/72_scene.outputs.ipynb #f624951c
+# %% ../../nbs/72_scene.outputs.ipynb #3dbafa8a
 QUALITY_BANDS = ('predicted OA', 'lower bound', 'upper bound', 'best map', 'probability of error', 'domain flag')
 SCALES = (1 / SCALE, 1 / SCALE, 1 / SCALE, 1, 1 / SCALE, 1) # of the bands
 FLAGS = dict(ok=0, widened=1, refused=2, empty=NO_VALUE)
@@ -173,13 +195,14 @@ def write_rasters(
     classes = task.classes
     numbers = np.full(256, NO_VALUE, np.uint8)
     numbers[: len(classes.ids)] = classes.ids
+    index = CellIndex(cells)
     confusion = 0
     with Cog(out/'fused.tif', grid, ('class', 'best map that has it'), _colours(classes)) as fused, \
             Cog(out/'quality.tif', _reduced(grid), QUALITY_BANDS) as quality:
-        blocks = scene_blocks(task, cells)
+        blocks = scene_blocks(task, index)
         for block in progress(blocks, 'writing rasters', len(scene_boxes(grid, BLOCK)), 'block'):
             write_box(fused, block.box, np.stack([numbers[block.fused], block.origin(order)]))
-            write_box(quality, _reduced_box(block.box), _quality_pixels(block, cells, order[0]))
+            write_box(quality, _reduced_box(block.box), _quality_pixels(block, index, order[0]))
             confusion = confusion + block.confusion()
     return confusion
 
@@ -193,22 +216,17 @@ def _reduced(grid): # the grid of quality.tif
 def _reduced_box(box): return box[0] // REDUCTION, box[1] // REDUCTION, -(-box[2] // REDUCTION), -(-box[3] // REDUCTION)
 
 
-def _quality_pixels(block, cells, recommended): # (6,h,w) uint8
+def _quality_pixels(block, index, recommended): # (6,h,w) uint8
     left, top, right, bottom = _reduced_box(block.box)
     bands = np.full((len(QUALITY_BANDS), bottom - top, right - left), NO_VALUE, np.uint8)
     rows = (np.arange(top, bottom) + 0.5) * REDUCTION
     columns = (np.arange(left, right) + 0.5) * REDUCTION
-    for row in cells[_overlapping(cells, block.box)].itertuples():
+    for row in index.overlapping(block.box).itertuples():
         inside = np.ix_((rows >= row.box[1]) & (rows < row.box[3]), (columns >= row.box[0]) & (columns < row.box[2]))
         for band, value in enumerate(_cell_values(row, recommended)):
             if value is not None: bands[band][inside] = value
-    bands[4] = _scaled(_mean_of_squares(block.error(recommended)))
+    bands[4] = _scaled(_reduce(block.error(recommended)))
     return bands
-
-
-def _overlapping(cells, box): # (n,) bool: cells that share pixels with the box
-    own = np.stack(cells.box.to_numpy())
-    return (own[:, 0] < box[2]) & (own[:, 2] > box[0]) & (own[:, 1] < box[3]) & (own[:, 3] > box[1])
 
 
 def _cell_values(row, recommended): # six values, None for no value
@@ -223,7 +241,7 @@ def _scaled(x): # 0..1 -> uint8, NaN -> NO_VALUE
     return np.where(np.isfinite(x), np.round(SCALE * np.nan_to_num(x)), NO_VALUE).astype(np.uint8)
 
 
-def _mean_of_squares(x): # (h,w) -> (h',w'), mean over REDUCTION x REDUCTION pixels with a value
+def _reduce(x): # (h,w) -> (h',w'), mean over REDUCTION x REDUCTION pixels with a value
     height, width = (-(-n // REDUCTION) * REDUCTION for n in x.shape)
     padded = np.full((height, width), np.nan, np.float32)
     padded[: x.shape[0], : x.shape[1]] = x
@@ -235,7 +253,16 @@ def _mean_of_squares(x): # (h,w) -> (h',w'), mean over REDUCTION x REDUCTION pix
 def _colours(classes): # {number: (r,g,b)} of the class table, or {}
     return dict(zip(classes.ids, classes.colours)) if classes.colours else {}
 
-# %% ../../nbs/72_scene.outputs.ipynb #93cc9910
+# %% ../../nbs/72_scene.outputs.ipynb #989e1678
+@contextmanager
+def _raster_faults(path): # GDAL raises errors of several families
+    try: yield
+    except Problem: raise
+    except Exception as error:
+        found = (str(error) or type(error).__name__).splitlines()[0]
+        raise Incompatible(f'cannot write {path}', found, 'make room, then give the same command') from error
+
+
 class Cog:
     "A raster that is written in blocks and becomes a Cloud-Optimized GeoTIFF when it is complete."
     def __init__(self,
@@ -260,7 +287,7 @@ class Cog:
             crs=self.grid.crs or None, transform=Affine(*self.grid.transform), nodata=self.nodata, tiled=True,
             blockxsize=256, blockysize=256, compress='deflate', BIGTIFF='IF_SAFER',
         )
-        with write_faults(self.path): self.raster = rasterio.open(self.plain, 'w', **profile)
+        with _raster_faults(self.path): self.raster = rasterio.open(self.plain, 'w', **profile)
         self.raster.descriptions = self.bands
         if self.bands == QUALITY_BANDS: self.raster.scales = SCALES
         if self.colours: self.raster.write_colormap(1, {k: (*map(int, v), 255) for k, v in self.colours.items()})
@@ -269,9 +296,9 @@ class Cog:
     def __exit__(self, kind, error, trace):
         from rasterio.shutil import copy
         try:
-            with file_faults(self.path): self.raster.close()
+            with _raster_faults(self.path): self.raster.close()
             if error: return
-            with atomic(self.path) as tmp, file_faults(self.path):
+            with _raster_faults(self.path), atomic(self.path) as tmp:
                 copy(self.plain, tmp, driver='COG', compress='deflate', overview_resampling='nearest', num_threads=1)
         finally: self.plain.unlink(missing_ok=True)
 
@@ -284,7 +311,7 @@ def write_box(
     "Write a block of a raster."
     from rasterio.windows import Window
     left, top, right, bottom = box
-    with file_faults(raster.name): raster.write(values, window=Window(left, top, right - left, bottom - top))
+    with _raster_faults(raster.name): raster.write(values, window=Window(left, top, right - left, bottom - top))
 
 # %% ../../nbs/72_scene.outputs.ipynb #defb7b4b
 def region_table(

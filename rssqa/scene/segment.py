@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HALO', 'SegmentTask', 'segment_box', 'segment_scene']
 
-# %% ../../nbs/74_scene.segment.ipynb #381d13f1
+# %% ../../nbs/74_scene.segment.ipynb #d89737da
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import Incompatible, atomic, digest, few_threads, file_id, progress, read_json, write_json
-from ..quality.folders import claim_output, write_faults
+from ..core import atomic, digest, few_threads, file_id, progress
+from ..quality.folders import claim_output, own_folder, write_faults
 from ..quality.pack import cached_pack
 from .outputs import BLOCK, Cog, scene_boxes, write_box
 from .raster import open_scene
@@ -71,7 +71,7 @@ def _both_views(network, x): # (K,H,W) mean probability of the image and of its 
     mirrored = (predict_large(network, np.ascontiguousarray(x[..., ::-1])) / temperature).softmax(0)
     return ((straight + mirrored.flip(-1)) / 2).numpy()
 
-# %% ../../nbs/74_scene.segment.ipynb #b3e56cd0
+# %% ../../nbs/74_scene.segment.ipynb #0a6c0220
 def segment_scene(
     task: SegmentTask,
     out, # folder of the maps; the same call goes on where an earlier one was stopped
@@ -84,7 +84,7 @@ def segment_scene(
     boxes = scene_boxes(grid, BLOCK)
     with claim_output(out):
         paths = {name: out/f'{name}.tif' for name in task.networks()}
-        _take(task, out)
+        own_folder(out, task.digest())
         if all(path.exists() for path in paths.values()): return paths
         missing = [i for i in range(len(boxes)) if not _part(out, i).exists()]
         workers = min(workers or cpu_count(), max(len(missing), 1))
@@ -99,14 +99,6 @@ def segment_scene(
 
 
 def _part(out, i): return out/'parts'/f'{i:06}.npz'
-
-
-def _take(task, out): # a folder belongs to one task
-    record = out/'task.json'
-    if not record.exists(): return write_json(record, dict(digest=task.digest()))
-    if read_json(record)['digest'] == task.digest(): return
-    found = 'it belongs to another image, other networks or other settings'
-    raise Incompatible(f'cannot go on in {out}', found, 'delete it, or choose another folder')
 
 
 def _write_part(task, out, i, box):

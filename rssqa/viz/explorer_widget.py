@@ -212,7 +212,7 @@ def _arrange(controls, screens, scatter, table, keys, panel, maps): # -> box
     columns = w.HBox([left, middle, right], layout=dict(width='100%') | wrap)
     return w.VBox([keys, screens['header'], columns, maps, result])
 
-# %% ../../nbs/66_viz.explorer_widget.ipynb #7f0654ed
+# %% ../../nbs/66_viz.explorer_widget.ipynb #9d055e8a
 def _small(text, line_height=1.4, **style): # HTML in small print
     style = {'font-size': '12px', 'line-height': line_height} | style
     css = ';'.join(f'{name}:{value}' for name, value in style.items())
@@ -319,17 +319,19 @@ class Explorer:
         if self._updating: return
         self._show_status(words and f'{words} …')
         waiting = self.screens['status'].value
-        if words: self._lock(True)
+        locked = self._lock() if words else []
         try: action(*args)
         except Problem as e: self._show_status(str(e), is_error=True)
         except Exception as e: self._show_status(f'{type(e).__name__}: {e}', is_error=True)
         finally:
-            if words: self._lock(False)
+            for widget in locked: widget.disabled = False
         if words and self.screens['status'].value == waiting: self._show_status()
 
-    def _lock(self, is_locked): # no click waits behind the one that is being worked on
-        for widget in (*self.controls.values(), *self.panel.widgets.values()):
-            if hasattr(widget, 'button_style'): widget.disabled = is_locked
+    def _lock(self): # no click waits behind the one that is being worked on; -> buttons that were free before
+        widgets = (*self.controls.values(), *self.panel.widgets.values())
+        free = [widget for widget in widgets if hasattr(widget, 'button_style') and not widget.disabled]
+        for widget in free: widget.disabled = True
+        return free
 
     def _counts(self):
         state = self.state
