@@ -17,7 +17,7 @@ import pandas as pd
 from .columns import PALETTE, UNKNOWN, ColourScale, colour_scale, is_number, value_text
 from .explorer import ExplorerState
 
-# %% ../../nbs/65_viz.scatter.ipynb #0a9b8222
+# %% ../../nbs/65_viz.scatter.ipynb #1a5f4ebf
 COLOUR_STEPS = 255 # of the colour map of numbers; odd: 0 of a difference has the neutral colour
 
 
@@ -96,7 +96,8 @@ def legend_html(
     "Draw a legend."
     if isinstance(legend, ColourScale): body = _scale_html(legend, dark)
     else:
-        body = ' '.join(_swatch(colour) + html.escape(name) for name, colour in legend[:16])
+        entries = [_swatch(colour) + html.escape(name) for name, colour in legend[:16]]
+        body = ' '.join(f'<span style="white-space:nowrap">{entry}</span>' for entry in entries)
         if len(legend) > 16: body += f' and {len(legend) - 16} more'
     grey = f' {_swatch(UNKNOWN)}unknown ({unknown:,})' if unknown else ''
     style = 'class="rssqa-text" style="font-size:12px;line-height:1.5"'
