@@ -2,16 +2,18 @@
 import copy, os, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from rssqa.clip.train import CachedViews, ClipRecipe, PairViews, Training
 from rssqa.clip.train import cut_view, cut_views, draw_box, batches, batch_positions
-from rssqa.clip.train import compute_loss, learning_rate_factor, new_clip, save_clip, train_clip
+from rssqa.clip.train import compute_loss, export_clip, learning_rate_factor, new_clip, save_clip, train_clip
 from rssqa.core import DataNotFound, Incompatible
 from rssqa.clip.encoders import load_encoder
 from rssqa.clip.cached_stem import StemViews, cut_stem
@@ -413,3 +415,52 @@ def test_saved_weights_come_back(tmp_path):
     assert torch.allclose(again.encode_text(['a road']), encoder.encode_text(['a road']), atol=2e-3)
     assert torch.allclose(again.encode_image(image).pooled, encoder.encode_image(image).pooled, atol=2e-3)
     assert (again.net.text.token_embedding.weight.abs().sum(1) > 0).sum() == len(ids)
+
+
+# ---------------------------------------------------------------- folders for open_clip
+
+def open_plain(folder): # -> network, preparation of images, tokenizer
+    import open_clip
+    net, _, prepare = open_clip.create_model_and_transforms(f'local-dir:{folder}')
+    return net.eval(), prepare, open_clip.get_tokenizer(f'local-dir:{folder}')
+
+
+@torch.inference_mode()
+def test_an_exported_encoder_opens_in_plain_open_clip(encoder, tmp_path):
+    net, prepare, tokenizer = open_plain(export_clip(encoder, tmp_path/'export'))
+    sentences = ['a road near a river', 'the harbour']
+    texts = net.encode_text(tokenizer(sentences), normalize=True)
+    assert torch.allclose(texts, encoder.encode_text(sentences), atol=5e-3)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    x = prepare(Image.fromarray(pixels))[None]
+    own = encoder.encode_image(torch.as_tensor(pixels.transpose(2, 0, 1) / 255, dtype=torch.float32)[None])
+    assert torch.allclose(net.encode_image(x, normalize=True), own.pooled, atol=5e-3)
+
+
+@torch.inference_mode()
+def test_the_shipped_encoder_is_the_same_in_plain_open_clip(tmp_path):
+    own = load_encoder('clip-rs-mini')
+    folder = export_clip('clip-rs-mini', tmp_path/'export')
+    net, prepare, tokenizer = open_plain(folder)
+    sentences = ['an airport with planes', 'houses beside a river']
+    texts = net.encode_text(tokenizer(sentences), normalize=True)
+    assert torch.allclose(texts, own.encode_text(sentences), atol=1e-5)
+    pixels = np.random.default_rng(1).integers(0, 256, (300, 200, 3), np.uint8)
+    x = prepare(Image.fromarray(pixels))[None]
+    theirs = net.encode_image(x, normalize=True)
+    image = torch.as_tensor(pixels.transpose(2, 0, 1) / 255, dtype=torch.float32)[None]
+    assert (theirs * own.encode_image(image).pooled).sum() > 0.999      # PIL rounds resized pixels to bytes
+    card = (folder/'README.md').read_text()
+    assert 'research use' in card and 'never occurred in training' in card and card.startswith('---\nlibrary_name')
+
+
+def test_an_export_overwrites_nothing(encoder, tmp_path):
+    (tmp_path/'notes.txt').write_text('mine')
+    with pytest.raises(Incompatible, match='(?i)choose a new folder'): export_clip(encoder, tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ['notes.txt']
+
+
+def test_a_network_without_texts_is_not_exported(tmp_path):
+    blind = SimpleNamespace(name='blind')
+    with pytest.raises(Incompatible, match='blind'): export_clip(blind, tmp_path/'export')
+    assert not (tmp_path/'export').exists()

@@ -8,7 +8,7 @@ __all__ = ['VOTE_WINDOW', 'MEAN_WINDOWS', 'SHARED_FEATURES', 'CONSENSUS_COLUMNS'
            'consensus_table', 'ConsensusModel', 'pool_image_level', 'LevelPooledEnsemble', 'save_consensus',
            'load_consensus']
 
-# %% ../../nbs/53_quality.consensus.ipynb #b05c1fde
+# %% ../../nbs/53_quality.consensus.ipynb #bb70e34c
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from rssqa.core import (
     DataNotFound, MissingFeatures, atomic, load_recorded, model_faults, read_json, seed_all, weight_digests,
     write_json,
 )
+from .dense_semantics import SEMANTIC_MAP, DenseSemantics
 from ..tables.grid import PredictionGrid, limit_grid, prediction_grids
 from ..tables.store import Store
 
@@ -264,7 +265,7 @@ def _consensus_rows(grid, q): # q (K,h,w) -> one dictionary a method
         rows.append(of_image | of_method)
     return rows
 
-# %% ../../nbs/53_quality.consensus.ipynb #100451e5
+# %% ../../nbs/53_quality.consensus.ipynb #7ac4f062
 class ConsensusModel(RegressorMixin, BaseEstimator):
     "Predict overall accuracy as the expected accuracy under the consensus posterior."
     def __init__(self,
@@ -276,6 +277,8 @@ class ConsensusModel(RegressorMixin, BaseEstimator):
         with_class_bias: tuple = (True, False), # one member of each kind
         per_dataset: bool = True, # also train members on one dataset alone
         seed: int = 0,
+        dense: str = '', # table of dense features in the store, for one more method; '' for none
+        probe: str = 'linear', # that makes a map of them, see DenseSemantics
     ):
         self.store = store
         self.points = points
@@ -285,6 +288,8 @@ class ConsensusModel(RegressorMixin, BaseEstimator):
         self.with_class_bias = with_class_bias
         self.per_dataset = per_dataset
         self.seed = seed
+        self.dense = dense
+        self.probe = probe
 
     def fit(self, X: pd.DataFrame, y=None) -> 'ConsensusModel':
         "Train on rows X of an SQED table whose prediction grids and true classes are in the store."
@@ -292,6 +297,8 @@ class ConsensusModel(RegressorMixin, BaseEstimator):
             todo = 'pass store=, see build_sqed'
             raise MissingFeatures('a consensus model needs prediction grids', 'found no store', todo)
         methods = sorted(X.method.astype(str).unique())
+        self.semantics_ = self._fit_semantics(X) if self.dense else None
+        if self.dense: methods.append(SEMANTIC_MAP)
         samples = sample_points(self._read_grids(X), methods, self.points, self.seed)
         if not samples:
             found = f'found none for {X.image_id.nunique()} images'
@@ -327,7 +334,16 @@ class ConsensusModel(RegressorMixin, BaseEstimator):
         "Predict overall accuracy."
         return self.describe(X, grids).consensus_oa.to_numpy(float)
 
-    def _read_grids(self, X): return map(limit_grid, prediction_grids(Store(self.store), X))
+    def _fit_semantics(self, X): # -> DenseSemantics
+        scenes = dict(zip(X.image_id.astype(str), X.scene.astype(str)))
+        semantics = DenseSemantics(self.store, self.dense, self.probe, seed=self.seed)
+        return semantics.fit(self._limited_grids(X), scenes)
+
+    def _limited_grids(self, X): return [limit_grid(grid) for grid in prediction_grids(Store(self.store), X)]
+
+    def _read_grids(self, X):
+        grids = self._limited_grids(X)
+        return self.semantics_.add_to(grids) if self.semantics_ else grids
 
 # %% ../../nbs/53_quality.consensus.ipynb #3b03728d
 def _image_means(values, image): # (n,), (n,) int codes -> mean of each image
