@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PARTS', 'main', 'demo_command', 'assess_command',
-           'scene_command', 'advise_command', 'use_command', 'show_command', 'build_command', 'build_demo_command',
-           'calibrate_command', 'fit_command', 'score_command', 'recommend_command', 'ls_command', 'get_command',
-           'check_command', 'paper_command', 'speed_command', 'methods_command', 'encoders_command',
-           'projection_command', 'assessor_command', 'semantics_command', 'bench_later_command', 'bench_pack_command',
-           'fused_command', 'starts_command', 'label_noise_command', 'tables_command', 'own_domain_command',
-           'points_command', 'labels_command', 'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command',
-           'conformance_command', 'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command',
-           'train_command', 'eval_command', 'doctor_command']
+           'scene_command', 'plan_command', 'totals_command', 'advise_command', 'use_command', 'show_command',
+           'build_command', 'build_demo_command', 'calibrate_command', 'fit_command', 'score_command',
+           'recommend_command', 'ls_command', 'get_command', 'check_command', 'paper_command', 'speed_command',
+           'methods_command', 'encoders_command', 'projection_command', 'assessor_command', 'semantics_command',
+           'bench_later_command', 'bench_pack_command', 'fused_command', 'starts_command', 'label_noise_command',
+           'tables_command', 'own_domain_command', 'points_command', 'labels_command', 'bench_fit_command',
+           'explorer_command', 'clip_command', 'probe_command', 'conformance_command', 'degradation_command', 'apps',
+           'app_command', 'shards_command', 'purify_command', 'train_command', 'export_command', 'eval_command',
+           'doctor_command']
 
 # %% ../nbs/91_cli.ipynb #a05f4187
 import os, sys
@@ -111,7 +112,7 @@ def _build_demo(data, out, sources, weights, encoder, steps, every, workers, see
     board = run_full_demo(plan, out, workers, seed, None if every else FIVE_RIVALS)
     print(full_demo_summary(board, plan, out))
 
-# %% ../nbs/91_cli.ipynb #c5616a4f
+# %% ../nbs/91_cli.ipynb #38ab5b36
 @app.command('assess')
 def assess_command(
     image: Annotated[Path, typer.Argument(help='Image from above, or a folder of images.')],
@@ -185,6 +186,37 @@ def _limits(text): # '0,3000' -> (0.0, 3000.0)
         found = f'found {text!r}, expected two numbers such as 0,3000, or percentiles'
         raise Incompatible('cannot read --stretch', found, 'give the value of black, a comma, that of white') from error
     return low, high
+
+
+@app.command('plan')
+def plan_command(
+    map: Annotated[Path, typer.Argument(help='Map with class numbers (GeoTIFF), or fused.tif.')],
+    out: Annotated[Path, typer.Option('--out', '-o', help='New folder for the points.')],
+    classes: Annotated[Path, typer.Option(help='Class table of the map: JSON, names in order or {"id": "name"}.')],
+    n: Annotated[int, typer.Option('-n', min=4, help='Points to label.')] = 200,
+    quality: Annotated[Optional[Path], typer.Option(
+        help='quality.tif of the assessed scene: it says which classes deserve more points.')] = None,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help='Of the intervals.')] = 0.9,
+    seed: Annotated[int, typer.Option(help='Of the drawn points.')] = 0,
+):
+    "Draw the points of a map that give its accuracy and class areas once a person has labelled them."
+    from rssqa.core import check_file
+    for path in filter(None, (map, classes, quality)): check_file(path)
+    from rssqa.scene.sampling import plan_points
+    print(plan_points(map, out, classes, n, quality, confidence, seed))
+
+
+@app.command('totals')
+def totals_command(
+    folder: Annotated[Path, typer.Argument(help='Folder from rssqa plan.')],
+    labels: Annotated[Optional[Path], typer.Option(
+        help='CSV file or GeoPackage of its points with classes; default: points.csv of the folder.')] = None,
+    confidence: Annotated[Optional[float], typer.Option(
+        min=0.5, max=0.999, help='Of the intervals; default that of the plan.')] = None,
+):
+    "Estimate accuracy and class areas of a map from labelled points, with intervals."
+    from rssqa.scene.sampling import estimate_totals
+    print(estimate_totals(folder, labels, confidence))
 
 
 @app.command('advise')
@@ -520,7 +552,7 @@ def check_command(
     from rssqa.data.datasets import scan, summary
     print(summary(scan(root, name)))
 
-# %% ../nbs/91_cli.ipynb #2477353a
+# %% ../nbs/91_cli.ipynb #a8cf83b3
 bench_app = typer.Typer(no_args_is_help=True, help='Reproduce the published numbers.')
 app.add_typer(bench_app, name='bench')
 
@@ -537,6 +569,8 @@ def paper_command(
     tables: _TablesOption = Path('data/tables'),
     out: Annotated[Path, typer.Option(help='Folder of the CSV files.')] = Path('data/results'),
     workers: Annotated[int, typer.Option(help='Processes.')] = 2,
+    imagenet: Annotated[Optional[Path], typer.Option(
+        help='File of MobileNetV2 weights, for the experiment `dense`; default: download them.')] = None,
 ):
     "Compare all predictors of accuracy on RS-SQED-open."
     from rssqa.bench.paper import EXPERIMENTS, find_experiment, verify_all
@@ -559,13 +593,13 @@ def paper_command(
             'committed predictions would be overwritten by fewer',
             'pip install "rssqa[rivals]", or check what is committed with --fast',
         )
-    for experiment in chosen: _compute(experiment, tables, data, _integers(seeds), workers, out)
+    for experiment in chosen: _compute(experiment, tables, data, _integers(seeds), workers, out, imagenet)
 
 
-def _compute(experiment, tables, data, seeds, workers, out): # predictions, then result files
+def _compute(experiment, tables, data, seeds, workers, out, imagenet): # predictions, then result files
     from rssqa.bench.paper import predict_experiment, prediction_file, write_experiment
     from rssqa.bench.protocol import save_predictions
-    predictions = predict_experiment(experiment, tables, data, seeds, workers)
+    predictions = predict_experiment(experiment, tables, data, seeds, workers, imagenet=str(imagenet or 'timm'))
     save_predictions(predictions, prediction_file(experiment, tables))
     for path in write_experiment(experiment, tables, out): print(path)
 
@@ -1029,7 +1063,7 @@ def _app_environment(paths, dataset):
     if dataset: environment['RSSQA_APP_DATASET'] = dataset
     return environment
 
-# %% ../nbs/91_cli.ipynb #522ec29b
+# %% ../nbs/91_cli.ipynb #bf54bb66
 clip_app = typer.Typer(no_args_is_help=True, help='Read corpora, purify captions, train and measure a CLIP.')
 app.add_typer(clip_app, name='clip')
 
@@ -1115,6 +1149,17 @@ def train_command(
 def _objectives(text): # 'itc,self-distill:0.5' -> (('itc', 1.0), ('self-distill', 0.5))
     parts = [words.strip().partition(':') for words in text.split(',')]
     return tuple((name, float(weight or 1)) for name, _, weight in parts)
+
+
+@clip_app.command('export')
+def export_command(
+    encoder: Annotated[str, typer.Argument(help='Name or folder of an encoder.')],
+    out: Annotated[Path, typer.Argument(help='New folder for weights, description and model card.')],
+):
+    "Write an encoder as a folder that open_clip opens without rssqa, ready for the Hugging Face hub."
+    from rssqa.clip.train import export_clip
+    folder = export_clip(encoder, out)
+    print(*sorted(folder.iterdir()), sep='\n')
 
 
 @clip_app.command('eval')

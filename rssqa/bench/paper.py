@@ -8,12 +8,12 @@ __all__ = ['TABLES', 'ROW_KEY', 'CONSENSUS', 'ENSEMBLE', 'MODELS', 'MEMBERS', 'S
            'MEASURE_TOLERANCE', 'REFIT_TOLERANCE', 'REFITTED', 'REFITTED_ONCE', 'FOREST_TOLERANCE', 'MAE_TOLERANCE',
            'Evidence', 'open_evidence', 'choose_predictors', 'all_predictors', 'rivals', 'basic_predictors',
            'add_pooled_ensemble', 'differences', 'best_baseline_comparison', 'comparison_text', 'interval_coverage',
-           'ablation_models', 'FewScenes', 'fewer_scenes_models', 'Experiment', 'find_experiment', 'predict_experiment',
-           'open_new_source', 'prediction_file', 'load_table', 'measure_experiment', 'measure_changes',
-           'new_source_coverage', 'write_experiment', 'verify', 'compare_with_file', 'refit', 'refit_fold',
-           'is_reproduced', 'verify_all']
+           'ablation_models', 'FewScenes', 'fewer_scenes_models', 'add_dense_features', 'dense_models', 'Experiment',
+           'find_experiment', 'predict_experiment', 'open_new_source', 'prediction_file', 'load_table',
+           'measure_experiment', 'measure_changes', 'new_source_coverage', 'write_experiment', 'verify',
+           'compare_with_file', 'refit', 'refit_fold', 'is_reproduced', 'verify_all']
 
-# %% ../../nbs/82_bench.paper.ipynb #1dc17fbb
+# %% ../../nbs/82_bench.paper.ipynb #09b4eaa0
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +33,9 @@ from ..data.splits import scene_folds, share_of_scenes
 from ..provenance import save_results
 from ..quality.intervals import Intervals, coverage, cross_intervals, expect_errors
 from ..core import DataNotFound, MissingFeatures, cache_dir, digest, file_id, unknown
+from ..clip.encoders import BackboneEncoder, load_encoder
 from ..quality.consensus import ConsensusModel, pool_image_level
+from ..quality.dense_semantics import PROBES, dense_tables, extract_dense
 from ..segment.metrics import srocc
 from ..tables.rs_sqed_open import NEW_SOURCES, open_tiles, unpack, unpack_grids
 from ..quality.model import QualityModel
@@ -355,7 +357,36 @@ def fewer_scenes_models(
         for share in SHARES: found[f'{name} @ {share:g}'] = FewScenes(model, share, seed)
     return choose_predictors(found, only)
 
-# %% ../../nbs/82_bench.paper.ipynb #bcc92397
+# %% ../../nbs/82_bench.paper.ipynb #4ed01aa7
+def add_dense_features(
+    evidence: Evidence, # whose store receives them
+    data, # folder of dataset folders
+    imagenet: str = 'timm', # file of MobileNetV2 weights; 'timm' downloads them
+) -> None:
+    "Encode the parts of all images of the evidence, with CLIP-RS-mini and with a network trained on ImageNet."
+    store = Store(evidence.store)
+    tiles, specs = open_tiles(data, Path(evidence.store).parent)
+    tiles = tiles[tiles.image_id.isin(evidence.table.image_id)]
+    names = {dataset: spec.classes for dataset, spec in specs.items()}
+    extract_dense(tiles, load_encoder('clip-rs-mini'), store, names)
+    extract_dense(tiles, BackboneEncoder(weights=imagenet), store)
+
+
+def dense_models(
+    evidence: Evidence,
+    seed: int = 0,
+    only: tuple = (), # names; empty for all
+) -> dict: # name -> unfitted estimator
+    "List the consensus model with dense semantics as one more method, for every encoder in the store."
+    found = {CONSENSUS: ConsensusModel(evidence.store, seed=seed)}
+    for features, has_names in dense_tables(Store(evidence.store)).items():
+        encoder = re.split('[/@]', features)[1]
+        for probe in PROBES if has_names else PROBES[:1]:
+            model = ConsensusModel(evidence.store, seed=seed, dense=features, probe=probe)
+            found[f'{CONSENSUS}, {probe} of {encoder}'] = model
+    return choose_predictors(found, only)
+
+# %% ../../nbs/82_bench.paper.ipynb #bd40621c
 @dataclass(frozen=True)
 class Experiment:
     "What is left out of training, who takes part, and what is measured."
@@ -377,6 +408,7 @@ EXPERIMENTS = dict(
         'leave one method out, two folds by scene', basic_predictors, 'method', 2, dict(method_each='method')
     ),
     ablation=Experiment(BY_SCENE, ablation_models, groups=dict(ablation_datasets='dataset')),
+    dense=Experiment(BY_SCENE, dense_models, groups=dict(dense_datasets='dataset')),
     scenes=Experiment(f'{BY_SCENE}, learning from a share of the training scenes', fewer_scenes_models),
     damaged=Experiment(f'{BY_SCENE}, with damaged copies', basic_predictors),
     unseen=Experiment(
@@ -393,7 +425,7 @@ def find_experiment(name: str) -> Experiment:
     if name not in EXPERIMENTS: raise unknown('experiment', name, EXPERIMENTS)
     return EXPERIMENTS[name]
 
-# %% ../../nbs/82_bench.paper.ipynb #04758dac
+# %% ../../nbs/82_bench.paper.ipynb #01bd271b
 def predict_experiment(
     name: str, # key of EXPERIMENTS
     folder: str = TABLES,
@@ -402,10 +434,12 @@ def predict_experiment(
     workers: int = 1, # processes
     fits=None, # folder of finished fits; default below the cache
     only: tuple = (), # names of predictors; empty for those of the experiment
+    imagenet: str = 'timm', # file of MobileNetV2 weights for `dense`; 'timm' downloads them
 ) -> pd.DataFrame: # image_id, method, seed, fold, and one column a predictor
     "Fit and predict one experiment."
     experiment = find_experiment(name)
     evidence = open_evidence(folder, data, bool(data) or _need_prediction_grids(only))
+    if name == 'dense' and data: add_dense_features(evidence, data, imagenet)
     if name in NEW_SOURCES: return _predict_new_source(name, evidence, folder, only, min(seeds), workers)
     if name == 'damaged': evidence = _add_damaged(evidence, folder)
     def make(seed): return experiment.predictors(evidence, seed, only)

@@ -7,7 +7,7 @@ __all__ = ['MANY_CALIBRATION_IMAGES', 'ENOUGH_SCENES', 'TUNE_BATCH', 'TUNE_STEPS
            'CONSENSUS_STEPS', 'CONSENSUS_EPOCHS', 'HALF_OWN', 'MAX_PIXELS', 'WEIGHTS', 'CALIBRATION', 'TrainingImage',
            'Semantics', 'consensus_weight', 'image_posterior', 'Assessor', 'points_right', 'open_image']
 
-# %% ../../nbs/56_quality.assessor.ipynb #54aea978
+# %% ../../nbs/56_quality.assessor.ipynb #b481bada
 import os
 from copy import copy
 from dataclasses import dataclass, replace

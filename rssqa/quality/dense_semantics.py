@@ -8,7 +8,7 @@ __all__ = ['QUARTERS', 'PROJECTED', 'NAME_SENTENCES', 'SEMANTIC_MAP', 'PROBES', 
            'dense_tables', 'extract_dense', 'read_dense', 'class_shares', 'LinearProbe', 'NameProbe', 'fit_probe',
            'linear_probe', 'add_map', 'DenseSemantics']
 
-# %% ../../nbs/52_quality.dense_semantics.ipynb #50f9ccdf
+# %% ../../nbs/52_quality.dense_semantics.ipynb #fe60f930
 from dataclasses import replace
 
 import numpy as np

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['BLOCK', 'REDUCTION', 'NO_VALUE', 'SCALE', 'QUALITY_BANDS', 'SCALES', 'FLAGS', 'ERROR_COLOURS', 'MEDIA',
            'window_weights', 'CellIndex', 'block_posterior', 'SceneBlock', 'scene_blocks', 'scene_boxes',
-           'write_rasters', 'Cog', 'write_box', 'region_table', 'write_regions', 'write_styles', 'write_item']
+           'write_rasters', 'Cog', 'write_box', 'region_table', 'write_regions', 'write_points', 'read_points',
+           'write_styles', 'write_item']
 
-# %% ../../nbs/72_scene.outputs.ipynb #5e280691
+# %% ../../nbs/72_scene.outputs.ipynb #847b826a
 import json
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 
-from ..core import Incompatible, MissingFeatures, Problem, atomic, few_threads, progress, write_json
+from ..core import Incompatible, MissingFeatures, Problem, atomic, check_file, few_threads, file_faults, progress
+from ..core import write_json
 from ..data.datasets import IGNORE
 from ..quality.folders import write_faults
 from .assess import SceneTask, cell_posterior, open_maps
@@ -313,7 +315,7 @@ def write_box(
     left, top, right, bottom = box
     with _raster_faults(raster.name): raster.write(values, window=Window(left, top, right - left, bottom - top))
 
-# %% ../../nbs/72_scene.outputs.ipynb #defb7b4b
+# %% ../../nbs/72_scene.outputs.ipynb #013e13fd
 def region_table(
     cells: pd.DataFrame, # from assess_cells
     names: list[str], # M maps
@@ -344,20 +346,51 @@ def write_regions(
     path, # of a GeoPackage
 ) -> Path:
     "Write the cells as polygons."
+    shapely = _shapely()
+    polygons = shapely.polygons([shapely.LinearRing(outline) for outline in regions.outline])
+    return _write_layer(shapely.to_wkb(polygons), regions.drop(columns='outline'), grid, path, 'cells', 'Polygon')
+
+
+def write_points(
+    points: pd.DataFrame, # with columns east and north, in the coordinate system of the grid
+    grid: Grid,
+    path, # of a GeoPackage
+) -> Path:
+    "Write points with their attributes."
+    shapely = _shapely()
+    places = shapely.to_wkb(shapely.points(points.east, points.north))
+    return _write_layer(places, points, grid, path, 'points', 'Point')
+
+
+def _shapely():
     try: import shapely
     except ImportError as error: raise _extra_missing('a GeoPackage', 'shapely') from error
+    return shapely
+
+
+def _write_layer(shapes, columns, grid, path, layer, kind): # shapes: (n,) well-known binary
     try: from pyogrio.raw import write
     except ImportError as error: raise _extra_missing('a GeoPackage', 'pyogrio') from error
-    outlines = shapely.to_wkb(shapely.polygons([shapely.LinearRing(outline) for outline in regions.outline]))
-    columns = regions.drop(columns='outline')
     values = [columns[name].to_numpy(object if columns[name].dtype.kind not in 'if' else None) for name in columns]
-    options = dict(driver='GPKG', layer='cells', geometry_type='Polygon', crs=grid.crs or None)
-    with write_faults(path), atomic(path) as tmp: write(tmp, outlines, values, list(columns), **options)
+    options = dict(driver='GPKG', layer=layer, geometry_type=kind, crs=grid.crs or None)
+    with write_faults(path), atomic(path) as tmp: write(tmp, shapes, values, list(columns), **options)
     return Path(path)
 
 
+def read_points(
+    path, # of a GeoPackage from write_points, perhaps changed in a geographic information system
+) -> pd.DataFrame: # its attributes
+    "Read the attributes of points."
+    try: from pyogrio.raw import read
+    except ImportError as error: raise _extra_missing('a GeoPackage', 'pyogrio') from error
+    check_file(path)
+    with file_faults(path): meta, _, _, values = read(path, read_geometry=False)
+    return pd.DataFrame(dict(zip(meta['fields'], values)))
+
+
 def _extra_missing(what, library):
-    return MissingFeatures(f'cannot write {what}', f'found no {library}', 'install it: pip install "rssqa[scene]"')
+    todo = 'install it: pip install "rssqa[scene]"'
+    return MissingFeatures(f'cannot read or write {what}', f'found no {library}', todo)
 
 # %% ../../nbs/72_scene.outputs.ipynb #c8544baf
 ERROR_COLOURS = ((0.0, '#FFFFCC'), (0.25, '#FED976'), (0.5, '#FD8D3C'), (0.75, '#E31A1C'), (1.0, '#800026'))
