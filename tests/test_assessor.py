@@ -517,3 +517,35 @@ def test_rules_are_saved(assessor, tmp_path):
     changed = copy(assessor)
     changed.switch_rules = fit_switch_rules(switch_gains(0.02))
     assert Assessor.load(changed.save(tmp_path)).switch_rules == changed.switch_rules
+
+
+# ---------------------------------------------------------------- dense semantics
+
+@pytest.fixture(scope='module')
+def dense_assessor():
+    images = [training_image(i, 'a', (0.1, 0.3)) for i in range(3)]
+    images += [training_image(i, 'b', (0.1, 0.3)) for i in range(20, 23)]
+    return Assessor(encoder='tiny-clip', members=1, epochs=1, dense=True).fit(images)
+
+
+def certain(mask): # probabilities of two maps
+    return {name: np.eye(len(CLASSES))[m].transpose(2, 0, 1) for name, m in noisy(mask, 50, (0.1, 0.3)).items()}
+
+
+def test_the_encoder_takes_part_for_known_sources_only(dense_assessor, new):
+    blind = copy(dense_assessor)
+    blind.dense = False
+    maps = certain(new.mask)
+    known, without = (a.assess(new.image, maps, CLASSES, source='a') for a in (dense_assessor, blind))
+    assert (predicted(known) - predicted(without)).abs().max() > 1e-4
+    first, second = (a.assess(new.image, maps, CLASSES) for a in (dense_assessor, blind))
+    assert predicted(first).equals(predicted(second))
+    assert [m.name for m in known.maps] == ['10%', '30%'] and len(known.table) == 2
+
+
+def test_a_stored_assessor_keeps_the_encoder_in_the_consensus(dense_assessor, new, tmp_path):
+    loaded = Assessor.load(dense_assessor.save(tmp_path/'assessor'))
+    assert loaded.dense and set(loaded.consensus.probes.probes) == {'a', 'b'}
+    maps = certain(new.mask)
+    first, second = (a.assess(new.image, maps, CLASSES, source='b') for a in (dense_assessor, loaded))
+    assert np.allclose(predicted(first), predicted(second), atol=1e-6)

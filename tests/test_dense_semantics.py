@@ -1,4 +1,6 @@
 """Dense semantics: parts of images get class probabilities without having seen their own truth."""
+import operator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,10 +10,10 @@ import torch
 
 from rssqa.clip.encoders import load_encoder
 from rssqa.core import Incompatible, MissingFeatures
-from rssqa.quality.consensus import ConsensusModel
+from rssqa.quality.consensus import ConsensusModel, load_consensus, posterior, save_consensus
 from rssqa.quality.dense_semantics import (
-    PROJECTED, SEMANTIC_MAP, DenseSemantics, add_map, class_shares, cut_quarters, dense_features, dense_tables,
-    extract_dense, join_quarters, linear_probe, name_table, random_projection,
+    PROJECTED, SEMANTIC_MAP, add_map, class_shares, cross_fit, cut_quarters, dense_features, dense_tables,
+    extract_dense, join_quarters, linear_probe, name_table, random_projection, read_parts,
 )
 from rssqa.tables.grid import PredictionGrid, map_key, pack_grid, pack_points
 from rssqa.tables.store import Store, put_vectors
@@ -97,66 +99,66 @@ def test_shares_count_labelled_points(seed):
 
 # ---------------------------------------------------------------- cross-fitting
 
-@pytest.mark.parametrize('probe', ['linear', 'names'])
-def test_the_map_is_right_where_features_say_the_class(drawn, probe):
-    store, grids, scenes = drawn
-    semantics = DenseSemantics(store, 'dense/drawn', probe).fit(grids, scenes)
-    found = semantics.add_to(grids)
+def fit(drawn, kind='linear', grids=None):
+    folder, own, scenes = drawn
+    grids = grids or own
+    parts = read_parts(Store(folder), 'dense/drawn', grids, kind)
+    return cross_fit(grids, parts, [scenes[grid.image_id] for grid in grids], kind)
+
+
+def parts_of(folder, grid, kind='linear'): return read_parts(Store(folder), 'dense/drawn', [grid], kind)[0]
+
+
+@pytest.mark.parametrize('kind', ['linear', 'names'])
+def test_the_map_is_right_where_features_say_the_class(drawn, kind):
+    grids = drawn[1]
+    found, _ = fit(drawn, kind)
     assert [grid.methods[-1] for grid in found] == [SEMANTIC_MAP] * len(grids)
     assert np.mean([right(grid) for grid in found]) > 0.85
     for before, after in zip(grids, found): assert (after.p[:2] == before.p).all() and len(after.pred) == 3
 
 
 def test_an_image_gets_a_probe_that_has_not_seen_its_scene(drawn):
-    store, grids, scenes = drawn
-    first = DenseSemantics(store, 'dense/drawn').fit(grids, scenes)
+    _, grids, scenes = drawn
     inverted = []
     for grid in grids:
-        same_scene = scenes[grid.image_id] == 's0'
-        truth = 1 - grid.truth if same_scene else grid.truth
-        inverted.append(PredictionGrid(**{**vars(grid), 'truth': truth}))
-    second = DenseSemantics(store, 'dense/drawn').fit(inverted, scenes)
-    for before, after in zip(first.add_to(grids), second.add_to(inverted)):
-        equal = (before.p == after.p).all()
-        assert equal == (scenes[before.image_id] == 's0')
+        truth = 1 - grid.truth if scenes[grid.image_id] == 's0' else grid.truth
+        inverted.append(replace(grid, truth=truth))
+    for before, after in zip(fit(drawn)[0], fit(drawn, grids=inverted)[0]):
+        assert (before.p == after.p).all() == (scenes[before.image_id] == 's0')
 
 
 def test_a_new_image_gets_a_probe_of_all_scenes(drawn):
-    store, grids, scenes = drawn
+    folder = drawn[0]
     new = drawn_grid(40)
-    put_features(Store(store), new)
-    semantics = DenseSemantics(store, 'dense/drawn').fit(grids, scenes)
-    unlabelled = PredictionGrid(**{**vars(new), 'truth': np.full_like(new.truth, 255)})
-    [found] = semantics.add_to([unlabelled])
+    put_features(Store(folder), new)
+    _, probes = fit(drawn)
+    found = probes.add_to(replace(new, truth=np.full_like(new.truth, 255)), parts_of(folder, new))
     assert (found.pred[-1] == new.truth).mean() > 0.85
+    assert probes.add_to(new, None) is new
 
 
 def test_names_of_other_classes_say_nothing(drawn):
-    store, grids, scenes = drawn
-    semantics = DenseSemantics(store, 'dense/drawn', 'shuffled names').fit(grids, scenes)
-    p = np.stack([grid.p[-1] for grid in semantics.add_to(grids)])
+    p = np.stack([grid.p[-1] for grid in fit(drawn, 'shuffled names')[0]])
     assert abs(p.astype(int) - 127).max() < 12          # nearly even: wrong names get no weight
 
 
 def test_one_scene_is_not_enough(drawn):
-    store, grids, _ = drawn
-    semantics = DenseSemantics(store, 'dense/drawn').fit(grids, {grid.image_id: 's' for grid in grids})
-    assert semantics.add_to(grids) == grids
+    folder, grids, _ = drawn
+    found, probes = fit((folder, grids, {grid.image_id: 's' for grid in grids}))
+    assert all(map(operator.is_, found, grids)) and not probes.probes
 
 
 def test_another_dataset_has_names_but_no_linear_probe(drawn):
-    store, grids, scenes = drawn
     other = drawn_grid(3, 'village')
-    put_features(Store(store), other)
-    for probe, methods in (('linear', 2), ('names', 3)):
-        [found] = DenseSemantics(store, 'dense/drawn', probe).fit(grids, scenes).add_to([other])
-        assert len(found.methods) == methods
+    put_features(Store(drawn[0]), other)
+    for kind, methods in (('linear', 2), ('names', 3)):
+        _, probes = fit(drawn, kind)
+        assert len(probes.add_to(other, parts_of(drawn[0], other, kind)).methods) == methods
 
 
 def test_the_same_seed_gives_the_same_map(drawn):
-    store, grids, scenes = drawn
-    first, second = (DenseSemantics(store, 'dense/drawn').fit(grids, scenes).add_to(grids) for _ in range(2))
-    assert all((a.p == b.p).all() for a, b in zip(first, second))
+    assert all((a.p == b.p).all() for a, b in zip(fit(drawn)[0], fit(drawn)[0]))
 
 
 def test_a_linear_probe_learns_shares():
@@ -195,13 +197,21 @@ def test_the_consensus_uses_it_where_no_method_can_be_trusted(drawn):
     assert len(helped.predict(test)) == len(test)
 
 
+def test_a_stored_consensus_keeps_its_probes(drawn, tmp_path):
+    folder, grids, scenes = drawn
+    table = table_of(Store(folder), grids, scenes)
+    ensemble = ConsensusModel(folder, epochs=1, dense='dense/drawn').fit(table).ensemble_
+    loaded = load_consensus(save_consensus(ensemble, tmp_path/'saved'))
+    parts = parts_of(folder, grids[0])
+    assert torch.equal(posterior(ensemble, grids[0], parts), posterior(loaded, grids[0], parts))
+    assert not torch.equal(posterior(loaded, grids[0], parts), posterior(loaded, grids[0]))
+
+
 def test_what_is_missing_is_named(drawn):
-    store, grids, scenes = drawn
-    with pytest.raises(KeyError, match='linear'): DenseSemantics(store, 'dense/drawn', 'linnear').fit(grids, scenes)
-    with pytest.raises(MissingFeatures, match='dense/none'): DenseSemantics(store, 'dense/none').fit(grids, scenes)
-    unknown = drawn_grid(30)
-    semantics = DenseSemantics(store, 'dense/drawn').fit(grids, scenes)
-    with pytest.raises(MissingFeatures, match='town30'): semantics.add_to([unknown])
+    folder, grids, _ = drawn
+    with pytest.raises(KeyError, match='linear'): cross_fit(grids, grids, grids, 'linnear')
+    with pytest.raises(MissingFeatures, match='dense/none'): read_parts(Store(folder), 'dense/none', grids)
+    with pytest.raises(MissingFeatures, match='town30'): parts_of(folder, drawn_grid(30))
 
 
 def test_tables_of_encoders_are_listed(drawn):

@@ -7,11 +7,11 @@ __all__ = ['MANY_CALIBRATION_IMAGES', 'ENOUGH_SCENES', 'TUNE_BATCH', 'TUNE_STEPS
            'CONSENSUS_STEPS', 'CONSENSUS_EPOCHS', 'HALF_OWN', 'MAX_PIXELS', 'WEIGHTS', 'CALIBRATION', 'TrainingImage',
            'Semantics', 'consensus_weight', 'image_posterior', 'Assessor', 'points_right', 'open_image']
 
-# %% ../../nbs/56_quality.assessor.ipynb #b481bada
+# %% ../../nbs/56_quality.assessor.ipynb #c99ab2a1
 import os
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Iterable
 
@@ -32,7 +32,7 @@ from rssqa.quality.bounds import (
 )
 from .consensus import ConsensusEnsemble, load_consensus, sample_points, save_consensus, train_ensemble
 from .consensus import posterior as consensus_posterior
-from .dense_semantics import encode_names
+from .dense_semantics import SEMANTIC_MAP, cross_fit, dense_features, encode_names, random_projection
 from rssqa.quality.domain import (
     DomainReport, Finding, StatisticRanges, find_nodata, image_findings, image_statistics,
 )
@@ -47,7 +47,7 @@ from rssqa.quality.posterior import (
 from ..segment.protocol import MIN_SIDE
 from ..tables.grid import PredictionGrid
 
-# %% ../../nbs/56_quality.assessor.ipynb #661326a6
+# %% ../../nbs/56_quality.assessor.ipynb #2e5b01e8
 @dataclass
 class TrainingImage:
     "An image with maps whose accuracy is known."
@@ -70,13 +70,14 @@ class _Prepared: # what is kept of a training image
     semantics: np.ndarray | None # (D,)
     has_probabilities: np.ndarray # (M,) bool
     name_fit: np.ndarray | None # (K,h,w)
+    parts: np.ndarray | None = None # (C,h,w) features of the parts of the image
 
     @property
     def maps(self) -> PointMaps:
-        maps = points_of_grid(self.grid, self.neighbours, self.name_fit)
+        maps = points_of_grid(self.grid, self.neighbours, self.name_fit, self.parts)
         return maps.drop_probabilities(~self.has_probabilities)
 
-# %% ../../nbs/56_quality.assessor.ipynb #5db5b045
+# %% ../../nbs/56_quality.assessor.ipynb #940318b8
 class Semantics:
     "A semantic encoder, or none."
     def __init__(self,
@@ -107,17 +108,28 @@ class Semantics:
         parts = self.encoder.encode_dense(torch.as_tensor(image)[None])[0].cpu()         # (D,h,w)
         return torch.einsum('kd,dhw->khw', vectors, parts).numpy()
 
+    def encode_parts(self,
+        image: np.ndarray, # (3,H,W) float32 0..1
+    ) -> np.ndarray | None: # (C,h,w); None without an encoder
+        "Encode the parts of an image for dense semantics."
+        if self.encoder is None: return None
+        return dense_features(self.encoder, image, self._projection)
+
+    @cached_property
+    def _projection(self): return random_projection(self.encoder.dense_dim)
+
     @lru_cache(64)
     def _encode_names(self, names): return encode_names(self.encoder, names)
 
-# %% ../../nbs/56_quality.assessor.ipynb #ba3fe5a0
+# %% ../../nbs/56_quality.assessor.ipynb #b757a821
 def consensus_weight(
     consensus: ConsensusEnsemble,
     maps: PointMaps,
 ) -> float: # 0..1
     "Return the share of a consensus model's methods that are among the maps with probabilities."
     present = {name for name, known in zip(maps.names, maps.has_probabilities) if known}
-    return len(present & set(consensus.methods)) / len(consensus.methods)
+    methods = set(consensus.methods) - {SEMANTIC_MAP}
+    return len(present & methods) / len(methods)
 
 
 def image_posterior(
@@ -132,9 +144,10 @@ def image_posterior(
     q = torch.stack([map_posterior(net, maps, features) for net in nets]).mean(0)
     weight = share * consensus_weight(consensus, maps) if consensus and source else 0
     if not weight: return q
-    return (1 - weight) * q + weight * consensus_posterior(consensus, grid_of_points(maps, source))
+    own = consensus_posterior(consensus, grid_of_points(maps, source), maps.parts)
+    return (1 - weight) * q + weight * own
 
-# %% ../../nbs/56_quality.assessor.ipynb #0907c184
+# %% ../../nbs/56_quality.assessor.ipynb #487accfa
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 ENOUGH_SCENES = 10 # for intervals of a source by its own scenes alone
 TUNE_BATCH = 12 # images
@@ -158,6 +171,7 @@ class Assessor:
         seed: int = 0,
         name: str = 'assessor', # that answers carry
         class_names: bool = False, # whether the encoder compares image and class names
+        dense: bool = False, # whether the encoder takes part in the consensus of known sources, see dense_semantics
     ):
         self.encoder = encoder
         self.members = members
@@ -167,6 +181,7 @@ class Assessor:
         self.seed = seed
         self.name = name
         self.class_names = class_names
+        self.dense = dense
         self.shift = LevelShift()
         self.consensus_share = 1.0
 
@@ -251,7 +266,12 @@ class Assessor:
             semantics=vector,
             has_probabilities=_or_all(image.has_probabilities, len(image.grid.methods)),
             name_fit=None if similarity is None else fit_names(similarity, shape).astype(np.float16),
+            parts=self._encode_parts(image.image),
         )
+
+    def _encode_parts(self, image): # (C,h,w), None where the encoder takes no part
+        parts = self.semantics.encode_parts(image) if self.dense else None
+        return None if parts is None else parts.astype(np.float16)
 
     def compare_names(self,
         image: np.ndarray, # (3,H,W) float32 0..1
@@ -321,10 +341,17 @@ class Assessor:
         return _calibration_table(self._assess_some(self.nets, prepared, _NEW_SOURCE))
 
     def _train_consensus(self, prepared, steps=0): # ConsensusEnsemble; steps: at least so many of each member
-        points = sample_points([image.grid for image in prepared], list(self.methods), seed=self.seed)
+        grids, methods, probes = [image.grid for image in prepared], list(self.methods), None
+        if all(image.parts is not None for image in prepared):
+            parts = [image.parts for image in prepared]
+            grids, probes = cross_fit(grids, parts, [image.scene for image in prepared], seed=self.seed)
+            methods.append(SEMANTIC_MAP)
+        points = sample_points(grids, methods, seed=self.seed)
         batches = sum(-(-len(classes) // CONSENSUS_BATCH) for _, classes in points.values())
         epochs = int(np.clip(steps // batches, *CONSENSUS_EPOCHS))
-        return train_ensemble(points, list(self.methods), seed=self.seed, epochs=epochs, batch=CONSENSUS_BATCH)
+        ensemble = train_ensemble(points, methods, seed=self.seed, epochs=epochs, batch=CONSENSUS_BATCH)
+        ensemble.probes = probes
+        return ensemble
 
     def cross_assess(self,
         prepared: list, # training images
@@ -417,7 +444,8 @@ class Assessor:
         dense, vector = self.semantics(x)
         report.findings += self._domain_findings(x, nodata, vector, read)
         if report.refused: return self._refuse(read, table, report)
-        maps = point_maps(read, x, len(table.names), dense, similarity=self.compare_names(x, table.names))
+        parts = self._encode_parts(x) if source else None
+        maps = point_maps(read, x, len(table.names), dense, None, self.compare_names(x, table.names), parts)
         features = point_features(maps)
         posterior = image_posterior(self.nets, maps, features, self.consensus, source, self.consensus_share)
         expected = expected_accuracy(posterior, features, agreement_weight(self.nets[0], maps))
@@ -688,10 +716,10 @@ def _split_calibration(table): # rows with labels; gains
     labelled = table[table.oa.notna()]
     return labelled, labelled[labelled.shortfall.notna()]
 
-# %% ../../nbs/56_quality.assessor.ipynb #80ea0bc6
+# %% ../../nbs/56_quality.assessor.ipynb #e4ba560d
 WEIGHTS = 'assessor.safetensors'
 CALIBRATION = 'calibration.parquet'
-_SETTINGS = ('encoder', 'members', 'epochs', 'points', 'confidence', 'seed', 'name', 'class_names')
+_SETTINGS = ('encoder', 'members', 'epochs', 'points', 'confidence', 'seed', 'name', 'class_names', 'dense')
 
 
 def _save(assessor, folder):

@@ -8,7 +8,7 @@ __all__ = ['VOTE_WINDOW', 'MEAN_WINDOWS', 'SHARED_FEATURES', 'CONSENSUS_COLUMNS'
            'consensus_table', 'ConsensusModel', 'pool_image_level', 'LevelPooledEnsemble', 'save_consensus',
            'load_consensus']
 
-# %% ../../nbs/53_quality.consensus.ipynb #bb70e34c
+# %% ../../nbs/53_quality.consensus.ipynb #a811ac48
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,8 @@ from rssqa.core import (
     DataNotFound, MissingFeatures, atomic, load_recorded, model_faults, read_json, seed_all, weight_digests,
     write_json,
 )
-from .dense_semantics import SEMANTIC_MAP, DenseSemantics
+from .dense_semantics import SEMANTIC_MAP, DenseProbes, cross_fit, load_probes, probe_weights
+from .dense_semantics import read_parts
 from ..tables.grid import PredictionGrid, limit_grid, prediction_grids
 from ..tables.store import Store
 
@@ -174,15 +175,17 @@ def _shuffled_batches(samples, size): # [(dataset, rows)], each batch from one d
         batches += [(dataset, rows) for rows in torch.randperm(len(y)).split(size)]
     return [batches[i] for i in torch.randperm(len(batches)).tolist()]
 
-# %% ../../nbs/53_quality.consensus.ipynb #0cb5acb0
+# %% ../../nbs/53_quality.consensus.ipynb #53757f25
 class ConsensusEnsemble:
     "Consensus networks by dataset."
     def __init__(self,
         methods: list[str], # M names, in the order of the point_features
         members: dict, # dataset -> [ConsensusNet]; '' for datasets that have no entry
+        probes: DenseProbes = None, # that let a semantic encoder take part, see dense_semantics
     ):
         self.methods = list(methods)
         self.members = members
+        self.probes = probes
 
     def members_of(self, dataset: str) -> list[ConsensusNet]:
         "Return the networks that are averaged for a dataset."
@@ -212,7 +215,7 @@ def train_ensemble(
             members[dataset] = on_all + train_members({dataset: samples[dataset]}, 10 * seed + 2)
     return ConsensusEnsemble(methods, members)
 
-# %% ../../nbs/53_quality.consensus.ipynb #de2a75bc
+# %% ../../nbs/53_quality.consensus.ipynb #630886e2
 CONSENSUS_COLUMNS = (
     'consensus_oa',
     'consensus_agreement',
@@ -224,8 +227,13 @@ LOW_PROBABILITY = 0.3
 
 
 @torch.inference_mode()
-def posterior(ensemble: ConsensusEnsemble, grid: PredictionGrid) -> torch.Tensor: # (K,h,w), mean over members
+def posterior(
+    ensemble: ConsensusEnsemble,
+    grid: PredictionGrid,
+    parts: np.ndarray = None, # (C,h,w) features of the parts of the image, for an ensemble with probes
+) -> torch.Tensor: # (K,h,w), mean over members
     "Return the class probabilities of an ensemble at every point of a grid."
+    if ensemble.probes: grid = ensemble.probes.add_to(grid, parts)
     x = point_features(grid, ensemble.methods).permute(2, 3, 1, 0)                       # (h,w,K,2M+9)
     members = ensemble.members_of(grid.dataset)
     total = sum(net(x, grid.dataset).softmax(-1) for net in members)
@@ -236,10 +244,12 @@ def posterior(ensemble: ConsensusEnsemble, grid: PredictionGrid) -> torch.Tensor
 def consensus_table(
     ensemble: ConsensusEnsemble,
     grids: list[PredictionGrid], # of the images to describe; true classes are not read
+    parts: list[np.ndarray] = None, # (C,h,w) of each image, for an ensemble with probes
 ) -> pd.DataFrame: # one row an image and method: image_id, method and CONSENSUS_COLUMNS
     "Describe each predicted segmentation by the posterior of an ensemble."
     rows = []
-    for grid in grids: rows += _consensus_rows(grid, posterior(ensemble, grid))
+    grids = list(grids)
+    for grid, x in zip(grids, parts or [None] * len(grids)): rows += _consensus_rows(grid, posterior(ensemble, grid, x))
     table = pd.DataFrame(rows, columns=['image_id', 'method', *CONSENSUS_COLUMNS])
     return table.astype(dict.fromkeys(CONSENSUS_COLUMNS, 'float32'))
 
@@ -265,7 +275,7 @@ def _consensus_rows(grid, q): # q (K,h,w) -> one dictionary a method
         rows.append(of_image | of_method)
     return rows
 
-# %% ../../nbs/53_quality.consensus.ipynb #7ac4f062
+# %% ../../nbs/53_quality.consensus.ipynb #8a6e2e3c
 class ConsensusModel(RegressorMixin, BaseEstimator):
     "Predict overall accuracy as the expected accuracy under the consensus posterior."
     def __init__(self,
@@ -297,9 +307,9 @@ class ConsensusModel(RegressorMixin, BaseEstimator):
             todo = 'pass store=, see build_sqed'
             raise MissingFeatures('a consensus model needs prediction grids', 'found no store', todo)
         methods = sorted(X.method.astype(str).unique())
-        self.semantics_ = self._fit_semantics(X) if self.dense else None
-        if self.dense: methods.append(SEMANTIC_MAP)
-        samples = sample_points(self._read_grids(X), methods, self.points, self.seed)
+        grids, probes = self._cross_fit(X)
+        if probes: methods.append(SEMANTIC_MAP)
+        samples = sample_points(grids, methods, self.points, self.seed)
         if not samples:
             found = f'found none for {X.image_id.nunique()} images'
             todo = 'build the table from tiles with masks, see build_sqed'
@@ -314,6 +324,7 @@ class ConsensusModel(RegressorMixin, BaseEstimator):
             epochs=self.epochs,
             width=self.width,
         )
+        self.ensemble_.probes = probes
         return self
 
     def describe(self,
@@ -323,7 +334,8 @@ class ConsensusModel(RegressorMixin, BaseEstimator):
         "Give the consensus_table of a table's rows."
         check_is_fitted(self, 'ensemble_')
         if grids is None: grids = self._read_grids(X)
-        table = consensus_table(self.ensemble_, grids).set_index(['image_id', 'method'])
+        parts = self._read_parts(grids) if self.dense else None
+        table = consensus_table(self.ensemble_, grids, parts).set_index(['image_id', 'method'])
         keys = pd.MultiIndex.from_frame(X[['image_id', 'method']].astype(str))
         return table.loc[keys].set_index(X.index)
 
@@ -334,16 +346,16 @@ class ConsensusModel(RegressorMixin, BaseEstimator):
         "Predict overall accuracy."
         return self.describe(X, grids).consensus_oa.to_numpy(float)
 
-    def _fit_semantics(self, X): # -> DenseSemantics
-        scenes = dict(zip(X.image_id.astype(str), X.scene.astype(str)))
-        semantics = DenseSemantics(self.store, self.dense, self.probe, seed=self.seed)
-        return semantics.fit(self._limited_grids(X), scenes)
+    def _cross_fit(self, X): # grids to learn from, DenseProbes or None
+        grids = self._read_grids(X)
+        if not self.dense: return grids, None
+        scene_of = dict(zip(X.image_id.astype(str), X.scene.astype(str)))
+        scenes = [scene_of[grid.image_id] for grid in grids]
+        return cross_fit(grids, self._read_parts(grids), scenes, self.probe, self.seed)
 
-    def _limited_grids(self, X): return [limit_grid(grid) for grid in prediction_grids(Store(self.store), X)]
+    def _read_parts(self, grids): return read_parts(Store(self.store), self.dense, grids, self.probe)
 
-    def _read_grids(self, X):
-        grids = self._limited_grids(X)
-        return self.semantics_.add_to(grids) if self.semantics_ else grids
+    def _read_grids(self, X): return [limit_grid(grid) for grid in prediction_grids(Store(self.store), X)]
 
 # %% ../../nbs/53_quality.consensus.ipynb #3b03728d
 def _image_means(values, image): # (n,), (n,) int codes -> mean of each image
@@ -387,7 +399,7 @@ class LevelPooledEnsemble(RegressorMixin, BaseEstimator):
         others = [member.predict(X) for member in self.members_]
         return pool_image_level(self.consensus_.predict(X), others, X.image_id)
 
-# %% ../../nbs/53_quality.consensus.ipynb #d1cf53b8
+# %% ../../nbs/53_quality.consensus.ipynb #9a38f24b
 def save_consensus(
     ensemble: ConsensusEnsemble,
     folder: str | Path, # made if missing
@@ -400,6 +412,7 @@ def save_consensus(
     weights = {}
     for i, net in enumerate(nets):
         weights |= {f'{i}.{name}': v.contiguous() for name, v in net.state_dict().items()}
+    if ensemble.probes: weights |= probe_weights(ensemble.probes)
     folder = Path(folder)
     with atomic(folder/'consensus.safetensors') as tmp: save_file(weights, tmp)
     config = dict(
@@ -434,4 +447,4 @@ def _build_ensemble(folder, config):
         net.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
         nets.append(net.eval())
     members = {dataset: [nets[i] for i in numbers] for dataset, numbers in config['members'].items()}
-    return ConsensusEnsemble(methods, members)
+    return ConsensusEnsemble(methods, members, load_probes(weights))

@@ -114,7 +114,7 @@ def fit_names(
     relative = enlarged - enlarged.mean(0)
     return (relative / relative.std().clamp_min(1e-4)).numpy()
 
-# %% ../../nbs/55_quality.posterior.ipynb #ac506b7d
+# %% ../../nbs/55_quality.posterior.ipynb #0c6d452c
 WINDOW = 5 # points a side
 OWN_CLASS = 0.6 # probability that class ids alone give to their class
 
@@ -128,6 +128,7 @@ class PointMaps:
     has_probabilities: np.ndarray # (M,) bool
     neighbours: list # arrays (h*w,12): points that look alike, points that look and mean the same
     name_fit: np.ndarray | None = None # (K,h,w) float32, from fit_names: how well a class name describes a point
+    parts: np.ndarray | None = None # (C,h',w') features of the parts of the image, see dense_semantics
 
     @property
     def shape(self) -> tuple: return self.pred.shape[1:]
@@ -184,6 +185,7 @@ def point_maps(
     dense=None, # (C,h',w') dense semantic features of the image
     valid: np.ndarray = None, # (H,W) bool, pixels with data
     similarity=None, # (K,h',w') cosine of image and class name, where an encoder reads text
+    parts: np.ndarray = None, # (C,h',w') features of the parts of the image, for dense semantics
 ) -> PointMaps:
     "Bring maps to the grid points."
     def at_points(x): return limit_points(subsample(x))
@@ -195,7 +197,7 @@ def point_maps(
     shape = pred.shape[1:]
     neighbours = image_neighbours(image, shape, dense)
     name_fit = None if similarity is None else fit_names(similarity, shape)
-    return PointMaps([m.name for m in maps], pred, p, has_probabilities, neighbours, name_fit)
+    return PointMaps([m.name for m in maps], pred, p, has_probabilities, neighbours, name_fit, parts)
 
 
 def image_neighbours(
@@ -224,10 +226,11 @@ def points_of_grid(
     grid: PredictionGrid, # from a store
     neighbours: list, # from image_neighbours
     name_fit: np.ndarray = None, # from fit_names
+    parts: np.ndarray = None, # (C,h',w') features of the parts of the image, for dense semantics
 ) -> PointMaps:
     "Read the maps of a stored prediction grid."
     known = np.ones(len(grid.methods), bool)
-    return PointMaps(list(grid.methods), grid.pred, grid.probabilities, known, neighbours, name_fit)
+    return PointMaps(list(grid.methods), grid.pred, grid.probabilities, known, neighbours, name_fit, parts)
 
 # %% ../../nbs/55_quality.posterior.ipynb #13c9e73d
 OWN_FEATURES = 7 # of a map, at a point, for a class
