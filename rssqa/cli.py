@@ -8,11 +8,11 @@ __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PAR
            'build_command', 'build_demo_command', 'calibrate_command', 'fit_command', 'score_command',
            'recommend_command', 'ls_command', 'get_command', 'check_command', 'paper_command', 'speed_command',
            'methods_command', 'encoders_command', 'projection_command', 'assessor_command', 'semantics_command',
-           'bench_later_command', 'bench_pack_command', 'fused_command', 'starts_command', 'label_noise_command',
-           'tables_command', 'own_domain_command', 'points_command', 'labels_command', 'bench_fit_command',
-           'explorer_command', 'clip_command', 'probe_command', 'conformance_command', 'degradation_command', 'apps',
-           'app_command', 'shards_command', 'purify_command', 'train_command', 'export_command', 'eval_command',
-           'doctor_command']
+           'bench_later_command', 'bench_pack_command', 'fused_command', 'bench_totals_command', 'starts_command',
+           'label_noise_command', 'tables_command', 'own_domain_command', 'points_command', 'labels_command',
+           'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command', 'conformance_command',
+           'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command', 'train_command',
+           'export_command', 'eval_command', 'doctor_command']
 
 # %% ../nbs/91_cli.ipynb #a05f4187
 import os, sys
@@ -685,7 +685,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #ecbdefb3
+# %% ../nbs/91_cli.ipynb #bc7f1008
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -766,6 +766,19 @@ def fused_command(
     "Compare the recommended map with maps that are fused from all methods."
     from rssqa.bench.fused import write_answers
     print(write_answers(str(tables), data, out, _integers(seeds)))
+
+
+@bench_app.command('totals')
+def bench_totals_command(
+    data: _DataOption,
+    tables: _TablesOption = Path('data/tables'),
+    draws: Annotated[int, typer.Option(min=1, help='Draws of labels for each design.')] = 1000,
+    seed: Annotated[int, typer.Option(help='Of folds, models and draws.')] = 0,
+    out: Annotated[Path, typer.Option(help='CSV file.')] = Path('data/results/totals.csv'),
+):
+    "Estimate the accuracy of maps from a few labels by several designs, and see whether the intervals hold."
+    from rssqa.bench.totals import write_totals
+    print(write_totals(str(tables), data, out, draws, seed))
 
 
 @bench_app.command('starts')
