@@ -155,6 +155,69 @@ def test_an_answer_is_never_shown_under_another_name(pack, monkeypatch):
     assert list(view.state.rankings) == ['a', 'c']
 
 
+def test_ranking_all_images_can_be_stopped(pack, monkeypatch):
+    "The window stays alive, Stop ends the run after the image at hand, what is done is kept, and it can go on."
+    real = module.rank
+
+    def slow(*args, **options):
+        time.sleep(.2)
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, 'rank', slow)
+    images = {name: scene('town', k, 64).image for k, name in enumerate('abcdef')}
+
+    async def until(is_done):
+        for _ in range(1000):
+            if is_done(): return
+            await asyncio.sleep(.02)
+        raise AssertionError('it never came')
+
+    async def live():
+        view = Recommender(images, pack).view()
+        await until(lambda: view.maps.children)
+        view.all.click()
+        await until(lambda: len(view.state.rankings) >= 2)
+        assert view.all.description == 'Stop' and 'of 6' in view.message.value
+        view.all.click()
+        assert view.all.description == 'Stopping …'
+        await until(lambda: view.all.description == 'Rank all images')
+        stopped_at = len(view.state.rankings)
+        assert stopped_at < 6 and view.message.value == f'{stopped_at} of 6 images are ranked'
+        await asyncio.sleep(.5)
+        assert len(view.state.rankings) == stopped_at                        # nothing goes on in secret
+        view.all.click()
+        await until(lambda: view.message.value == '6 of 6 images are ranked')
+        assert view.all.description == 'Rank all images'
+        return view
+
+    view = asyncio.run(live())
+    assert list(view.state.rankings) == list('abcdef') and '6' in view.position.value
+
+
+def test_another_folder_ends_a_run_over_all_images(pack, folder, monkeypatch):
+    real = module.rank
+
+    def slow(*args, **options):
+        time.sleep(.2)
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, 'rank', slow)
+
+    async def live():
+        view = Recommender({name: scene('town', k, 64).image for k, name in enumerate('abcdef')}, pack).view()
+        view.all.click()
+        await asyncio.sleep(.1)
+        view.folder.value = str(folder)
+        view.opener.click()
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        await asyncio.gather(*tasks)
+        assert view.all.description == 'Rank all images' and 'of 6' not in view.message.value
+        return view
+
+    view = asyncio.run(live())
+    assert set(view.state.rankings) <= set(view.state.names) and view.state.names[0] == 'a.png'
+
+
 def test_ties_are_named(pack, monkeypatch):
     ranking = pd.DataFrame(dict(method=['unet', 'logcan', 'pspnet'], as_good=[True, True, False]))
     assert as_good(ranking) == ['logcan'] and as_good(ranking.assign(as_good=False)) == []
