@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PARTS', 'main', 'demo_command', 'assess_command',
-           'scene_command', 'plan_command', 'totals_command', 'advise_command', 'use_command', 'show_command',
-           'build_command', 'build_demo_command', 'calibrate_command', 'fit_command', 'score_command',
+           'scene_command', 'monitor_command', 'plan_command', 'totals_command', 'advise_command', 'use_command',
+           'show_command', 'build_command', 'build_demo_command', 'calibrate_command', 'fit_command', 'score_command',
            'recommend_command', 'ls_command', 'get_command', 'check_command', 'paper_command', 'speed_command',
            'methods_command', 'encoders_command', 'projection_command', 'assessor_command', 'semantics_command',
            'bench_later_command', 'bench_pack_command', 'fused_command', 'bench_totals_command', 'starts_command',
@@ -112,7 +112,7 @@ def _build_demo(data, out, sources, weights, encoder, steps, every, workers, see
     board = run_full_demo(plan, out, workers, seed, None if every else FIVE_RIVALS)
     print(full_demo_summary(board, plan, out))
 
-# %% ../nbs/91_cli.ipynb #38ab5b36
+# %% ../nbs/91_cli.ipynb #312d66dc
 @app.command('assess')
 def assess_command(
     image: Annotated[Path, typer.Argument(help='Image from above, or a folder of images.')],
@@ -186,6 +186,21 @@ def _limits(text): # '0,3000' -> (0.0, 3000.0)
         found = f'found {text!r}, expected two numbers such as 0,3000, or percentiles'
         raise Incompatible('cannot read --stretch', found, 'give the value of black, a comma, that of white') from error
     return low, high
+
+
+@app.command('monitor')
+def monitor_command(
+    folders: Annotated[list[Path], typer.Argument(help='Folders of images, one a period, in their order in time.')],
+    reference: Annotated[Path, typer.Option(
+        help='Folder of images for which accuracy was checked; its subfolders are scenes.')],
+    level: Annotated[float, typer.Option(
+        min=1e-6, max=0.5, help='Chance of a false alarm, however long the series.')] = 0.01,
+    out: Annotated[Optional[Path], typer.Option('--out', '-o', help='Table of periods, .csv or .parquet.')] = None,
+    pack: _PackOption = None,
+):
+    "Say when new images stop being like the reference images, and what has changed."
+    from rssqa.quality.monitor import monitor
+    print(monitor(folders, reference, pack, level, out))
 
 
 @app.command('plan')

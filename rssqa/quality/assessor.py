@@ -147,7 +147,7 @@ def image_posterior(
     own = consensus_posterior(consensus, grid_of_points(maps, source), maps.parts)
     return (1 - weight) * q + weight * own
 
-# %% ../../nbs/56_quality.assessor.ipynb #487accfa
+# %% ../../nbs/56_quality.assessor.ipynb #38f9f48b
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 ENOUGH_SCENES = 10 # for intervals of a source by its own scenes alone
 TUNE_BATCH = 12 # images
@@ -457,6 +457,17 @@ class Assessor:
         shown = answer.drop(columns='gain_lower')
         return Assessment(shown, advice, report, self.name, read, table.names, posterior, fused, gains)
 
+    @few_threads()
+    def check_image(self,
+        image, # anything as_image takes
+    ) -> DomainReport:
+        "Say whether an image looks like the training images; no maps are needed."
+        x = open_image(image)
+        nodata = find_nodata(x)
+        report = DomainReport(image_findings(x, nodata))
+        if not report.refused: report.findings += self._image_findings(x, nodata, self.semantics(x)[1])
+        return report
+
     def _check_source(self, source, table):
         if not source: return
         if source not in self.sources: raise unknown('source', source, self.sources)
@@ -476,11 +487,15 @@ class Assessor:
         advice = f'No answer: {"; ".join(reasons)}.'
         return Assessment(rows, advice, report, self.name, read, table.names, None)
 
-    def _domain_findings(self, x, nodata, vector, read):
+    def _image_findings(self, x, nodata, vector):
         findings = self.ranges.findings(image_statistics(x, ~nodata))
         if self.shift_check is not None and vector is not None:
             shift = float(self.shift_check.transform(vector[None])[0])
             findings += _shift_findings(shift)
+        return findings
+
+    def _domain_findings(self, x, nodata, vector, read):
+        findings = self._image_findings(x, nodata, vector)
         if len(read) == 1:
             kind = 'without probabilities ' * (read[0].probabilities is None)
             reason = f'one map {kind}says little about its own accuracy; maps of other methods narrow the interval'
