@@ -239,6 +239,13 @@ def test_places_are_the_middle_of_pixels(drawn, tmp_path):
     assert np.allclose(plan.points.north, 5.5e6 - 2 * (plan.points.y + 0.5))
 
 
+def test_whoever_labels_does_not_see_what_the_map_says(drawn, tmp_path):
+    plan = plan_points(drawn['map'], tmp_path/'plan', NAMES, 20)
+    for points in (pd.read_csv(tmp_path/'plan'/'points.csv'), read_points(tmp_path/'plan'/'points.gpkg')):
+        assert set(points) == {'id', 'x', 'y', 'east', 'north', 'class'}
+    assert (np.array(NAMES)[drawn['mapped'][plan.points.y, plan.points.x]] == plan.design.map_class).all()
+
+
 def test_the_same_seed_draws_the_same_points(drawn, tmp_path):
     first, second, other = (
         plan_points(drawn['map'], tmp_path/f'{i}', NAMES, 50, seed=seed).points for i, seed in enumerate((3, 3, 4))
@@ -251,7 +258,7 @@ def test_the_same_seed_draws_the_same_points(drawn, tmp_path):
 def test_a_class_without_labels_is_named(drawn, tmp_path):
     plan = plan_points(drawn['map'], tmp_path/'plan', NAMES, 60)
     points = label(plan, drawn)
-    points.loc[points.map_class == 'lake', 'class'] = '?'
+    points.loc[plan.design.map_class == 'lake', 'class'] = '?'
     points.to_csv(tmp_path/'plan'/'points.csv', index=False)
     with pytest.raises(Incompatible, match=r'(?i)lake \(0\)'): estimate_totals(tmp_path/'plan')
 
@@ -266,9 +273,9 @@ def test_points_that_cannot_be_named_are_counted(drawn, tmp_path):
 
 
 @pytest.mark.parametrize('change, message', [
-    (lambda points: points.drop(columns='map_class'), 'map_class'),
+    (lambda points: points.drop(columns='id'), 'no column id'),
     (lambda points: pd.concat([points, points[:1]]), 'twice'),
-    (lambda points: points.assign(map_class='moon'), 'class of the map'),
+    (lambda points: points.assign(id=points.id + 7), 'not of this plan'),
     (lambda points: points.assign(**{'class': 'moon'}), 'moon'),
 ])
 def test_a_changed_file_of_points_is_refused(drawn, tmp_path, change, message):

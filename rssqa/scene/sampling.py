@@ -143,12 +143,13 @@ def _points_of_block(source, box, wanted):
             rows.append(place | dict(stratum=int(k), predicted=float(right[y[i], x[i]])))
     return rows
 
-# %% ../../nbs/76_scene.sampling.ipynb #d6412fd5
+# %% ../../nbs/76_scene.sampling.ipynb #77a3fec3
 @dataclass
 class LabelPlan:
     "Points that wait for a class."
     folder: Path
-    points: pd.DataFrame # id, x, y, east, north, map_class, predicted, class
+    points: pd.DataFrame # id, x, y, east, north, class: what a person sees
+    design: pd.DataFrame # id, map_class, predicted: what stays aside
     strata: pd.DataFrame # class, share, expected, points
     expected_half_width: float # of the interval of OA, if the prediction is right
 
@@ -181,10 +182,10 @@ def plan_points(
             weights = pixels / pixels.sum()
             wanted = np.minimum(allocate_points(weights, expected, n), pixels)
             points = find_points(source, counts, wanted, seed)
-            points = _with_places(points, source, seed)
+            points, design = _with_places(points, source, seed)
             columns = {'class': source.table.names, 'share': weights, 'expected': expected, 'points': wanted}
             strata = pd.DataFrame(columns)
-            plan = LabelPlan(out, points, strata, _half_width(weights, expected, wanted, confidence))
+            plan = LabelPlan(out, points, design, strata, _half_width(weights, expected, wanted, confidence))
             _write_plan(plan, source, pixels, confidence)
     return plan
 
@@ -196,15 +197,15 @@ def _half_width(weights, expected, points, confidence):
     return float(norm.ppf((1 + confidence) / 2) * np.sqrt(variance))
 
 
-def _with_places(points, source, seed): # in random order, with coordinates and names
+def _with_places(points, source, seed): # points in random order with coordinates, their design
     points = points.sample(frac=1, random_state=seed, ignore_index=True)
     places = [source.grid.corner(x + 0.5, y + 0.5) for x, y in zip(points.x, points.y)]
     east, north = np.array(places).T
     names = np.array(source.table.names)[points.stratum]
-    return pd.DataFrame({
-        'id': np.arange(1, len(points) + 1), 'x': points.x, 'y': points.y, 'east': east, 'north': north,
-        'map_class': names, 'predicted': points.predicted.round(4), 'class': '',
-    })
+    number = np.arange(1, len(points) + 1)
+    columns = {'id': number, 'x': points.x, 'y': points.y, 'east': east, 'north': north, 'class': ''}
+    design = dict(id=number, map_class=names, predicted=points.predicted.round(4))
+    return pd.DataFrame(columns), pd.DataFrame(design)
 
 
 def _write_plan(plan, source, pixels, confidence):
@@ -215,6 +216,7 @@ def _write_plan(plan, source, pixels, confidence):
         has_prediction=source.quality is not None, confidence=confidence, pixel_area=_pixel_area(source.grid),
     )
     write_table(plan.points, plan.folder/'points.csv')
+    write_table(plan.design, plan.folder/'design.csv')
     try: write_points(plan.points, source.grid, plan.folder/'points.gpkg')
     except MissingFeatures as error: say(f'points.gpkg is left out: {error}')
     write_json(plan.folder/'plan.json', facts)
@@ -228,7 +230,7 @@ def _pixel_area(grid: Grid): # in square metres, None without a projected coordi
     a, b, _, d, e, _ = grid.transform
     return abs(a * e - b * d) * crs.linear_units_factor[1] ** 2
 
-# %% ../../nbs/76_scene.sampling.ipynb #cb6e71c9
+# %% ../../nbs/76_scene.sampling.ipynb #3004b0fe
 @dataclass
 class MapTotals:
     "Accuracy and class areas of a map, estimated from labels."
@@ -270,7 +272,7 @@ def estimate_totals(
     "Estimate accuracy and class areas of a map from the labelled points of its plan."
     folder = Path(folder)
     plan = _read_plan(folder)
-    points, left_out = _read_labelled(Path(labels or folder/'points.csv'), plan)
+    points, left_out = _read_labelled(Path(labels or folder/'points.csv'), folder, plan)
     confidence = confidence or plan['confidence']
     weights = np.array(plan['pixels']) / sum(plan['pixels'])
     mapped = np.array([plan['names'].index(name) for name in points.map_class])
@@ -295,16 +297,18 @@ def _read_plan(folder):
     return read_json(path)
 
 
-def _read_labelled(path, plan): # points with a reference class, number of those left out
+def _read_labelled(path, folder, plan): # points with a reference class, number of those left out
     if path.suffix == '.gpkg': points = read_points(path)
-    else: points = pd.read_csv(path, dtype={'class': str, 'map_class': str})
-    missing = [name for name in ('id', 'map_class', 'predicted', 'class') if name not in points]
+    else: points = pd.read_csv(path, dtype={'class': str})
+    missing = [name for name in ('id', 'class') if name not in points]
     if missing:
         found = f'found no column {missing[0]}'
         raise SchemaError(f'cannot read {path}', found, 'keep the columns of the plan, and fill class')
-    if (points.id.duplicated() | ~points.map_class.isin(plan['names'])).any():
-        found = 'found a point twice, or a class of the map that the plan does not have'
+    design = pd.read_csv(folder/'design.csv', dtype={'map_class': str})
+    if points.id.duplicated().any() or not points.id.isin(design.id).all():
+        found = 'found a point twice, or one that is not of this plan'
         raise SchemaError(f'cannot use {path}', found, 'use the points of this plan, each once')
+    points = points[['id', 'class']].merge(design, on='id', validate='one_to_one')
     known = has_class(points)
     table = ClassTable(tuple(plan['names']), tuple(plan['ids']))
     labelled = points[known]
