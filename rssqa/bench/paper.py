@@ -495,7 +495,7 @@ def prediction_file(experiment: str, folder: str = TABLES) -> Path:
     "Name the file of committed predictions."
     return Path(folder)/f'predictions_{experiment}.parquet'
 
-# %% ../../nbs/82_bench.paper.ipynb #c41c31e4
+# %% ../../nbs/82_bench.paper.ipynb #f403ea54
 def load_table(experiment: str, folder: str = TABLES) -> pd.DataFrame:
     "Read the table that an experiment is measured on."
     folder = Path(folder)
@@ -523,6 +523,7 @@ def measure_experiment(
         grouped = by_group(table, predictions, column)
         results[file] = grouped.reset_index(column).rename_axis('predictor')
     if name == 'main': results |= _measure_main(table, predictions, draws)
+    if name == 'dense': results['dense_differences'] = _compare_variants(table, predictions, draws // 4)
     return results
 
 
@@ -538,6 +539,12 @@ def _measure_main(table, predictions, draws):
         intervals=_mean_over_seeds(learned_width),
         intervals_one_width=_mean_over_seeds(interval_coverage(table, predictions)),
     )
+
+
+def _compare_variants(table, predictions, draws): # each variant of the consensus model against every other one
+    variants = [name for name in predictions if name.startswith(f'{CONSENSUS},')]
+    compared = bootstrap(table, predictions, variants, n=draws, measures=MEASURES)
+    return compared.reset_index().set_index('predictor')
 
 
 def _mean_over_seeds(rows):
