@@ -8,11 +8,11 @@ __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PAR
            'show_command', 'build_command', 'build_demo_command', 'calibrate_command', 'fit_command', 'score_command',
            'recommend_command', 'ls_command', 'get_command', 'check_command', 'paper_command', 'speed_command',
            'methods_command', 'encoders_command', 'projection_command', 'assessor_command', 'semantics_command',
-           'bench_later_command', 'bench_pack_command', 'fused_command', 'bench_totals_command', 'starts_command',
-           'label_noise_command', 'tables_command', 'own_domain_command', 'points_command', 'labels_command',
-           'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command', 'conformance_command',
-           'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command', 'train_command',
-           'export_command', 'eval_command', 'doctor_command']
+           'bench_later_command', 'bench_pack_command', 'fused_command', 'bench_errors_command', 'bench_scene_command',
+           'bench_totals_command', 'starts_command', 'label_noise_command', 'tables_command', 'own_domain_command',
+           'points_command', 'labels_command', 'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command',
+           'conformance_command', 'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command',
+           'train_command', 'export_command', 'eval_command', 'doctor_command']
 
 # %% ../nbs/91_cli.ipynb #a05f4187
 import os, sys
@@ -700,7 +700,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #bc7f1008
+# %% ../nbs/91_cli.ipynb #f85b66a7
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -781,6 +781,29 @@ def fused_command(
     "Compare the recommended map with maps that are fused from all methods."
     from rssqa.bench.fused import write_answers
     print(write_answers(str(tables), data, out, _integers(seeds)))
+
+
+@bench_app.command('errors')
+def bench_errors_command(
+    data: _DataOption,
+    tables: _TablesOption = Path('data/tables'),
+    seed: Annotated[int, typer.Option(help='Of folds, models and points.')] = 0,
+    out: Annotated[Path, typer.Option(help='CSV file.')] = Path('data/results/errors.csv'),
+):
+    "Compare detectors of wrong points and of bad regions of maps."
+    from rssqa.bench.errors import write_errors
+    print(write_errors(str(tables), data, out, seed))
+
+
+@bench_app.command('scene')
+def bench_scene_command(
+    sides: Annotated[str, typer.Option(help='Pixels a side, separated by commas.')] = '1000,10000,50000',
+    filled: Annotated[int, typer.Option(min=500, help='Pixels a side that have data.')] = 1000,
+    out: Annotated[Path, typer.Option(help='CSV file.')] = Path('data/results/scene_size.csv'),
+):
+    "Measure time and memory of rssqa scene for scenes of several sizes."
+    from rssqa.bench.scene_size import write_sizes
+    print(write_sizes(out, _integers(sides), filled))
 
 
 @bench_app.command('totals')

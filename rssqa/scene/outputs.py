@@ -26,7 +26,7 @@ from ..quality.folders import write_faults
 from .assess import SceneTask, cell_posterior, open_maps
 from .raster import Grid, open_scene
 
-# %% ../../nbs/72_scene.outputs.ipynb #6059a3b7
+# %% ../../nbs/72_scene.outputs.ipynb #a6010310
 def window_weights(
     window: tuple, # left, top, right, bottom in pixels
     grid: Grid,
@@ -56,12 +56,19 @@ class CellIndex:
         self.boxes = np.stack(cells.box.to_numpy()).T                       # (4,n)
         self.windows = np.stack(cells.window.to_numpy()).T
         self.has_answer = cells.posterior.notna().to_numpy()
+        self.has_data = (cells.state != 'empty').to_numpy()
 
     def overlapping(self,
         box: tuple, # left, top, right, bottom in pixels
     ) -> pd.DataFrame: # some of the cells
         "Find the cells that share pixels with a box."
         return self.cells[_meets(self.boxes, box)]
+
+    def has_data_in(self,
+        box: tuple, # left, top, right, bottom in pixels
+    ) -> bool:
+        "Tell whether the image has data in one of the cells that share pixels with a box."
+        return bool((_meets(self.boxes, box) & self.has_data).any())
 
     def reaching(self,
         box: tuple, # left, top, right, bottom in pixels
@@ -103,7 +110,7 @@ def _enlarge(row, size): # (K,H,W) at the pixels of the window
     q = torch.as_tensor(cell_posterior(row))[None]
     return torch.nn.functional.interpolate(q, size, mode='bilinear', align_corners=False)[0].numpy()
 
-# %% ../../nbs/72_scene.outputs.ipynb #7114cf44
+# %% ../../nbs/72_scene.outputs.ipynb #7621cbb1
 BLOCK = 1024 # pixels a side
 REDUCTION = 8 # pixels of the image a side for one pixel of quality.tif
 NO_VALUE = 255
@@ -158,12 +165,13 @@ def scene_blocks(
     index: CellIndex,
     side: int = BLOCK, # pixels
 ): # yields SceneBlock
-    "Go through a scene block by block."
+    "Go through a scene block by block, leaving out those without data."
     classes = len(task.classes.names)
     with open_scene(task.image, task.bands, task.stretch) as image, ExitStack() as stack:
         grid = image.grid
         maps = open_maps(task, grid, stack)
         for box in scene_boxes(grid, side):
+            if not index.has_data_in(box): continue
             q = block_posterior(index, box, grid, 2 * task.margin, classes)
             _, valid = image.read(box)
             ids = np.stack([m.read(box).ids for m in maps])
@@ -178,7 +186,7 @@ def scene_boxes(
     corners = [(x, y) for y in range(0, grid.height, side) for x in range(0, grid.width, side)]
     return [(x, y, min(x + side, grid.width), min(y + side, grid.height)) for x, y in corners]
 
-# %% ../../nbs/72_scene.outputs.ipynb #3dbafa8a
+# %% ../../nbs/72_scene.outputs.ipynb #a6d053dd
 QUALITY_BANDS = ('predicted OA', 'lower bound', 'upper bound', 'best map', 'probability of error', 'domain flag')
 SCALES = (1 / SCALE, 1 / SCALE, 1 / SCALE, 1, 1 / SCALE, 1) # of the bands
 FLAGS = dict(ok=0, widened=1, refused=2, empty=NO_VALUE)
@@ -198,7 +206,8 @@ def write_rasters(
     numbers = np.full(256, NO_VALUE, np.uint8)
     numbers[: len(classes.ids)] = classes.ids
     index = CellIndex(cells)
-    confusion = 0
+    n = len(classes.names)
+    confusion = np.zeros((len(task.names), n, n))
     with Cog(out/'fused.tif', grid, ('class', 'best map that has it'), _colours(classes)) as fused, \
             Cog(out/'quality.tif', _reduced(grid), QUALITY_BANDS) as quality:
         blocks = scene_blocks(task, index)
@@ -255,7 +264,7 @@ def _reduce(x): # (h,w) -> (h',w'), mean over REDUCTION x REDUCTION pixels with 
 def _colours(classes): # {number: (r,g,b)} of the class table, or {}
     return dict(zip(classes.ids, classes.colours)) if classes.colours else {}
 
-# %% ../../nbs/72_scene.outputs.ipynb #989e1678
+# %% ../../nbs/72_scene.outputs.ipynb #79a05f15
 @contextmanager
 def _raster_faults(path): # GDAL raises errors of several families
     try: yield
@@ -287,7 +296,7 @@ class Cog:
         profile = dict(
             driver='GTiff', width=self.grid.width, height=self.grid.height, count=len(self.bands), dtype='uint8',
             crs=self.grid.crs or None, transform=Affine(*self.grid.transform), nodata=self.nodata, tiled=True,
-            blockxsize=256, blockysize=256, compress='deflate', BIGTIFF='IF_SAFER',
+            blockxsize=256, blockysize=256, compress='deflate', BIGTIFF='IF_SAFER', sparse_ok=True,
         )
         with _raster_faults(self.path): self.raster = rasterio.open(self.plain, 'w', **profile)
         self.raster.descriptions = self.bands
@@ -301,7 +310,8 @@ class Cog:
             with _raster_faults(self.path): self.raster.close()
             if error: return
             with _raster_faults(self.path), atomic(self.path) as tmp:
-                copy(self.plain, tmp, driver='COG', compress='deflate', overview_resampling='nearest', num_threads=1)
+                options = dict(compress='deflate', overview_resampling='nearest', num_threads=1, sparse_ok=True)
+                copy(self.plain, tmp, driver='COG', **options)
         finally: self.plain.unlink(missing_ok=True)
 
 
