@@ -49,7 +49,7 @@ def write_scene(
     image = paths.pop('image')
     return image, paths
 
-# %% ../../nbs/83_bench.scene_size.ipynb #f621cdca
+# %% ../../nbs/83_bench.scene_size.ipynb #dd9a9140
 def children_of(
     pid: int,
 ) -> list[int]: # of all generations; none where /proc is missing
@@ -65,28 +65,29 @@ def children_of(
 
 def resident_mb(
     pid: int,
-) -> float: # MB; 0 for a process that has ended
-    "Read how much memory a process holds, pages that it shares with others in part."
+) -> np.ndarray: # (2,) MB: all, and not backed by a file; 0 for a process that has ended
+    "Read how much memory a process holds; what it shares with others counts in part."
     try: text = Path(f'/proc/{pid}/smaps_rollup').read_text()
-    except OSError: return 0.0
-    line = next(line for line in text.splitlines() if line.startswith('Pss:'))
-    return int(line.split()[1]) / 1024
+    except OSError: return np.zeros(2)
+    values = {line.split(':')[0]: line.split()[1] for line in text.splitlines()[1:]}
+    return np.array([int(values.get(name, 0)) for name in ('Pss', 'Pss_Anon')]) / 1024
 
 
 def run_measured(
     command: list,
-) -> tuple[float, float]: # seconds, peak of the memory of all its processes in MB
+) -> tuple[float, np.ndarray]: # seconds, (2,) peak of the memory of all its processes in MB
     "Run a command."
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | dict(RSSQA_QUIET='1')) as process:
-        peak = 0.0
+        peak = np.zeros(2)
         while process.poll() is None:
-            peak = max(peak, sum(resident_mb(pid) for pid in [process.pid, *children_of(process.pid)]))
+            now = np.sum([resident_mb(pid) for pid in [process.pid, *children_of(process.pid)]], 0)
+            peak = np.maximum(peak, now)
             time.sleep(0.1)
     if process.returncode: raise RuntimeError(f'{command[0]} ended with {process.returncode}')
     return time.perf_counter() - start, peak
 
-# %% ../../nbs/83_bench.scene_size.ipynb #394510dc
+# %% ../../nbs/83_bench.scene_size.ipynb #cbe19be4
 SIDES = (1000, 10_000, 50_000)
 FILLED = 1000 # pixels a side with data
 
@@ -95,7 +96,7 @@ def measure_sizes(
     sides: tuple = SIDES,
     filled: int = FILLED,
     workers: int = 2,
-) -> pd.DataFrame: # a row a side: side, filled, cells, seconds, peak_mb, workers
+) -> pd.DataFrame: # a row a side: side, filled, cells, seconds, memory_mb, anonymous_mb, output_mb, workers
     "Assess scenes of several sizes."
     import json
     rows = []
@@ -110,8 +111,8 @@ def measure_sizes(
             seconds, peak = run_measured(command)
             cells = sum(len(pd.read_parquet(path)) for path in Path(home, 'out', 'cells').glob('*.parquet'))
             size = sum(path.stat().st_size for path in Path(home, 'out').glob('*.tif')) / 1e6
-        rows.append(dict(side=side, filled=min(filled, side), cells=cells, seconds=seconds, peak_mb=peak,
-                         output_mb=size, workers=workers))
+        rows.append(dict(side=side, filled=min(filled, side), cells=cells, seconds=seconds, memory_mb=peak[0],
+                         anonymous_mb=peak[1], output_mb=size, workers=workers))
     return pd.DataFrame(rows)
 
 

@@ -6,7 +6,8 @@
 __all__ = ['LIMITS', 'PREVIEW', 'UNPLACED', 'WINDOW', 'MARGIN', 'Grid', 'grid_of', 'SceneImage', 'open_scene', 'open_raster',
            'SceneMap', 'open_scene_map', 'Cell', 'scene_cells']
 
-# %% ../../nbs/70_scene.raster.ipynb #5aaddd6a
+# %% ../../nbs/70_scene.raster.ipynb #5a8e076b
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ import numpy as np
 from ..core import BadImage, Incompatible, check_file, file_faults, open_tiff
 from ..data.datasets import IGNORE
 from ..quality.maps import ClassTable, Map, map_from_ids, map_from_scores
+
+# %% ../../nbs/70_scene.raster.ipynb #d3d9b1ab
+os.environ.setdefault('GDAL_CACHEMAX', '128') # MB
 
 # %% ../../nbs/70_scene.raster.ipynb #ada08f55
 @dataclass(frozen=True)
