@@ -76,6 +76,57 @@ def test_inner_cells_do_not_depend_on_the_extent():
     assert len(inner) == 16 and all(same[c.row, c.column] == c for c in inner)
 
 
+@pytest.mark.parametrize('dx, dy', [(0, 0), (1, 0), (32, 33), (191, 192), (77, 500)])
+@pytest.mark.parametrize('width, height', [(300, 700), (1000, 256), (449, 448)])
+def test_every_pixel_lies_in_one_cell_wherever_the_scene_was_cut_out(dx, dy, width, height):
+    place = (0.5, 0, ORIGIN[0] + 0.5 * dx, 0, -0.5, ORIGIN[1] - 0.5 * dy)
+    count = np.zeros((height, width), int)
+    for cell in scene_cells(Grid(width, height, place, UTM)):
+        left, top, right, bottom = cell.box
+        near, high, far, low = cell.window
+        count[top:bottom, left:right] += 1
+        assert near <= left and right <= far and high <= top and bottom <= low
+        assert far - near == min(256, width) and low - high == min(256, height) and near >= 0 and far <= width
+        if left: assert left - near >= 32
+        if right < width: assert far - right >= 32
+    assert (count == 1).all()
+
+
+@pytest.mark.parametrize('dx, dy', [(1, 0), (100, 37), (192, 192), (250, 511)])
+def test_cells_of_an_extract_are_those_of_the_whole(dx, dy):
+    whole = Grid(2000, 1800, GRID.transform, UTM)
+    extract = Grid(1400, 1200, (0.5, 0, ORIGIN[0] + 0.5 * dx, 0, -0.5, ORIGIN[1] - 0.5 * dy), UTM)
+    known = {cell.window: cell.box for cell in scene_cells(whole)}
+    inner = 0
+    for cell in scene_cells(extract):
+        near, high, far, low = cell.window
+        if near == 0 or high == 0 or far == 1400 or low == 1200: continue
+        moved = (near + dx, high + dy, far + dx, low + dy)
+        left, top, right, bottom = cell.box
+        assert known[moved] == (left + dx, top + dy, right + dx, bottom + dy)
+        inner += 1
+    assert inner >= 16
+
+
+def test_an_extract_has_the_answers_of_the_whole(tmp_path):
+    "Not a bit differs where the window of a cell lies inside both."
+    drawn = scene('town', seed=9, size=600)
+    ids = np.where(np.random.default_rng(0).random(drawn.mask.shape) < 0.2, 1, drawn.mask).astype(np.uint8)
+    pack = open_pack(None)
+    answers = []
+    for name, dx, dy in (('whole', 0, 0), ('extract', 37, 11)):
+        place = dict(transform=from_origin(ORIGIN[0] + 0.5 * dx, ORIGIN[1] - 0.5 * dy, 0.5, 0.5))
+        image = write(tmp_path/f'{name}.tif', (drawn.image[:, dy:, dx:] * 254 + 1).astype(np.uint8), **place)
+        maps = dict(a=write(tmp_path/f'{name}_a.tif', ids[None, dy:, dx:], **place))
+        task = SceneTask(image, maps, TABLE, pack=(str(pack.folder), pack.device))
+        cells = assess_cells(task, tmp_path/f'{name}_out', workers=1)
+        boxes = [tuple(np.array(window) + (dx, dy, dx, dy)) for window in cells.window]
+        answers.append({box: (row.predicted[0], row.posterior) for box, row in zip(boxes, cells.itertuples())})
+    whole, extract = answers
+    common = set(whole) & set(extract)
+    assert common and all(whole[box] == extract[box] for box in common)
+
+
 @pytest.mark.parametrize('margin', [128, -1, 300])
 def test_a_margin_that_leaves_no_cell_is_refused(margin):
     with pytest.raises(Incompatible, match='(?i)margin'): scene_cells(GRID, 256, margin)

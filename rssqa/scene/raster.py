@@ -6,10 +6,11 @@
 __all__ = ['LIMITS', 'PREVIEW', 'UNPLACED', 'WINDOW', 'MARGIN', 'Grid', 'grid_of', 'SceneImage', 'open_scene', 'open_raster',
            'SceneMap', 'open_scene_map', 'Cell', 'scene_cells']
 
-# %% ../../nbs/70_scene.raster.ipynb #5a8e076b
+# %% ../../nbs/70_scene.raster.ipynb #71824102
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import floor
 from pathlib import Path
 
 import numpy as np
@@ -269,7 +270,7 @@ def _resampled(raster, grid):
     options |= dict(resampling=Resampling.nearest, nodata=missing, src_nodata=raster.nodata)
     with WarpedVRT(raster, **options) as view: yield view
 
-# %% ../../nbs/70_scene.raster.ipynb #f39f1292
+# %% ../../nbs/70_scene.raster.ipynb #8c6c418b
 WINDOW = 256 # pixels a side: the size of the tiles that assessors learn from
 MARGIN = 32 # pixels on each side
 
@@ -292,8 +293,9 @@ def scene_cells(
     if not 0 <= 2 * margin < window:
         found = f'found a margin of {margin} pixels in a window of {window}'
         raise Incompatible('cannot divide the scene', found, 'choose a margin below half of the window')
-    rows = _spans(grid.height, window, margin)
-    columns = _spans(grid.width, window, margin)
+    first_column, first_row = _first_lines(grid, window - 2 * margin)
+    rows = _spans(grid.height, window, margin, first_row)
+    columns = _spans(grid.width, window, margin, first_column)
     cells = []
     for i, (top, bottom, high, low) in enumerate(rows):
         for j, (left, right, near, far) in enumerate(columns):
@@ -301,12 +303,20 @@ def scene_cells(
     return cells
 
 
-def _spans(length, window, margin): # [(start, end, window start, window end)]
+def _first_lines(grid, step): # column and row, 0..step-1, of the first line between cells
+    a, b, c, d, e, f = grid.transform
+    if not grid.crs or b or d: return 0, 0
+    return tuple(-floor(origin / size + 1e-3) % step for origin, size in ((c, a), (f, e)))
+
+
+def _spans(length, window, margin, line): # [(start, end, window start, window end)]; line: of the first line
     step = window - 2 * margin
+    lines = range(line if line <= margin else line - step, length, step)        # of the cells, the first may be outside
     spans = []
-    for start in range(0, length, step):
+    for start in lines:
         first = max(min(start - margin, length - window), 0)
         last = min(first + window, length)
-        if last == length: return spans + [(start, length, first, last)]
-        spans.append((start, start + step, first, last))
+        begin = spans[-1][1] if spans else 0
+        if last == length: return spans + [(begin, length, first, last)]
+        spans.append((begin, start + step, first, last))
     return spans
