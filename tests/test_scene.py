@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import rasterio
 from rasterio.transform import from_origin
+from rio_cogeo.cogeo import cog_validate
 
 from rssqa.core import BadImage, Incompatible, Problem
 from rssqa.data.synthetic import CLASSES, scene
@@ -284,9 +285,10 @@ def test_a_scene_leaves_all_files_and_no_others(files, tmp_path):
     assert all((tmp_path/'out'/asset['href']).exists() for asset in item['assets'].values())
     west, south, east, north = item['bbox']
     assert west < east and south < north and 14 < west < 16
-    with rasterio.open(tmp_path/'out'/'fused.tif') as f:
-        assert f.tags(ns='IMAGE_STRUCTURE')['LAYOUT'] == 'COG'
-        fused = f.read(1)
+    for name in ('quality.tif', 'fused.tif'):
+        valid, errors, warnings = cog_validate(str(tmp_path/'out'/name), strict=True)
+        assert valid and not errors and not warnings
+    with rasterio.open(tmp_path/'out'/'fused.tif') as f: fused = f.read(1)
     good = rasterio.open(files['maps']['good']).read(1)
     truth = files['drawn'].mask
     assert (fused == truth).mean() >= (good == truth).mean() - 0.02
