@@ -284,6 +284,20 @@ def test_a_changed_file_of_points_is_refused(drawn, tmp_path, change, message):
     with pytest.raises((SchemaError, KeyError), match=f'(?i){message}'): estimate_totals(tmp_path/'plan')
 
 
+def test_a_class_of_one_pixel_is_left_out_and_named(tmp_path, capsys):
+    mapped = np.zeros((64, 64), np.uint8)
+    mapped[:, 40:] = 1
+    mapped[5, 5] = 2
+    profile = dict(driver='GTiff', width=64, height=64, count=1, dtype='uint8')
+    with rasterio.open(tmp_path/'map.tif', 'w', **profile) as f: f.write(mapped, 1)
+    plan = plan_points(tmp_path/'map.tif', tmp_path/'plan', NAMES, 30)
+    assert 'lake is left out' in capsys.readouterr().err and plan.strata.points.tolist()[2] == 0
+    points = pd.read_csv(tmp_path/'plan'/'points.csv')
+    points['class'] = plan.design.map_class
+    points.to_csv(tmp_path/'plan'/'points.csv', index=False)
+    assert estimate_totals(tmp_path/'plan').oa.value == 1
+
+
 def test_a_plan_is_not_overwritten(drawn, tmp_path):
     plan_points(drawn['map'], tmp_path/'plan', NAMES, 30)
     before = (tmp_path/'plan'/'points.csv').read_bytes()

@@ -143,7 +143,7 @@ def _points_of_block(source, box, wanted):
             rows.append(place | dict(stratum=int(k), predicted=float(right[y[i], x[i]])))
     return rows
 
-# %% ../../nbs/76_scene.sampling.ipynb #77a3fec3
+# %% ../../nbs/76_scene.sampling.ipynb #1ed983eb
 @dataclass
 class LabelPlan:
     "Points that wait for a class."
@@ -176,7 +176,7 @@ def plan_points(
             raise Incompatible(f'cannot plan in {out}', 'it has a plan already', todo)
         with MapSource(map, classes, quality) as source:
             counts, expected = count_blocks(source)
-            pixels = counts.sum(0)
+            pixels = _without_specks(counts.sum(0), source.table.names)
             if not pixels.sum():
                 raise Incompatible(f'cannot sample {map}', 'found no pixel with a class', 'check its nodata value')
             weights = pixels / pixels.sum()
@@ -188,6 +188,11 @@ def plan_points(
             plan = LabelPlan(out, points, design, strata, _half_width(weights, expected, wanted, confidence))
             _write_plan(plan, source, pixels, confidence)
     return plan
+
+
+def _without_specks(pixels, names): # classes of a single pixel allow no estimate
+    for k in np.flatnonzero(pixels == 1): say(f'{names[k]} is left out: the map has one pixel of it')
+    return np.where(pixels == 1, 0, pixels)
 
 
 def _half_width(weights, expected, points, confidence):
