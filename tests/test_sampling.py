@@ -284,7 +284,8 @@ def test_a_changed_file_of_points_is_refused(drawn, tmp_path, change, message):
     with pytest.raises((SchemaError, KeyError), match=f'(?i){message}'): estimate_totals(tmp_path/'plan')
 
 
-def test_a_class_of_one_pixel_is_left_out_and_named(tmp_path, capsys):
+def test_a_class_of_one_pixel_is_left_out_and_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('RSSQA_QUIET', '0')
     mapped = np.zeros((64, 64), np.uint8)
     mapped[:, 40:] = 1
     mapped[5, 5] = 2
