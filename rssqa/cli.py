@@ -700,7 +700,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #f85b66a7
+# %% ../nbs/91_cli.ipynb #0ffeb4da
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -799,11 +799,12 @@ def bench_errors_command(
 def bench_scene_command(
     sides: Annotated[str, typer.Option(help='Pixels a side, separated by commas.')] = '1000,10000,50000',
     filled: Annotated[int, typer.Option(min=500, help='Pixels a side that have data.')] = 1000,
+    workers: Annotated[int, typer.Option(min=1, help='Processes.')] = 1,
     out: Annotated[Path, typer.Option(help='CSV file.')] = Path('data/results/scene_size.csv'),
 ):
     "Measure time and memory of rssqa scene for scenes of several sizes."
     from rssqa.bench.scene_size import write_sizes
-    print(write_sizes(out, _integers(sides), filled))
+    print(write_sizes(out, _integers(sides), filled, workers))
 
 
 @bench_app.command('totals')

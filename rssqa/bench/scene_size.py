@@ -87,7 +87,7 @@ def run_measured(
     if process.returncode: raise RuntimeError(f'{command[0]} ended with {process.returncode}')
     return time.perf_counter() - start, peak
 
-# %% ../../nbs/83_bench.scene_size.ipynb #cbe19be4
+# %% ../../nbs/83_bench.scene_size.ipynb #78b9eafd
 SIDES = (1000, 10_000, 50_000)
 FILLED = 1000 # pixels a side with data
 
@@ -95,7 +95,7 @@ FILLED = 1000 # pixels a side with data
 def measure_sizes(
     sides: tuple = SIDES,
     filled: int = FILLED,
-    workers: int = 2,
+    workers: int = 1, # processes
 ) -> pd.DataFrame: # a row a side: side, filled, cells, seconds, memory_mb, anonymous_mb, output_mb, workers
     "Assess scenes of several sizes."
     import json
@@ -123,7 +123,8 @@ def write_sizes(
     out: str = 'data/results/scene_size.csv',
     sides: tuple = SIDES,
     filled: int = FILLED,
+    workers: int = 1, # processes
 ) -> Path:
     "Measure and write the table."
-    rows = measure_sizes(sides, filled)
+    rows = measure_sizes(sides, filled, workers)
     return save_results(rows, out, 'one run, all processes', 'drawn scene, sparse GeoTIFF', 0, COMMAND)
