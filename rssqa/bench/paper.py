@@ -44,7 +44,7 @@ from ..quality.votes import VoteBaseline
 from ..tables.sqed import label_free_columns
 from ..tables.store import Store
 
-# %% ../../nbs/82_bench.paper.ipynb #42ba0343
+# %% ../../nbs/82_bench.paper.ipynb #7ebb66cd
 TABLES = 'data/tables'
 ROW_KEY = ['image_id', 'method'] # names one row of an SQED table
 
@@ -79,10 +79,14 @@ def open_evidence(
     return Evidence(table, str(store.root), semantic, has_truth, tuple(encoders[1:]))
 
 
+def _tiles_of(table, data, store): # tiles and class tables of the sources of a table
+    return open_tiles(data, Path(store).parent, tuple(sorted(table.dataset.astype(str).unique())))
+
+
 def _add_prediction_grids(table, store, path, data): # and the true classes, where masks are given
     if not path.exists(): return
     if data and store.missing('truth', table.image_id.unique()):
-        tiles, class_tables = open_tiles(data, Path(store.root).parent)
+        tiles, class_tables = _tiles_of(table, data, store.root)
         unpack_grids(path, table, store, tiles, class_tables)
     if not data and store.missing('grid', map_keys(table)):
         unpack_grids(path, table, store)
@@ -357,7 +361,7 @@ def fewer_scenes_models(
         for share in SHARES: found[f'{name} @ {share:g}'] = FewScenes(model, share, seed)
     return choose_predictors(found, only)
 
-# %% ../../nbs/82_bench.paper.ipynb #4ed01aa7
+# %% ../../nbs/82_bench.paper.ipynb #046cf8f8
 def add_dense_features(
     evidence: Evidence, # whose store receives them
     data, # folder of dataset folders
@@ -365,7 +369,7 @@ def add_dense_features(
 ) -> None:
     "Encode the parts of all images of the evidence, with CLIP-RS-mini and with a network trained on ImageNet."
     store = Store(evidence.store)
-    tiles, specs = open_tiles(data, Path(evidence.store).parent)
+    tiles, specs = _tiles_of(evidence.table, data, evidence.store)
     tiles = tiles[tiles.image_id.isin(evidence.table.image_id)]
     names = {dataset: spec.classes for dataset, spec in specs.items()}
     extract_dense(tiles, load_encoder('clip-rs-mini'), store, names)
