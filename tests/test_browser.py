@@ -75,6 +75,13 @@ def listed(page, selected='[aria-selected=true]') -> list:
     return [row.replace('\n', ' · ') for row in rows]
 
 
+def wait_for_selected_rows(page): # until there are rows in view and all of them are selected
+    rows = f'{TABLE} .rssqa-item'
+    def number(selector): return f'document.querySelectorAll("{selector}").length'
+    counts = f'[{number(rows)}, {number(rows + "[aria-selected=true]")}]'
+    page.wait_for_function(f'(([all, selected]) => all > 0 && all == selected)({counts})')
+
+
 def count_listed(page) -> int: # of the rows below each other, in view or not
     return int(page.locator(TABLE).get_attribute('aria-rowcount'))
 
@@ -120,7 +127,7 @@ def test_lasso_hover_search_and_keyboard(page, app):
     assert f'{len(inside)} selected' in histogram.get_attribute('aria-label')
     page.get_by_role('button', name='Selected only').click()
     page.wait_for_function(f'document.querySelector("{TABLE}").ariaRowCount == {len(inside)}')
-    page.locator(f'{TABLE} [aria-selected=true]').first.wait_for()
+    wait_for_selected_rows(page)
     assert 0 < len(listed(page)) < count_listed(page) == len(inside) and len(listed(page)) == len(listed(page, ''))
 
     # pointing at the loneliest point shows its tile, in the window and at the pointer
