@@ -103,6 +103,12 @@ def test_a_class_that_nobody_saw_has_no_producers_accuracy():
     assert table.area.tolist() == [1, 0] and np.isnan(table.producers[1]) and table.users[1] == 0
 
 
+def test_a_class_that_the_map_does_not_have_has_an_area_but_no_users_accuracy():
+    table = olofsson_table(np.repeat([0, 1], 10), np.r_[np.zeros(8, int), 2, 2, np.ones(10, int)], [0.7, 0.3, 0.0])
+    assert np.isnan(table.users[2]) and np.isnan(table.users_lower[2]) and table.producers[2] == 0
+    assert table.area[2] == pytest.approx(0.7 * 0.2) and table.area.sum() == pytest.approx(1)
+
+
 @pytest.mark.parametrize('stratum, weights', [([0, 0, 1], [0.5, 0.5]), ([0, 0, 3, 3], [0.5, 0.5]), ([0, 0], [0.5]),
                                               ([], [1.0])])
 def test_points_that_do_not_fit_the_strata_are_refused(stratum, weights):

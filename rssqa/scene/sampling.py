@@ -6,9 +6,10 @@
 __all__ = ['UNKNOWN_RIGHT', 'MapSource', 'count_blocks', 'find_points', 'LabelPlan', 'plan_points', 'MapTotals',
            'estimate_totals']
 
-# %% ../../nbs/76_scene.sampling.ipynb #368a54de
+# %% ../../nbs/76_scene.sampling.ipynb #d9815b87
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from rssqa.quality.totals import (
 from .outputs import BLOCK, NO_VALUE, REDUCTION, SCALE, read_points, scene_boxes, write_points
 from .raster import Grid, grid_of, open_raster
 
-# %% ../../nbs/76_scene.sampling.ipynb #daf43072
+# %% ../../nbs/76_scene.sampling.ipynb #e246fc29
 UNKNOWN_RIGHT = 0.5 # in place of a predicted probability
 
 
@@ -64,7 +65,7 @@ class MapSource:
         what = f'{self.quality_path} does not belong to {self.path}'
         raise Incompatible(what, text, 'pass quality.tif of this scene')
 
-    @property
+    @cached_property
     def blocks(self) -> list[tuple]: # left, top, right, bottom; side by side ones mostly follow each other
         "List the blocks in the order in which points are drawn."
         boxes = np.array(scene_boxes(self.grid))
