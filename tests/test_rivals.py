@@ -11,9 +11,12 @@ from rssqa.quality.baselines import BlockBaseline
 from rssqa.quality.nuclear_norm import NuclearNormBaseline, nuclear_norm
 from rssqa.quality.point_trees import PointTrees, point_rows
 from rssqa.quality.ranking import RankBaseline, grades, has_lightgbm
-from rssqa.quality.votes import VoteBaseline, class_posterior, count_confusion, dawid_skene, vote_logits
+from rssqa.quality.votes import (
+    StapleBaseline, VoteBaseline, class_posterior, count_confusion, dawid_skene, vote_logits,
+)
 from rssqa.segment.metrics import grouped_srocc
-from rssqa.tables.grid import PredictionGrid
+from rssqa.tables.grid import PredictionGrid, prediction_grids
+from rssqa.tables.store import Store
 from trained import numbers, trained_setup
 
 needs_lightgbm = pytest.mark.skipif(not has_lightgbm(), reason='LightGBM is an extra')
@@ -88,6 +91,21 @@ def test_a_vote_baseline_learns_from_grids(labels):
     assert np.abs(predicted - setup.sqed.oa).mean() < setup.sqed.oa.std() + 0.05
     with pytest.raises(MissingFeatures, match='(?i)not in training'):
         model.predict(setup.sqed.assign(dataset='elsewhere'))
+
+
+def test_staple_reads_one_image_at_a_time():
+    setup = trained_setup()
+    model = StapleBaseline(str(setup.home/'store')).fit(setup.sqed)
+    predicted = pd.Series(model.predict(setup.sqed), setup.sqed.index)
+    image = setup.sqed.image_id == setup.sqed.image_id.iloc[0]
+    assert np.allclose(model.predict(setup.sqed[image]), predicted[image])
+    assert np.abs(predicted - setup.sqed.oa).mean() < setup.sqed.oa.std() + 0.05
+    grid = prediction_grids(Store(setup.home/'store'), setup.sqed[image])[0]
+    q = model.posterior(grid)
+    assert q.shape == (grid.p.shape[1], *grid.pred.shape[1:]) and np.allclose(q.sum(0), 1)
+    # the methods of an image in another order are the same methods
+    backwards = replace(grid, methods=grid.methods[::-1], pred=grid.pred[::-1], p=grid.p[::-1], flip=grid.flip[::-1])
+    assert np.allclose(model.posterior(backwards), q)
 
 
 def test_votes_need_grids(tmp_path):

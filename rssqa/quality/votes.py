@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROUNDS', 'PRIOR_COUNT', 'TEMPERATURES', 'MOST_POINTS', 'count_confusion', 'vote_logits', 'class_posterior',
-           'dawid_skene', 'VoteBaseline']
+           'dawid_skene', 'VoteBaseline', 'StapleBaseline']
 
 # %% ../../nbs/55_quality.votes.ipynb #66ae0f18
 import numpy as np
@@ -77,7 +77,7 @@ def dawid_skene(
         posterior = class_posterior(vote_logits(votes, confusion), prior)
     return confusion, prior
 
-# %% ../../nbs/55_quality.votes.ipynb #635b429e
+# %% ../../nbs/55_quality.votes.ipynb #78cc70d5
 class VoteBaseline(RegressorMixin, BaseEstimator):
     "Expected accuracy under votes weighted by confusion matrices, one set for each dataset."
     def __init__(self,
@@ -149,6 +149,25 @@ class VoteBaseline(RegressorMixin, BaseEstimator):
         expected = self._expected(X, list(prediction_grids(Store(self.store), X)))
         slope, intercept = read_groups(X, self.lines_).T
         return np.clip(slope * expected + intercept, 0, 1)
+
+
+class StapleBaseline(VoteBaseline):
+    "Expected accuracy under confusion matrices that are estimated for each image alone, without labels."
+    def __init__(self,
+        store: str = '', # folder of the store with the prediction grids
+    ):
+        super().__init__(store, labels=False)
+
+    def _learn(self, grids, mean_oa): return () # nothing that images have in common
+
+    def posterior(self,
+        grid: PredictionGrid, # of one image
+    ) -> np.ndarray: # (K,h,w)
+        "Return the class probabilities at every point of a grid."
+        votes = self._votes(grid)
+        confusion, prior = dawid_skene(votes, grid.p.shape[1])
+        q = class_posterior(vote_logits(votes, confusion), prior)                                # (P,K)
+        return q.T.reshape(-1, *grid.pred.shape[1:])
 
 
 def _mean_of_votes(posterior, votes): # mean posterior of the votes
