@@ -567,7 +567,7 @@ def check_command(
     from rssqa.data.datasets import scan, summary
     print(summary(scan(root, name)))
 
-# %% ../nbs/91_cli.ipynb #a8cf83b3
+# %% ../nbs/91_cli.ipynb #7efabb1e
 bench_app = typer.Typer(no_args_is_help=True, help='Reproduce the published numbers.')
 app.add_typer(bench_app, name='bench')
 
@@ -612,7 +612,8 @@ def paper_command(
 
 
 def _compute(experiment, tables, data, seeds, workers, out, imagenet): # predictions, then result files
-    from rssqa.bench.paper import predict_experiment, prediction_file, write_experiment
+    from rssqa.bench.evidence import prediction_file
+    from rssqa.bench.paper import predict_experiment, write_experiment
     from rssqa.bench.protocol import save_predictions
     predictions = predict_experiment(experiment, tables, data, seeds, workers, imagenet=str(imagenet or 'timm'))
     save_predictions(predictions, prediction_file(experiment, tables))

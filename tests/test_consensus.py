@@ -18,6 +18,7 @@ from rssqa.quality.consensus import (
     consensus_table,
     load_consensus,
     point_features,
+    mix_differences,
     pool_image_level,
     posterior,
     sample_points,
@@ -395,6 +396,32 @@ def test_levels_are_pooled_and_differences_stay(n_others):
     levels = [log_odds(image_means(values)) for values in (consensus, *others)]
     assert np.allclose(log_odds(image_means(pooled)), np.mean(levels, 0))
     assert np.allclose(pooled - image_means(pooled), consensus - image_means(consensus))
+
+
+def test_differences_are_averaged_and_the_level_stays():
+    rng = np.random.default_rng(0)
+    first, second = rng.uniform(0.2, 0.8, (2, 24))
+    image = rng.permutation(np.arange(24) % 5)
+    mixed = mix_differences(first, second, image)
+    def image_means(values): return pd.Series(values).groupby(image).transform('mean').to_numpy()
+    assert np.allclose(image_means(mixed), image_means(first))
+    differences = [values - image_means(values) for values in (first, second, mixed)]
+    assert np.allclose(differences[2], (differences[0] + differences[1]) / 2)
+    assert np.allclose(mix_differences(first, first, image), first)
+
+
+def test_agreement_has_a_say_on_new_datasets_alone(tmp_path):
+    table = put_grids(tmp_path, simulate_grids(18))
+    train, new = table[:36], table[36:].drop(columns='oa')
+    consensus = ConsensusModel(str(tmp_path), **SMALL)
+    alone = clone(LevelPooledEnsemble(consensus)).fit(train)
+    mixed = clone(LevelPooledEnsemble(consensus, agreement=ColumnBaseline('conf'))).fit(train)
+    assert np.array_equal(mixed.predict(new), alone.predict(new))
+    elsewhere = new.assign(dataset='elsewhere')
+    says = ColumnBaseline('conf').fit(train).predict(elsewhere)
+    expected = mix_differences(mixed.consensus_.predict(elsewhere), says, elsewhere.image_id)
+    assert np.allclose(mixed.predict(elsewhere), expected.clip(0, 1))
+    assert not np.allclose(mixed.predict(elsewhere), alone.predict(elsewhere))
 
 
 def test_a_level_pooled_ensemble_is_its_consensus_pooled_with_its_members(tmp_path):

@@ -5,10 +5,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from rssqa.bench.evidence import ROW_KEY, open_evidence, prediction_file
 from rssqa.bench.paper import (
-    CONSENSUS, ENSEMBLE, EXPERIMENTS, MEASURE_TOLERANCE, MEMBERS, MODELS, ROW_KEY, FewScenes,
-    add_pooled_ensemble, all_predictors, is_reproduced, measure_experiment, open_evidence, predict_experiment,
-    prediction_file, refit_fold, verify,
+    EXPERIMENTS, MEASURE_TOLERANCE, is_reproduced, measure_experiment, predict_experiment, refit_fold, verify,
+)
+from rssqa.bench.predictors import (
+    CONSENSUS, ENSEMBLE, MEMBERS, MODELS, FewScenes, add_pooled_ensemble, all_predictors,
 )
 from rssqa.bench.protocol import DIRECTION, KEYS, RS_SQA, leaderboard, load_predictions, save_predictions
 from rssqa.core import DataNotFound, MissingFeatures

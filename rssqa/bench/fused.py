@@ -5,23 +5,22 @@
 # %% auto #0
 __all__ = ['FUSED', 'CHOSEN', 'COMMAND', 'majority', 'answers_of_image', 'measure_answers', 'compare_answers', 'write_answers']
 
-# %% ../../nbs/83_bench.fused.ipynb #8238a01d
+# %% ../../nbs/83_bench.fused.ipynb #1cd3a164
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .paper import BY_SCENE, ENSEMBLE, TABLES, find_experiment, open_evidence, prediction_file
-from .protocol import fold_keys, fold_masks, load_predictions
-from ..core import MissingFeatures, progress
+from .evidence import BY_SCENE, TABLES, held_out_models, open_with_truth, prediction_file
+from .predictors import CONSENSUS, COUNTED_VOTE, DENSE, ENSEMBLE, consensus_models
+from .protocol import load_predictions
 from ..data.datasets import IGNORE
-from ..data.splits import scene_folds
 from ..provenance import save_results
-from ..quality.consensus import ConsensusModel, posterior
+from ..quality.consensus import posterior
+from ..quality.dense_semantics import read_parts
 from ..quality.votes import VoteBaseline
 from ..segment.metrics import single_best
-from ..tables.grid import PredictionGrid, limit_grid, mean_probability, prediction_grids
-from ..tables.store import Store
+from ..tables.grid import PredictionGrid, mean_probability
 
 # %% ../../nbs/83_bench.fused.ipynb #30aba1aa
 def majority(
@@ -31,8 +30,8 @@ def majority(
     votes = np.stack([(grid.pred == k).sum(0) for k in range(grid.p.shape[1])])
     return (votes + 0.5 * mean_probability(grid)).argmax(0)
 
-# %% ../../nbs/83_bench.fused.ipynb #4459c761
-FUSED = ('majority', 'mean probability', 'weighted vote', 'consensus')
+# %% ../../nbs/83_bench.fused.ipynb #7b980dd6
+FUSED = ('majority', 'mean probability', 'weighted vote', 'consensus', 'consensus, dense semantics')
 CHOSEN = ('recommended', 'usual', 'best')
 
 
@@ -56,18 +55,13 @@ def measure_answers(
     recommended_by: str = ENSEMBLE, # predictor of the committed predictions
 ) -> pd.DataFrame: # a row an image and seed: image_id, dataset, scene, seed, and the OA of each answer
     "Give every image all answers, each by models that learned from other scenes."
-    evidence = open_evidence(folder, data)
-    if not evidence.has_truth:
-        raise MissingFeatures('cannot measure fused maps', 'found no true classes', 'pass --data FOLDER with masks')
+    evidence = open_with_truth(folder, data, 'measure fused maps')
     predictions = load_predictions(prediction_file('main', folder))
-    table = evidence.table
+    def make(seed): return consensus_models(evidence, seed) | {COUNTED_VOTE: VoteBaseline(evidence.store)}
     rows = []
     for seed in seeds:
         best_map = _best_map(predictions[predictions.seed == seed], recommended_by)
-        fold = scene_folds(table, find_experiment('main').folds, seed)
-        for key in progress(fold_keys(fold), 'fusing', unit='fold'):
-            masks = fold_masks(fold, key)
-            rows += _answers_of_fold(evidence, table[masks.train], table[masks.test], best_map, seed)
+        for fold in held_out_models(evidence, make, seed): rows += _answers_of_fold(fold, best_map, seed)
     return pd.DataFrame(rows)
 
 
@@ -76,27 +70,29 @@ def _best_map(predictions, name): # image_id -> method with the highest predicti
     return first.set_index('image_id').method
 
 
-def _answers_of_fold(evidence, train, test, best_map, seed):
-    store = evidence.store
-    consensus = ConsensusModel(store, seed=seed).fit(train)
-    votes = VoteBaseline(store).fit(train)
-    usual = single_best(train)
-    images = test.drop_duplicates('image_id').set_index('image_id')
+def _answers_of_fold(fold, best_map, seed):
+    usual = single_best(fold.train)
+    images = fold.test.drop_duplicates('image_id').set_index('image_id')
     rows = []
-    for grid in prediction_grids(Store(store), test):
-        grid = limit_grid(grid)
+    for grid in fold.read_grids():
         if not (grid.truth != IGNORE).any(): continue
-        fused = dict(zip(FUSED, (
-            majority(grid),
-            mean_probability(grid).argmax(0),
-            votes.posterior(grid).argmax(0),
-            posterior(consensus.ensemble_, grid).argmax(0).numpy(),
-        )))
         chosen = dict(recommended=best_map[grid.image_id], usual=usual[grid.dataset])
         facts = images.loc[grid.image_id]
         row = dict(image_id=grid.image_id, dataset=grid.dataset, scene=str(facts.scene), seed=seed)
-        rows.append(row | answers_of_image(grid, fused, chosen))
+        rows.append(row | answers_of_image(grid, _fuse(fold, grid), chosen))
     return rows
+
+
+def _fuse(fold, grid): # name -> (h,w) class ids
+    parts = read_parts(fold.store, fold.models[DENSE].dense, [grid])[0]
+    maps = (
+        majority(grid),
+        mean_probability(grid).argmax(0),
+        fold.models[COUNTED_VOTE].posterior(grid).argmax(0),
+        posterior(fold.models[CONSENSUS].ensemble_, grid).argmax(0).numpy(),
+        posterior(fold.models[DENSE].ensemble_, grid, parts).argmax(0).numpy(),
+    )
+    return dict(zip(FUSED, maps))
 
 # %% ../../nbs/83_bench.fused.ipynb #4dc11b49
 def compare_answers(

@@ -6,14 +6,14 @@
 __all__ = ['REGION', 'DOUBTFUL_FIFTH', 'COMPARED', 'PROTOCOL', 'COMMAND', 'plant_errors', 'find_planted',
            'compare_without_doubtful', 'measure_label_noise', 'write_label_noise']
 
-# %% ../../nbs/84_bench.label_noise.ipynb #e0dbee40
+# %% ../../nbs/84_bench.label_noise.ipynb #ecfa6d67
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .paper import TABLES, open_evidence, open_new_source, prediction_file
+from .evidence import TABLES, open_evidence, open_new_source, prediction_file
 from .protocol import leaderboard, load_predictions
 from ..data.datasets import IGNORE
 from ..provenance import save_results

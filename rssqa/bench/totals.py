@@ -5,24 +5,21 @@
 # %% auto #0
 __all__ = ['DESIGNS', 'LABELS', 'COMMAND', 'read_population', 'Population', 'estimate', 'simulate', 'write_totals']
 
-# %% ../../nbs/83_bench.totals.ipynb #2906f15c
+# %% ../../nbs/83_bench.totals.ipynb #2e40aafc
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .paper import TABLES, find_experiment, open_evidence
-from .protocol import fold_keys, fold_masks
-from ..core import MissingFeatures, progress
+from .evidence import TABLES, held_out_models, open_with_truth
+from .predictors import DENSE, consensus_models
 from ..data.datasets import IGNORE
-from ..data.splits import holdout_folds, scene_folds
 from ..provenance import save_results
-from ..quality.consensus import ConsensusModel, posterior
+from ..quality.consensus import posterior
+from ..quality.dense_semantics import read_parts
 from ..quality.totals import allocate_points, olofsson_table, stratified_mean
-from ..tables.grid import limit_grid, prediction_grids
-from ..tables.store import Store
 
-# %% ../../nbs/83_bench.totals.ipynb #5f147e1e
+# %% ../../nbs/83_bench.totals.ipynb #d1763f77
 def read_population(
     folder: str = TABLES,
     data=None, # folder of dataset folders with masks
@@ -30,23 +27,18 @@ def read_population(
     seed: int = 0, # of folds and models
 ) -> pd.DataFrame: # a row a labelled point: dataset, mapped, reference, predicted
     "Give every labelled point of the recommended maps its predicted probability to be right."
-    evidence = open_evidence(folder, data)
-    if not evidence.has_truth:
-        raise MissingFeatures('cannot draw labels', 'found no true classes', 'pass --data FOLDER with masks')
-    table = evidence.table
-    if kind == 'known': fold = scene_folds(table, find_experiment('main').folds, seed)
-    else: fold = holdout_folds(table, 'dataset', seed=seed)
+    evidence = open_with_truth(folder, data, 'draw labels')
+    def make(seed): return {DENSE: consensus_models(evidence, seed)[DENSE]}
+    by = 'scene' if kind == 'known' else 'dataset'
     parts = []
-    for key in progress(fold_keys(fold), f'predicting, {kind}', unit='fold'):
-        masks = fold_masks(fold, key)
-        model = ConsensusModel(evidence.store, seed=seed).fit(table[masks.train])
-        for grid in prediction_grids(Store(evidence.store), table[masks.test]):
-            parts.append(_points_of_image(limit_grid(grid), model.ensemble_))
+    for fold in held_out_models(evidence, make, seed, by):
+        for grid in fold.read_grids(): parts.append(_points_of_image(grid, fold.models[DENSE], fold.store))
     return pd.concat(parts, ignore_index=True)
 
 
-def _points_of_image(grid, ensemble):
-    q = posterior(ensemble, grid).numpy()                                            # (K,h,w)
+def _points_of_image(grid, model, store):
+    features = read_parts(store, model.dense, [grid])[0]
+    q = posterior(model.ensemble_, grid, features).numpy()                           # (K,h,w)
     probability = np.take_along_axis(q[None], grid.pred[:, None].astype(int), 1)[:, 0]   # (M,h,w)
     best = probability.mean((1, 2)).argmax()
     labelled = grid.truth != IGNORE

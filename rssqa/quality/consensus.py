@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VOTE_WINDOW', 'MEAN_WINDOWS', 'SHARED_FEATURES', 'CONSENSUS_COLUMNS', 'LOW_PROBABILITY', 'point_features',
            'ConsensusNet', 'sample_points', 'train_member', 'ConsensusEnsemble', 'train_ensemble', 'posterior',
-           'consensus_table', 'ConsensusModel', 'pool_image_level', 'LevelPooledEnsemble', 'save_consensus',
-           'load_consensus']
+           'consensus_table', 'ConsensusModel', 'pool_image_level', 'mix_differences', 'LevelPooledEnsemble',
+           'save_consensus', 'load_consensus']
 
 # %% ../../nbs/53_quality.consensus.ipynb #a811ac48
 from pathlib import Path
@@ -357,7 +357,7 @@ class ConsensusModel(RegressorMixin, BaseEstimator):
 
     def _read_grids(self, X): return [limit_grid(grid) for grid in prediction_grids(Store(self.store), X)]
 
-# %% ../../nbs/53_quality.consensus.ipynb #3b03728d
+# %% ../../nbs/53_quality.consensus.ipynb #aa220cd8
 def _image_means(values, image): # (n,), (n,) int codes -> mean of each image
     return np.bincount(image, np.asarray(values, float)) / np.bincount(image)
 
@@ -378,26 +378,49 @@ def pool_image_level(
     return np.clip(consensus + (pooled - levels[0])[image], 0, 1)
 
 
+def mix_differences(
+    consensus: np.ndarray, # (n,) predicted OA, for the level of an image
+    agreement: np.ndarray, # (n,) predicted OA of an estimator that reads agreement with the other maps
+    image_id, # (n,)
+) -> np.ndarray: # (n,)
+    "Average the differences within an image of two predictions."
+    image = pd.factorize(np.asarray(image_id))[0]
+    consensus, agreement = np.asarray(consensus, float), np.asarray(agreement, float)
+    own = _image_means(consensus, image)[image]
+    return own + (consensus - own + agreement - _image_means(agreement, image)[image]) / 2
+
+
 class LevelPooledEnsemble(RegressorMixin, BaseEstimator):
     "Predict with a consensus model, at an image level pooled over it and other models."
     def __init__(self,
         consensus=None, # ConsensusModel
         members: tuple = (), # other estimators with fit(table) and predict(table)
+        agreement=None, # estimator that has a say in the order within images of datasets that were not in training
     ):
         self.consensus = consensus
         self.members = members
+        self.agreement = agreement
 
     def fit(self, X: pd.DataFrame, y=None) -> 'LevelPooledEnsemble':
         "Fit all models on rows X of an SQED table."
         self.consensus_ = clone(self.consensus).fit(X)
         self.members_ = [clone(member).fit(X) for member in self.members]
+        self.agreement_ = clone(self.agreement).fit(X) if self.agreement is not None else None
+        self.datasets_ = set(X.dataset.astype(str))
         return self
 
     def predict(self, X: pd.DataFrame) -> np.ndarray: # (len(X),) 0..1
         "Predict overall accuracy for rows X of an SQED table."
         check_is_fitted(self, 'consensus_')
         others = [member.predict(X) for member in self.members_]
-        return pool_image_level(self.consensus_.predict(X), others, X.image_id)
+        return pool_image_level(self._predict_consensus(X), others, X.image_id)
+
+    def _predict_consensus(self, X):
+        consensus = self.consensus_.predict(X)
+        is_new = ~X.dataset.astype(str).isin(self.datasets_)
+        if self.agreement_ is None or not is_new.any(): return consensus
+        mixed = mix_differences(consensus, self.agreement_.predict(X), X.image_id)
+        return np.where(is_new, mixed, consensus)
 
 # %% ../../nbs/53_quality.consensus.ipynb #9a38f24b
 def save_consensus(
