@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PARTS', 'main', 'demo_command', 'assess_command',
-           'scene_command', 'monitor_command', 'plan_command', 'totals_command', 'advise_command', 'use_command',
-           'show_command', 'build_command', 'build_demo_command', 'calibrate_command', 'fit_command', 'score_command',
-           'recommend_command', 'ls_command', 'get_command', 'check_command', 'paper_command', 'speed_command',
-           'methods_command', 'encoders_command', 'projection_command', 'assessor_command', 'semantics_command',
-           'bench_later_command', 'bench_pack_command', 'fused_command', 'bench_errors_command', 'bench_scene_command',
-           'bench_totals_command', 'starts_command', 'label_noise_command', 'tables_command', 'own_domain_command',
-           'points_command', 'labels_command', 'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command',
-           'conformance_command', 'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command',
-           'train_command', 'export_command', 'eval_command', 'doctor_command']
+           'merge_command', 'scene_command', 'monitor_command', 'plan_command', 'totals_command', 'advise_command',
+           'use_command', 'show_command', 'build_command', 'build_demo_command', 'calibrate_command', 'fit_command',
+           'score_command', 'recommend_command', 'ls_command', 'get_command', 'check_command', 'paper_command',
+           'speed_command', 'methods_command', 'encoders_command', 'projection_command', 'assessor_command',
+           'semantics_command', 'bench_later_command', 'bench_pack_command', 'fused_command', 'bench_errors_command',
+           'bench_scene_command', 'bench_totals_command', 'starts_command', 'label_noise_command', 'tables_command',
+           'own_domain_command', 'points_command', 'labels_command', 'bench_fit_command', 'explorer_command',
+           'clip_command', 'probe_command', 'conformance_command', 'degradation_command', 'apps', 'app_command',
+           'shards_command', 'purify_command', 'train_command', 'export_command', 'eval_command', 'doctor_command']
 
 # %% ../nbs/91_cli.ipynb #a05f4187
 import os, sys
@@ -112,7 +112,7 @@ def _build_demo(data, out, sources, weights, encoder, steps, every, workers, see
     board = run_full_demo(plan, out, workers, seed, None if every else FIVE_RIVALS)
     print(full_demo_summary(board, plan, out))
 
-# %% ../nbs/91_cli.ipynb #312d66dc
+# %% ../nbs/91_cli.ipynb #254459a4
 @app.command('assess')
 def assess_command(
     image: Annotated[Path, typer.Argument(help='Image from above, or a folder of images.')],
@@ -131,6 +131,8 @@ def assess_command(
     dataset: _DatasetOption = None,
     source: Annotated[str, typer.Option(
         help='Dataset of the pack that the image belongs to: its class table and its calibration are used.')] = '',
+    shard: Annotated[Optional[str], typer.Option(
+        help='i/n: assess the i-th of n shares of a folder; join their tables with rssqa merge.')] = None,
     pack: _PackOption = None,
 ):
     "Say how accurate the maps of an image are, where they are wrong and which one to use, without labels."
@@ -139,7 +141,9 @@ def assess_command(
     named = _named_paths(maps or ())
     if image.is_dir():
         _check_folder_options(labels, pictures)
-        return _assess_folder(image, named, classes, usual, as_json, out, workers, dataset or source or None, pack)
+        place = dict(dataset=dataset or source or None, pack=pack, shard=shard)
+        return _assess_folder(image, named, classes, usual, as_json, out, workers, **place)
+    if shard: raise Incompatible('cannot use --shard with one image', 'it has one share', 'give a folder of images')
     for path in (image, *named.values(), *filter(None, (classes, labels))): check_file(path)
     if out: check_table_path(out)
     import json
@@ -150,6 +154,15 @@ def assess_command(
     if out: write_table(answer.table.assign(iou=answer.table.iou.map(json.dumps)), out)
     if pictures: answer.save_pictures(pictures)
     print(json.dumps(answer.to_json(), indent=1) if as_json else f'{answer}\npack: {answer.pack}')
+
+
+@app.command('merge')
+def merge_command(
+    table: Annotated[Path, typer.Argument(help='The table that was given to all shares, such as answers.parquet.')],
+):
+    "Join the tables of all shares of a folder: rssqa assess FOLDER --out TABLE --shard i/n."
+    from rssqa.quality.shards import merge_shards
+    print('\n'.join(_assessed_lines(merge_shards(table), table)))
 
 
 @app.command('scene')
@@ -273,16 +286,19 @@ def _check_folder_options(labels, pictures): # of assess
     raise Incompatible(f'cannot use {given[0]} with a folder', 'it belongs to one image', todo)
 
 
-def _assess_folder(folder, named, classes, usual, as_json, out, workers, dataset, pack):
+def _assess_folder(folder, named, classes, usual, as_json, out, workers, dataset, pack, shard):
     import json
     from rssqa.quality.assess_folder import assess_folder
     from rssqa.quality.pack import open_pack
     from rssqa.quality.recommend import nothing_usable
+    from rssqa.quality.shards import parse_shard, shard_path
     opened = open_pack(pack)
-    result = assess_folder(folder, named or None, classes, usual, opened, dataset, out, workers)
+    share = parse_shard(shard) if shard else None
+    result = assess_folder(folder, named or None, classes, usual, opened, dataset, out, workers, share)
+    if share: out = shard_path(out, share)
     if as_json: print(json.dumps(_assessed_json(result, opened.assessor.name), indent=1))
     else: print('\n'.join([*_assessed_lines(result, out), f'pack: {opened.assessor.name}']))
-    if result.rows.empty: raise nothing_usable(folder, result.skipped)
+    if result.rows.empty and not share: raise nothing_usable(folder, result.skipped)
 
 
 def _assessed_json(result, pack): # from assess_folder, name -> one document

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROW_COLUMNS', 'answer_rows', 'assess_folder']
 
-# %% ../../nbs/59_quality.assess_folder.ipynb #90b6a744
+# %% ../../nbs/59_quality.assess_folder.ipynb #266b5496
 import os
 from pathlib import Path
 
@@ -13,10 +13,11 @@ import numpy as np
 
 from ..core import Incompatible, digest, file_id, pick_device
 from .assessment import Assessment
-from .folders import FolderResult, check_folder, check_table_path, process_folder
+from .folders import FolderResult, Shard, check_folder, check_table_path, process_folder
 from .maps import ClassTable, class_table, find_map_of
 from .pack import Pack, cached_pack, open_pack
 from .recommend import assess
+from .shards import shard_path, write_manifest
 
 # %% ../../nbs/59_quality.assess_folder.ipynb #f4e1a85d
 ROW_COLUMNS = ('predicted', 'lower', 'upper', 'as_good', 'recommended', 'agreement', 'confidence')
@@ -39,7 +40,7 @@ def _plain(value): # what JSON knows; None for no number
     if isinstance(value, (bool, np.bool_)): return bool(value)
     return float(value) if np.isfinite(value) else None
 
-# %% ../../nbs/59_quality.assess_folder.ipynb #94127552
+# %% ../../nbs/59_quality.assess_folder.ipynb #cdd8f4a5
 class _AssessOne:
     "Assess the maps of one image; a worker opens the pack once."
     def __init__(self,
@@ -79,9 +80,13 @@ def assess_folder(
     dataset: str = None, # of the pack, that the images belong to: which networks, or whose class table and calibration
     out=None, # table to write, .parquet or .csv; the same call goes on where an earlier one was stopped
     workers: int = None, # processes of one thread each; default one per core
+    shard: Shard = None, # of several machines, each with its share of the images; join them with merge_shards
 ) -> FolderResult: # rows: path, name, the columns of ROW_COLUMNS, state, reason
     "Assess the maps of every image of a folder, without labels."
     if out: check_table_path(out)
+    if shard and not out:
+        todo = 'name that of all shares: out=, or --out'
+        raise Incompatible('cannot assess a shard', 'found no table to write', todo)
     pack = open_pack(pack)
     for place in (folder, *(maps or {}).values()): check_folder(place)
     table = _table_of_maps(maps, classes, pack)
@@ -96,7 +101,10 @@ def assess_folder(
     if out:
         of_pack = pack.fingerprint(dataset or pack.datasets[0])
         fingerprint = digest(of_pack, dataset, usual, table, _maps_identity(maps))
-    return process_folder(folder, one, out, workers, fingerprint, 'assessing')
+    if not shard: return process_folder(folder, one, out, workers, fingerprint, 'assessing')
+    result = process_folder(folder, one, shard_path(out, shard), workers, fingerprint, 'assessing', shard)
+    write_manifest(out, shard, fingerprint, result)
+    return result
 
 
 def _table_of_maps(maps, classes, pack): # ClassTable, None where the pack has it

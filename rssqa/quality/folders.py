@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'ONE_THREAD', 'IMAGES_A_WORKER', 'check_table_path', 'write_faults', 'write_table', 'Listing',
-           'check_folder', 'list_images', 'plain_name', 'own_folder', 'claim_output', 'FolderResult', 'process_folder']
+           'check_folder', 'list_images', 'plain_name', 'own_folder', 'claim_output', 'Shard', 'FolderResult',
+           'process_folder']
 
 # %% ../../nbs/56_quality.folders.ipynb #0735e508
 import json, os, signal
@@ -263,8 +264,18 @@ def _one_by_one(function, paths): # yields path, rows, reason
             path = waiting.popleft()
             yield path, '', _reason(path, found, 'cut it into tiles first')
 
-# %% ../../nbs/56_quality.folders.ipynb #3f531176
+# %% ../../nbs/56_quality.folders.ipynb #efb2d8aa
 IMAGES_A_WORKER = 16 # for fewer, the start of a process (torch, networks) costs more than it saves
+
+
+class Shard(NamedTuple):
+    "A share of the images of a folder."
+    number: int = 0 # from 0
+    total: int = 1
+
+    def has(self, path: str) -> bool: # relative to the folder
+        "Say whether an image belongs to this share; the others belong to other shares."
+        return int(digest(os.fsencode(path))[:12], 16) % self.total == self.number
 
 
 class FolderResult(NamedTuple):
@@ -281,6 +292,7 @@ def process_folder(
     workers: int = None, # processes of one thread each; default one per core
     fingerprint: str = '', # of what the rows depend on besides the image
     what: str = 'images', # two or three words for the progress bar
+    shard: Shard = Shard(), # images that this call reads
 ) -> FolderResult:
     "Call a function for every image of a folder; a failure is a reason beside the others' rows."
     if out: check_table_path(out)
@@ -288,14 +300,16 @@ def process_folder(
     if not listing.images and not listing.skipped:
         expected = f'expected files ending in {", ".join(SUFFIXES)}'
         raise DataNotFound(f'no image in {folder}', expected, 'point to a folder with images')
-    keys = {path: _key(folder, path, fingerprint) for path in listing.images}
+    images = [path for path in listing.images if shard.has(path)]
+    keys = {path: _key(folder, path, fingerprint) for path in images}
     with claim_output(out) if out else nullcontext():
         rows, reasons = _rows_and_reasons(folder, function, out and _Part(out), workers, keys, what)
-        names = {path: plain_name(path) for path in listing.images if path in rows}
+        names = {path: plain_name(path) for path in images if path in rows}
         table = _table(rows, names)
         if out and len(table): write_table(table, out)
         if out: _Part(out).remove()
-    skipped = [(plain_name(path), reason) for path, reason in sorted([*reasons.items(), *listing.skipped])]
+    not_searched = listing.skipped if shard.number == 0 else []
+    skipped = [(plain_name(path), reason) for path, reason in sorted([*reasons.items(), *not_searched])]
     return FolderResult(table, pd.DataFrame(skipped, columns=['path', 'reason']), listing.others)
 
 
