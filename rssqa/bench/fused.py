@@ -94,25 +94,27 @@ def _fuse(fold, grid): # name -> (h,w) class ids
     )
     return dict(zip(FUSED, maps))
 
-# %% ../../nbs/83_bench.fused.ipynb #4dc11b49
+# %% ../../nbs/83_bench.fused.ipynb #a7776daa
 def compare_answers(
     answers: pd.DataFrame, # from measure_answers
     draws: int = 1000, # of scenes
     seed: int = 0, # of the draws
+    names: tuple = (*FUSED, *CHOSEN), # answers, columns of the table
+    against: str = 'recommended', # answer that the others are set against
 ) -> pd.DataFrame: # a row an answer, dataset ('all' or one) and way of counting
-    "Average the answers and their difference from the recommended map; 95 % intervals over scenes."
-    names = [*FUSED, *CHOSEN]
+    "Average the answers and their difference from one of them; 95 % intervals over scenes."
+    names = list(names)
     of_image = answers.groupby(['dataset', 'scene', 'image_id'], sort=True)[names].mean().reset_index()
     parts = []
     for dataset in ['all', *of_image.dataset.unique()]:
         part = of_image if dataset == 'all' else of_image[of_image.dataset == dataset]
         for counted in ('tiles', 'scenes'):
-            rows = _with_intervals(part, names, counted, draws, seed)
+            rows = _with_intervals(part, names, against, counted, draws, seed)
             parts.append(rows.assign(dataset=dataset, counted=counted))
     return pd.concat(parts, ignore_index=True)
 
 
-def _with_intervals(part, names, counted, draws, seed):
+def _with_intervals(part, names, against, counted, draws, seed):
     scenes = part.groupby(['dataset', 'scene'], sort=True)
     size = scenes.size().to_numpy(float)
     mean = scenes[names].mean().to_numpy()                                  # (S,answers)
@@ -120,7 +122,7 @@ def _with_intervals(part, names, counted, draws, seed):
     weight = size if counted == 'tiles' else np.ones_like(size)
     drawn = _draw_scenes(dataset, draws, np.random.default_rng(seed)) * weight
     values = (drawn @ mean) / drawn.sum(1, keepdims=True)                   # (1+draws,answers)
-    difference = values - values[:, [names.index('recommended')]]
+    difference = values - values[:, [names.index(against)]]
     low, high = np.percentile(difference[1:], (2.5, 97.5), axis=0)
     columns = dict(answer=names, oa=values[0], difference=difference[0], low=low, high=high)
     return pd.DataFrame(columns).assign(images=len(part), scenes=len(size))
