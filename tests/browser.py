@@ -112,12 +112,14 @@ CONTRASTS = r"""root => {
 }"""
 
 
-def faint_texts(part, least=4.5) -> list:
-    "Texts of a part of a page (a locator) with less contrast than the least, each once; fails if there is no text."
+def faint_texts(part, least=4.5, least_of_signs=2) -> list:
+    """Texts of a part of a page (a locator) with less contrast than the least, each once; fails if there is no text.
+    Signs without letter or digit are lines of a legend: they have a pattern beside the colour of the palette."""
     found = part.evaluate(CONTRASTS)
     assert len(found) > 10, found
     faint = {(text['words'], round(text['ratio'], 2), text['ink'], text['ground']) for text in found}
-    return sorted(text for text in faint if text[1] < least)
+    def wanted(words): return least if any(letter.isalnum() for letter in words) else least_of_signs
+    return sorted(text for text in faint if text[1] < wanted(text[0]))
 
 
 def choose_theme(page, name='JupyterLab Dark'):

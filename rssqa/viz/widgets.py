@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RANKING_COLUMNS', 'CHOICE_COLUMNS', 'BORDER', 'GREY', 'LAST_CHOICES', 'ALL_IMAGES', 'RATINGS', 'REVIEW_COLUMNS',
-           'KEYS_JS', 'REMOVED', 'ADDED', 'EXTRA_TEXT', 'read_table', 'as_good', 'Recommender', 'class_table',
-           'view_recommender', 'PairReviewer', 'marked', 'view_reviewer', 'app_settings', 'example_review']
+           'KEYS_JS', 'REMOVED', 'ADDED', 'RATING_COLOURS', 'EXTRA_TEXT', 'read_table', 'as_good', 'Recommender',
+           'class_table', 'view_recommender', 'PairReviewer', 'marked', 'view_reviewer', 'app_settings',
+           'example_review']
 
 # %% ../../nbs/67_viz.widgets.ipynb #40dbb095
 import asyncio, html, os, sys
@@ -583,7 +584,7 @@ class PairReviewer:
         skipped = int(self.review.skipped.sum())
         return f'PairReviewer: {len(self.review)} pairs, {self.remaining} to rate, {skipped} skipped'
 
-# %% ../../nbs/67_viz.widgets.ipynb #734bd4b2
+# %% ../../nbs/67_viz.widgets.ipynb #b4733942
 KEYS_JS = '''
 function render({ model, el }) {
   el.textContent = 'Keys, while this window has its outline: r right, w wrong, s skip, b back';
@@ -638,13 +639,17 @@ def _make_keyboard(): # a widget that sends the keys pressed
     return Keys()
 
 
+RATING_COLOURS = ('#00664B', '#A94400', '') # right, wrong, skip: dark enough for white letters
+
+
 def _add_reviewer_widgets(view, n): # n: pairs
     import ipywidgets as w
     wide = w.Layout(width='110px')
     view.keyboard = _make_keyboard()
     view.buttons = {}
-    for rating, style in zip(RATINGS, ('success', 'danger', '')):
-        view.buttons[rating] = w.Button(description=rating.capitalize(), button_style=style, layout=wide)
+    for rating, ground in zip(RATINGS, RATING_COLOURS):
+        style = dict(button_color=ground, text_color='white') if ground else {}
+        view.buttons[rating] = w.Button(description=rating.capitalize(), style=style, layout=wide)
     view.back = w.Button(description='Back', layout=wide)
     view.bar = w.IntProgress(0, 0, max(n, 1), layout=w.Layout(width='240px'))
     view.position = w.HTML()
