@@ -113,7 +113,7 @@ def _build_demo(data, out, sources, weights, encoder, steps, every, workers, see
     board = run_full_demo(plan, out, workers, seed, None if every else FIVE_RIVALS)
     print(full_demo_summary(board, plan, out))
 
-# %% ../nbs/91_cli.ipynb #254459a4
+# %% ../nbs/91_cli.ipynb #34e10753
 @app.command('assess')
 def assess_command(
     image: Annotated[Path, typer.Argument(help='Image from above, or a folder of images.')],
@@ -134,6 +134,8 @@ def assess_command(
         help='Dataset of the pack that the image belongs to: its class table and its calibration are used.')] = '',
     shard: Annotated[Optional[str], typer.Option(
         help='i/n: assess the i-th of n shares of a folder; join their tables with rssqa merge.')] = None,
+    ray: Annotated[Optional[str], typer.Option(
+        help='Address of a Ray cluster that assesses a folder, or local.')] = None,
     pack: _PackOption = None,
 ):
     "Say how accurate the maps of an image are, where they are wrong and which one to use, without labels."
@@ -142,9 +144,10 @@ def assess_command(
     named = _named_paths(maps or ())
     if image.is_dir():
         _check_folder_options(labels, pictures)
-        place = dict(dataset=dataset or source or None, pack=pack, shard=shard)
+        place = dict(dataset=dataset or source or None, pack=pack, shard=shard, ray=ray)
         return _assess_folder(image, named, classes, usual, as_json, out, workers, **place)
-    if shard: raise Incompatible('cannot use --shard with one image', 'it has one share', 'give a folder of images')
+    for name, given in {'--shard': shard, '--ray': ray}.items():
+        if given: raise Incompatible(f'cannot use {name} with one image', 'it is for many', 'give a folder of images')
     for path in (image, *named.values(), *filter(None, (classes, labels))): check_file(path)
     if out: check_table_path(out)
     import json
@@ -287,7 +290,7 @@ def _check_folder_options(labels, pictures): # of assess
     raise Incompatible(f'cannot use {given[0]} with a folder', 'it belongs to one image', todo)
 
 
-def _assess_folder(folder, named, classes, usual, as_json, out, workers, dataset, pack, shard):
+def _assess_folder(folder, named, classes, usual, as_json, out, workers, dataset, pack, shard, ray):
     import json
     from rssqa.quality.assess_folder import assess_folder
     from rssqa.quality.pack import open_pack
@@ -295,11 +298,17 @@ def _assess_folder(folder, named, classes, usual, as_json, out, workers, dataset
     from rssqa.quality.shards import parse_shard, shard_path
     opened = open_pack(pack)
     share = parse_shard(shard) if shard else None
-    result = assess_folder(folder, named or None, classes, usual, opened, dataset, out, workers, share)
+    engine = _ray_engine(ray, workers) if ray else None
+    result = assess_folder(folder, named or None, classes, usual, opened, dataset, out, workers, share, engine)
     if share: out = shard_path(out, share)
     if as_json: print(json.dumps(_assessed_json(result, opened.assessor.name), indent=1))
     else: print('\n'.join([*_assessed_lines(result, out), f'pack: {opened.assessor.name}']))
     if result.rows.empty and not share: raise nothing_usable(folder, result.skipped)
+
+
+def _ray_engine(address, workers):
+    from rssqa.quality.ray_engine import on_ray
+    return on_ray(None if address == 'local' else address, workers)
 
 
 def _assessed_json(result, pack): # from assess_folder, name -> one document

@@ -1,5 +1,6 @@
 """Shares of a folder: they cover it once, join to the table of one call, and a set that does not fit is refused."""
 import json
+import sys
 
 import numpy as np
 import pandas as pd
@@ -7,9 +8,10 @@ import pytest
 from PIL import Image
 
 from rssqa.cli import main
-from rssqa.core import DataNotFound, Incompatible
+from rssqa.core import DataNotFound, Incompatible, MissingFeatures
 from rssqa.data.synthetic import CLASSES
-from rssqa.quality.folders import Shard, process_folder
+from rssqa.quality.folders import Shard, process_folder, process_image
+from rssqa.quality.ray_engine import on_ray
 from rssqa.quality.shards import manifest_path, merge_shards, parse_shard, shard_path, write_manifest
 from test_assess_folder import METHODS, NAMES, write_case
 
@@ -117,3 +119,44 @@ def test_on_the_command_line(tmp_path, capsys):
     assert code and '--out' in text
     code, text = call('assess', tmp_path/'images'/'a.png', *maps, '--shard', '0/2')
     assert code and 'folder of images' in text
+
+
+# ---------------------------------------------------------------- a Ray cluster
+
+@pytest.fixture(scope='module')
+def cluster():
+    ray = pytest.importorskip('ray', reason='Ray is an extra')
+    ray.init(num_cpus=2, include_dashboard=False, logging_level='error', log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+def test_a_cluster_gives_the_rows_of_one_process(images, tmp_path, cluster):
+    cluster.cloudpickle.register_pickle_by_value(sys.modules[__name__])        # workers do not import tests
+    whole = process_folder(images, describe, tmp_path/'whole.csv', workers=1)
+    there = process_folder(images, describe, tmp_path/'there.csv', engine=on_ray(workers=2))
+    pd.testing.assert_frame_equal(there.rows, whole.rows)
+    assert (tmp_path/'there.csv').read_bytes() == (tmp_path/'whole.csv').read_bytes()
+    assert there.skipped.path.tolist() == whole.skipped.path.tolist() == ['flight 0/torn.png']
+    assert cluster.is_initialized(), 'a cluster that was there stays'
+
+
+def test_a_stopped_cluster_goes_on(images, tmp_path):
+    def stops(function, paths): # an engine that is interrupted after seven images
+        for path in paths[:7]: yield path, *process_image(function, path)
+        raise KeyboardInterrupt
+    counted = []
+    def counts(function, paths):
+        for path in paths:
+            counted.append(path)
+            yield path, *process_image(function, path)
+    with pytest.raises(KeyboardInterrupt): process_folder(images, describe, tmp_path/'t.csv', engine=stops)
+    whole = process_folder(images, describe, tmp_path/'whole.csv', workers=1)
+    again = process_folder(images, describe, tmp_path/'t.csv', engine=counts)
+    pd.testing.assert_frame_equal(again.rows, whole.rows)
+    assert len(counted) == 24 - 6, 'one of the seven is torn and is tried again'
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr('rssqa.quality.ray_engine.find_spec', lambda name: None)
+    with pytest.raises(MissingFeatures, match=r'rssqa\[ray\]'): on_ray()

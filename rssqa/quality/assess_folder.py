@@ -40,7 +40,7 @@ def _plain(value): # what JSON knows; None for no number
     if isinstance(value, (bool, np.bool_)): return bool(value)
     return float(value) if np.isfinite(value) else None
 
-# %% ../../nbs/59_quality.assess_folder.ipynb #cdd8f4a5
+# %% ../../nbs/59_quality.assess_folder.ipynb #afbb170b
 class _AssessOne:
     "Assess the maps of one image; a worker opens the pack once."
     def __init__(self,
@@ -81,6 +81,7 @@ def assess_folder(
     out=None, # table to write, .parquet or .csv; the same call goes on where an earlier one was stopped
     workers: int = None, # processes of one thread each; default one per core
     shard: Shard = None, # of several machines, each with its share of the images; join them with merge_shards
+    engine=None, # what calls a function for many images, such as on_ray(); default: processes of this machine
 ) -> FolderResult: # rows: path, name, the columns of ROW_COLUMNS, state, reason
     "Assess the maps of every image of a folder, without labels."
     if out: check_table_path(out)
@@ -101,8 +102,9 @@ def assess_folder(
     if out:
         of_pack = pack.fingerprint(dataset or pack.datasets[0])
         fingerprint = digest(of_pack, dataset, usual, table, _maps_identity(maps))
-    if not shard: return process_folder(folder, one, out, workers, fingerprint, 'assessing')
-    result = process_folder(folder, one, shard_path(out, shard), workers, fingerprint, 'assessing', shard)
+    settings = dict(workers=workers, fingerprint=fingerprint, what='assessing', engine=engine)
+    if not shard: return process_folder(folder, one, out, **settings)
+    result = process_folder(folder, one, shard_path(out, shard), shard=shard, **settings)
     write_manifest(out, shard, fingerprint, result)
     return result
 

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'ONE_THREAD', 'IMAGES_A_WORKER', 'check_table_path', 'write_faults', 'write_table', 'Listing',
-           'check_folder', 'list_images', 'plain_name', 'own_folder', 'claim_output', 'Shard', 'FolderResult',
-           'process_folder']
+           'check_folder', 'list_images', 'plain_name', 'own_folder', 'claim_output', 'process_image', 'Shard',
+           'FolderResult', 'process_folder']
 
-# %% ../../nbs/56_quality.folders.ipynb #0735e508
+# %% ../../nbs/56_quality.folders.ipynb #c51a6f1b
 import json, os, signal
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -196,8 +197,12 @@ def _key(folder, path, fingerprint): # '' where the file cannot be found
     except OSError: return ''
     return digest(os.fsencode(path), status.st_size, status.st_mtime_ns, fingerprint)
 
-# %% ../../nbs/56_quality.folders.ipynb #9ada201a
-def _process(function, path): # -> rows as JSON and '', or '' and the reason
+# %% ../../nbs/56_quality.folders.ipynb #0f6983ad
+def process_image(
+    function: Callable, # path of an image -> rows
+    path: str,
+) -> tuple[str, str]: # rows as JSON and '', or '' and the reason
+    "Call a function for one image; whatever goes wrong becomes a reason."
     try:
         check_file(path)                                                   # a pipe would wait for ever
         rows = function(path)
@@ -211,13 +216,13 @@ def _process(function, path): # -> rows as JSON and '', or '' and the reason
 
 def _reason(path, found, todo): return str(Problem(f'cannot process {plain_name(path)}', found, todo))
 
-# %% ../../nbs/56_quality.folders.ipynb #a419d82d
+# %% ../../nbs/56_quality.folders.ipynb #1b3a8082
 ONE_THREAD = dict(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MKL_NUM_THREADS='1')
 
 
 def _from_here(function, paths): # yields path, rows, reason
     with few_threads(1):
-        for path in paths: yield path, *_process(function, path)
+        for path in paths: yield path, *process_image(function, path)
 
 
 def _start_worker(): signal.signal(signal.SIGINT, signal.SIG_IGN) # the parent ends its workers itself
@@ -244,7 +249,7 @@ def _from_processes(function, paths, workers): # yields path, rows, reason, as t
 def _run(pool, function, waiting, running, most): # moves paths from waiting to running, at most so many
     while waiting or running:
         while waiting and len(running) < most:
-            running[pool.submit(_process, function, waiting[0])] = waiting[0]
+            running[pool.submit(process_image, function, waiting[0])] = waiting[0]
             waiting.popleft()
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             rows, reason = future.result()
@@ -257,14 +262,14 @@ def _one_by_one(function, paths): # yields path, rows, reason
         try:
             with _pool(1) as pool:
                 while waiting:
-                    yield waiting[0], *pool.submit(_process, function, waiting[0]).result()
+                    yield waiting[0], *pool.submit(process_image, function, waiting[0]).result()
                     waiting.popleft()
         except BrokenProcessPool:
             found = 'the process that read it was ended, most likely for lack of memory'
             path = waiting.popleft()
             yield path, '', _reason(path, found, 'cut it into tiles first')
 
-# %% ../../nbs/56_quality.folders.ipynb #efb2d8aa
+# %% ../../nbs/56_quality.folders.ipynb #ed8e4e5a
 IMAGES_A_WORKER = 16 # for fewer, the start of a process (torch, networks) costs more than it saves
 
 
@@ -293,6 +298,7 @@ def process_folder(
     fingerprint: str = '', # of what the rows depend on besides the image
     what: str = 'images', # two or three words for the progress bar
     shard: Shard = Shard(), # images that this call reads
+    engine: Callable = None, # function, paths -> yields path, rows as JSON, reason; default: processes of this machine
 ) -> FolderResult:
     "Call a function for every image of a folder; a failure is a reason beside the others' rows."
     if out: check_table_path(out)
@@ -303,7 +309,8 @@ def process_folder(
     images = [path for path in listing.images if shard.has(path)]
     keys = {path: _key(folder, path, fingerprint) for path in images}
     with claim_output(out) if out else nullcontext():
-        rows, reasons = _rows_and_reasons(folder, function, out and _Part(out), workers, keys, what)
+        engine = engine or partial(_outcomes, workers=workers)
+        rows, reasons = _rows_and_reasons(folder, function, out and _Part(out), engine, keys, what)
         names = {path: plain_name(path) for path in images if path in rows}
         table = _table(rows, names)
         if out and len(table): write_table(table, out)
@@ -319,13 +326,13 @@ def _table(rows, names): # {path: rows}, {path: name} in the order of the table
     return pd.DataFrame(records) if records else pd.DataFrame(columns=['path'])
 
 
-def _rows_and_reasons(folder, function, part, workers, keys, what): # keys: {path: key} -> {path: rows}, {path: reason}
+def _rows_and_reasons(folder, function, part, engine, keys, what): # keys: {path: key} -> {path: rows}, {path: reason}
     kept = part.read() if part else {}
     rows = {path: kept[key] for path, key in keys.items() if key in kept}
     reasons = {}
     if rows: say(f'{len(rows)} of {len(keys)} images were finished by an earlier call')
     missing = {os.path.join(folder, path): path for path in keys if path not in rows}
-    outcomes = _outcomes(function, list(missing), workers)
+    outcomes = engine(function, list(missing))
     with part or nullcontext(), closing(outcomes):
         for full, text, reason in progress(outcomes, what, len(keys), 'image', initial=len(rows)):
             path = missing[full]
