@@ -60,9 +60,9 @@ def main(args: list[str] = None) -> None:
     if message: print(f'rssqa: {message}', file=sys.stderr)
     sys.exit(code)
 
-# %% ../nbs/91_cli.ipynb #710aa188
+# %% ../nbs/91_cli.ipynb #d61162d0
 _PackOption = Annotated[Optional[Path], typer.Option(
-    help='Folder of a pack; default: the one chosen with rssqa pack use, else the bundled one.')]
+    help='Folder of a pack, or hf:USER/NAME; default: that of rssqa pack use, else the bundled one.')]
 _DatasetOption = Annotated[Optional[str], typer.Option(help='Class table, where the pack knows several.')]
 _ClassesOption = Annotated[Optional[Path], typer.Option(
     help='Class table of the maps: JSON, names in order or {"id": "name"}.')]
