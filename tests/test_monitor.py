@@ -7,7 +7,7 @@ from PIL import Image
 from rssqa.cli import main
 from rssqa.core import DataNotFound, Incompatible
 from rssqa.data.synthetic import SCENE_TYPES, scene
-from rssqa.quality.monitor import Evidence, describe_images, median_of_scenes, monitor
+from rssqa.quality.monitor import Evidence, describe_images, fewest_scenes_to_alarm, median_of_scenes, monitor
 from rssqa.quality.pack import open_pack
 
 KINDS = list(SCENE_TYPES)
@@ -130,3 +130,17 @@ def test_the_command_writes_the_table(home, tmp_path, capsys):
         main(['monitor', *folders, '-o', str(out), '--level', '.05'])
     assert stop.value.code == 0 and 'ALARM' in capsys.readouterr().out
     assert pd.read_csv(out).period.tolist() == ['same', 'dark']
+
+
+@pytest.mark.parametrize('reference, level', [(5, .01), (20, .01), (20, .2), (200, .001)])
+def test_no_series_raises_an_alarm_earlier_than_said(reference, level):
+    fewest = fewest_scenes_to_alarm(reference, level)
+    rng = np.random.default_rng(reference)
+    for _ in range(50):
+        evidence = Evidence(rng.normal(size=reference))
+        alarms = []
+        for score in rng.normal(size=fewest - 1) + rng.choice([0, 5, 50]) * np.arange(1, fewest):
+            evidence.update(score)
+            alarms.append(evidence.value >= 1 / level)
+        assert not any(alarms)
+    assert fewest_scenes_to_alarm(reference, 1e-9, most=3) == 0

@@ -147,7 +147,7 @@ def image_posterior(
     own = consensus_posterior(consensus, grid_of_points(maps, source), maps.parts)
     return (1 - weight) * q + weight * own
 
-# %% ../../nbs/56_quality.assessor.ipynb #38f9f48b
+# %% ../../nbs/56_quality.assessor.ipynb #4eec1e21
 MANY_CALIBRATION_IMAGES = 120 # of a dataset; more make no difference
 ENOUGH_SCENES = 10 # for intervals of a source by its own scenes alone
 TUNE_BATCH = 12 # images
@@ -460,12 +460,15 @@ class Assessor:
     @few_threads()
     def check_image(self,
         image, # anything as_image takes
+        vector: np.ndarray = None, # (D,) of the semantic encoder, where it was encoded before
     ) -> DomainReport:
         "Say whether an image looks like the training images; no maps are needed."
         x = open_image(image)
         nodata = find_nodata(x)
         report = DomainReport(image_findings(x, nodata))
-        if not report.refused: report.findings += self._image_findings(x, nodata, self.semantics(x)[1])
+        if report.refused: return report
+        if vector is None: vector = self.semantics(x)[1]
+        report.findings += self._image_findings(x, nodata, vector)
         return report
 
     def _check_source(self, source, table):
