@@ -92,8 +92,8 @@ def test_what_is_not_there_is_named(hub, tmp_path):
     gone = rssqa(hub, tmp_path, 'pack', 'show', '--pack', 'hf:me/other')
     assert gone.returncode and 'cannot fetch the pack hf:me/other' in gone.stderr and 'hf auth login' in gone.stderr
     assert 'Traceback' not in gone.stderr
-    odd = rssqa(hub, tmp_path, 'pack', 'show', '--pack', 'hf:a/b/c')
-    assert odd.returncode and 'cannot fetch the pack hf:a/b/c' in odd.stderr
+    wrong = rssqa(hub, tmp_path, 'pack', 'show', '--pack', 'hf:a/b/c')
+    assert wrong.returncode and 'cannot fetch the pack hf:a/b/c' in wrong.stderr
 
 
 def test_revisions_reach_the_hub(monkeypatch):
