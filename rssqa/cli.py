@@ -8,12 +8,12 @@ __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PAR
            'use_command', 'show_command', 'build_command', 'build_demo_command', 'calibrate_command', 'fit_command',
            'score_command', 'recommend_command', 'ls_command', 'get_command', 'check_command', 'paper_command',
            'speed_command', 'methods_command', 'encoders_command', 'projection_command', 'assessor_command',
-           'semantics_command', 'bench_later_command', 'bench_pack_command', 'fused_command', 'bench_monitor_command',
-           'bench_costs_command', 'bench_errors_command', 'bench_scene_command', 'bench_totals_command',
-           'starts_command', 'label_noise_command', 'tables_command', 'own_domain_command', 'points_command',
-           'labels_command', 'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command',
-           'conformance_command', 'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command',
-           'train_command', 'export_command', 'eval_command', 'doctor_command']
+           'semantics_command', 'bench_later_command', 'bench_pack_command', 'fused_command',
+           'bench_open_vocabulary_command', 'bench_monitor_command', 'bench_costs_command', 'bench_errors_command',
+           'bench_scene_command', 'bench_totals_command', 'starts_command', 'label_noise_command', 'tables_command',
+           'own_domain_command', 'points_command', 'labels_command', 'bench_fit_command', 'explorer_command',
+           'clip_command', 'probe_command', 'conformance_command', 'degradation_command', 'apps', 'app_command',
+           'shards_command', 'purify_command', 'train_command', 'export_command', 'eval_command', 'doctor_command']
 
 # %% ../nbs/91_cli.ipynb #a05f4187
 import os, sys
@@ -727,7 +727,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #554678a5
+# %% ../nbs/91_cli.ipynb #e18ec22d
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -808,6 +808,17 @@ def fused_command(
     "Compare the recommended map with maps that are fused from all methods."
     from rssqa.bench.fused import write_answers
     print(write_answers(str(tables), data, out, _integers(seeds)))
+
+
+@bench_app.command('open-vocabulary')
+def bench_open_vocabulary_command(
+    data: _DataOption,
+    tables: _TablesOption = Path('data/tables'),
+    out: Annotated[Path, typer.Option(help='Folder of the CSV files.')] = Path('data/results'),
+):
+    "Measure maps made by words alone, and what the assessor says of them."
+    from rssqa.bench.open_vocabulary import write_open_vocabulary
+    for path in write_open_vocabulary(data, str(tables), out): print(path)
 
 
 @bench_app.command('monitor')

@@ -14,10 +14,10 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUND = ('core', 'provenance', 'exercises')
-LAYERS = ('data', 'testing', 'segment', 'clip', 'tables', 'quality', 'viz', 'scene', 'bench')
+LAYERS = ('data', 'testing', 'segment', 'clip', 'tables', 'open_vocabulary', 'quality', 'viz', 'scene', 'bench')
 TOP = ('all', 'build_demo', 'demo', 'cli')
 ORDER = GROUND + LAYERS + TOP           # lowest first; each may import only what stands before it
-COLOURS = '#8C6D31 #6B4C9A #C78500 #009E73 #0072B2 #D04A00 #CC5A9B #5B8A00 #444444'.split()
+COLOURS = '#8C6D31 #6B4C9A #C78500 #009E73 #0072B2 #7A5230 #D04A00 #CC5A9B #5B8A00 #444444'.split()
 COLOUR_OF = dict(zip(LAYERS, COLOURS))  # of a package and of its arrows
 GREY = '#808080'
 UNIT = 0.82                             # inches, the width of a package with its gap
@@ -142,7 +142,8 @@ def draw_box(axes, x: float, y: float, name: str, colour: str) -> None:
     corner = (x - BOX[0]/2 + 0.06, y - BOX[1]/2 + 0.06)
     axes.add_patch(FancyBboxPatch(corner, BOX[0] - 0.12, BOX[1] - 0.12, boxstyle='round,pad=0.06',
                                   fc='white', ec=colour, lw=1.6, zorder=4))
-    axes.text(x, y - 0.01, name, ha='center', va='center', fontsize=8, color='#222222', zorder=5)
+    words = name.replace('open_', 'open_\n')                                # the only name wider than a box
+    axes.text(x, y - 0.01, words, ha='center', va='center', fontsize=8, color='#222222', zorder=5)
 
 
 def draw_arrows(axes, arrows: dict, curves: dict) -> None:

@@ -24,7 +24,7 @@ from ..tables.rs_sqed_open import SOURCES, UNSEEN, open_tiles, published_path, u
 from ..tables.sqed import load_sqed
 from ..tables.store import Store
 
-# %% ../../nbs/59_quality.build_pack.ipynb #b611b831
+# %% ../../nbs/59_quality.build_pack.ipynb #107f147b
 LEARN_FROM = ('amazon_forest', 'dubai_mbrsc', 'mumbai_pleiades') # sources whose licence allows weights to ship
 TABLE_SOURCES = {'open': SOURCES, 'unseen': (UNSEEN,)} # committed table -> sources
 
@@ -39,8 +39,9 @@ def training_images(
     home = Path(home or cache_dir('build_pack'))
     for name, sources in wanted.items():
         table = load_sqed(published_path(tables, name))
+        table = table[table.dataset.isin(sources)].reset_index(drop=True)
         tiles, specs = open_tiles(data, home, sources)
-        store = Store(home/name)
+        store = Store(home/'-'.join([name, *sources]))
         if store.missing('truth', table.image_id.unique()):
             unpack_grids(published_path(tables, name, 'grids'), table, store, tiles, specs)
         yield from _images_of(table, tiles, store, specs)

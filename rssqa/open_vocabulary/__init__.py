@@ -1,0 +1,1 @@
+"""Segmentation by words: any vision-language encoder and a class list, without training."""
