@@ -535,16 +535,16 @@ def _folder_lines(result, out): # from rank_folder -> summary
     lines.append(f'{len(result.skipped)} skipped, {result.others} files of other kinds')
     return lines + [f'  skipped {row.path}: {row.reason}' for row in result.skipped.itertuples()]
 
-# %% ../nbs/91_cli.ipynb #107400c2
-KINDS = ('methods', 'encoders', 'datasets', 'fusions')
+# %% ../nbs/91_cli.ipynb #bef280a8
+KINDS = ('methods', 'encoders', 'datasets', 'fusions', 'systems')
 
 
 @app.command('ls')
 def ls_command(
-    kind: Annotated[str, typer.Argument(help='methods, encoders, datasets or fusions.')],
+    kind: Annotated[str, typer.Argument(help='methods, encoders, datasets, fusions or systems.')],
     pattern: Annotated[str, typer.Argument(help='Wildcard, such as "*former*".')] = '*',
 ):
-    "List methods, encoders, datasets or fusion blocks."
+    "List methods, encoders, datasets, fusion blocks or published systems."
     if kind not in KINDS: raise unknown('list', kind, KINDS)
     for line in _aligned(_listing(kind, pattern)): print(line)
 
@@ -561,6 +561,10 @@ def _listing(kind, pattern): # rows of words, the name first
         from rssqa.clip.specs import SPECS
         facts = {spec.name: (spec.architecture, spec.licence) for spec in SPECS}
         return [(name, *facts.get(name, ('', ''))) for name in encoders.list(pattern)]
+    if kind == 'systems':
+        from fnmatch import fnmatch
+        from rssqa.systems import SYSTEMS
+        return [(s.name, s.paper, s.state, s.checked) for s in SYSTEMS if fnmatch(s.name.lower(), pattern.lower())]
     import rssqa.quality.fusion  # noqa: F401 (fills the registry)
     return [(name,) for name in fusions.list(pattern)]
 

@@ -134,6 +134,8 @@ def test_methods_are_listed_in_aligned_columns(capsys):
 def test_datasets_and_encoders_are_listed(capsys):
     assert 'vaihingen' in call(capsys, 'ls', 'datasets')[1]
     assert 'clip-rs' in call(capsys, 'ls', 'encoders')[1]
+    listed = call(capsys, 'ls', 'systems', '*ov*')[1]
+    assert 'SegEarth-OV' in listed and 'soft-guided OVSS' in listed and 'not yet' in listed
 
 
 def test_doctor_reports_device_folders_and_pack(capsys):

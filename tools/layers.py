@@ -13,7 +13,7 @@ from matplotlib.path import Path as Curve
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = ('core', 'provenance', 'exercises')
+GROUND = ('core', 'provenance', 'exercises', 'systems')
 LAYERS = ('data', 'testing', 'segment', 'clip', 'tables', 'open_vocabulary', 'quality', 'viz', 'scene', 'bench')
 TOP = ('all', 'build_demo', 'demo', 'cli')
 ORDER = GROUND + LAYERS + TOP           # lowest first; each may import only what stands before it

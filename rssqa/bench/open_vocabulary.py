@@ -116,7 +116,7 @@ def _measure_source(source, tiles, spec, segmenters):
     about = dict(source=source, classes=k, tiles=len(tiles))
     return [about | dict(variant=name) | {m: accuracy(c)[m] for m in ('oa', 'miou')} for name, c in counts.items()]
 
-# %% ../../nbs/85_bench.open_vocabulary.ipynb #659becf2
+# %% ../../nbs/85_bench.open_vocabulary.ipynb #ab9cb1a8
 FOREIGN = 'open-vocabulary'
 NEW_TO_THE_PACK = {'open': ('czech_ortho',), 'unseen': ('dronedeploy',), 'coast': ('coast_usgs',)}
 
@@ -148,11 +148,14 @@ def measure_assessor(
     "Assess the foreign map beside eight others, on sources that the networks of the assessor did not learn from."
     assessor = Assessor.load(Path(pack or bundled_pack())/'assessor')
     encoder = load_encoder('clip-rs-mini')
+    home = Path(home or cache_dir('open_vocabulary'))
+    sources = [source for names in wanted.values() for source in names]
+    chosen = pd.concat([draw_tiles(open_tiles(data, home, (source,))[0], each) for source in sources])
+    wanted_images = set(chosen.image_id)
     images = []
     for image in progress(training_images(data, tables, home, wanted), 'reading images', unit='image'):
-        source = image.grid.dataset
-        if sum(other.grid.dataset == source for other in images) >= each or not image.scene: continue
-        segmenter = OpenVocabulary(encoder, WORDS[source])
+        if image.grid.image_id not in wanted_images: continue
+        segmenter = OpenVocabulary(encoder, WORDS[image.grid.dataset])
         images.append(_with_foreign_map(image, segmenter))
     rows = assessor.assess_new(images)
     return _compare_kinds(rows[rows.kind == 'many'])
