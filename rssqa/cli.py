@@ -9,11 +9,12 @@ __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PAR
            'score_command', 'recommend_command', 'ls_command', 'get_command', 'check_command', 'paper_command',
            'speed_command', 'methods_command', 'encoders_command', 'projection_command', 'assessor_command',
            'semantics_command', 'bench_later_command', 'bench_pack_command', 'fused_command',
-           'bench_open_vocabulary_command', 'bench_monitor_command', 'bench_costs_command', 'bench_errors_command',
-           'bench_scene_command', 'bench_totals_command', 'starts_command', 'label_noise_command', 'tables_command',
-           'own_domain_command', 'points_command', 'labels_command', 'bench_fit_command', 'explorer_command',
-           'clip_command', 'probe_command', 'conformance_command', 'degradation_command', 'apps', 'app_command',
-           'shards_command', 'purify_command', 'train_command', 'export_command', 'eval_command', 'doctor_command']
+           'bench_composites_command', 'bench_open_vocabulary_command', 'bench_monitor_command', 'bench_costs_command',
+           'bench_errors_command', 'bench_scene_command', 'bench_totals_command', 'starts_command',
+           'label_noise_command', 'tables_command', 'own_domain_command', 'points_command', 'labels_command',
+           'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command', 'conformance_command',
+           'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command', 'train_command',
+           'export_command', 'eval_command', 'doctor_command']
 
 # %% ../nbs/91_cli.ipynb #a05f4187
 import os, sys
@@ -731,7 +732,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #e18ec22d
+# %% ../nbs/91_cli.ipynb #261e2a15
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -812,6 +813,16 @@ def fused_command(
     "Compare the recommended map with maps that are fused from all methods."
     from rssqa.bench.fused import write_answers
     print(write_answers(str(tables), data, out, _integers(seeds)))
+
+
+@bench_app.command('composites')
+def bench_composites_command(
+    data: _DataOption,
+    out: Annotated[Path, typer.Option(help='CSV file.')] = Path('data/results/composites.csv'),
+):
+    "Turn up the difficulty of composites: does OA fall, and does its prediction follow?"
+    from rssqa.bench.composites import write_composites
+    print(write_composites(data, out))
 
 
 @bench_app.command('open-vocabulary')

@@ -8,7 +8,7 @@ __all__ = ['STATES', 'SYSTEMS', 'System']
 # %% ../nbs/03_systems.ipynb #31650a77
 from dataclasses import dataclass
 
-# %% ../nbs/03_systems.ipynb #af52ee57
+# %% ../nbs/03_systems.ipynb #b6ad3c08
 STATES = ('works', 'partly', 'not yet')
 
 
@@ -63,7 +63,10 @@ SYSTEMS = (
     System('RSRefSeg 2', 'arXiv 2507.06231', 'not yet', 'referring segmentation'),
     System('SemiEarth', 'arXiv 2602.00202', 'not yet', 'purification of pseudo-labels'),
     System('soft-guided OVSS', 'doi 10.1109/TGRS.2025.3628336', 'not yet', 'trained open-vocabulary segmentation'),
-    System('object-based augmentation', 'arXiv 2105.05516', 'not yet', 'augmentation and graded difficulty'),
+    System(
+        'object-based augmentation', 'arXiv 2105.05516', 'works',
+        'objects cut, changed and pasted with exact labels; as generator of difficulty, not yet in training',
+        'rssqa bench composites', '13_data.composites.ipynb'),
     System('CrossEarth', 'arXiv 2410.22629', 'not yet', 'domain generalisation'),
     System('MetaSegNet', 'arXiv 2312.12735', 'not yet', 'metadata as prompts'),
 )
