@@ -437,7 +437,7 @@ def write_experiment(
         paths.append(save_results(rows, path, facts.protocol, facts.data, seeds_used, COMMAND))
     return paths
 
-# %% ../../nbs/83_bench.paper.ipynb #1c0d5ed4
+# %% ../../nbs/83_bench.paper.ipynb #25c2fdc9
 MEASURE_TOLERANCE = 5e-4 # largest difference of a number that is computed again
 REFIT_TOLERANCE = 5e-3 # mean difference of a prediction that is fitted again
 REFITTED = (
@@ -471,7 +471,7 @@ def verify(
 def compare_with_file(
     rows: pd.DataFrame, # measured again
     path: Path, # CSV file of the same rows
-) -> dict: # rows, numbers, largest_difference: infinite where a number is missing or a word is another
+) -> dict: # rows, numbers, largest_difference (infinite where a number is missing or a word is another), where
     "Compare measured rows with those of a file."
     if not path.exists():
         raise DataNotFound(f'no {path}', 'it is committed with the source', f'write it with: {COMMAND}')
@@ -488,10 +488,13 @@ def compare_with_file(
     words = rows.columns.difference(numbers)
     old = committed[numbers].to_numpy(float)
     new = rows[numbers].round(5).to_numpy(float)
-    difference = np.where(np.isnan(old) & np.isnan(new), 0, np.abs(old - new)).max()
+    differences = np.where(np.isnan(old) & np.isnan(new), 0, np.abs(old - new)).max(0)
+    difference = differences.max()
+    where = numbers[differences.argmax()] if difference > 0 else ''
     same_words = (_as_words(committed[words]) == _as_words(rows[words])).all()
     if np.isnan(difference) or not same_words: difference = np.inf
-    return dict(rows=len(rows), numbers=int(np.isfinite(old).sum()), largest_difference=float(difference))
+    counted = dict(rows=len(rows), numbers=int(np.isfinite(old).sum()))
+    return counted | dict(largest_difference=float(difference), where=where)
 
 
 def _as_words(rows): return rows.fillna('').astype(str).to_numpy()
