@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from rssqa.bench.open_vocabulary import FOREIGN, WORDS, add_foreign_map, draw_tiles, words_of_others
 from rssqa.core import BadImage, Incompatible, UnknownName
 from rssqa.open_vocabulary.segmenter import (
-    OpenVocabulary, class_probabilities, class_words, fill_background, window_starts, word_vectors,
+    OpenVocabulary, class_probabilities, class_words, fill_background, word_vectors,
 )
 from rssqa.quality.assessor import TrainingImage
-from rssqa.segment.protocol import check_segmenter
+from rssqa.segment.protocol import check_segmenter, window_starts
 from rssqa.tables.grid import PredictionGrid
 
 ROOT = Path(__file__).resolve().parents[1]

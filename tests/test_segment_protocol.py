@@ -8,8 +8,8 @@ from torch import nn
 from rssqa.core import BadImage, Incompatible, UnknownName, segmenters
 from rssqa.segment.protocol import (
     IMAGENET_MEAN, IMAGENET_STD, METHOD_NAMES, MIN_SIDE, FeatureHooks, MethodSpec, Segmenter, SegOutput,
-    TorchSegmenter, _triangle, _window_starts, check_batch, check_segmenter, crop_like, methods, normalise,
-    pad_to, predict_large,
+    TorchSegmenter, _triangle, check_batch, check_segmenter, crop_like, methods, normalise,
+    pad_to, predict_large, window_starts,
 )
 
 quick = settings(max_examples=40, deadline=None)
@@ -245,7 +245,7 @@ def test_padding_repeats_the_edge_and_cropping_removes_it(h, w, stride, down):
 @given(st.integers(1, 200), st.integers(2, 64), st.data())
 def test_windows_cover_every_pixel(length, window, data):
     overlap = data.draw(st.integers(0, window - 1))
-    starts = _window_starts(length, window, window - overlap)
+    starts = window_starts(length, window, window - overlap)
     visits = np.zeros(length, int)
     for a in starts: visits[a:a+window] += 1
     assert visits.min() >= 1

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['ORDERS', 'COMMAND', 'USUAL', 'fuse_in_order', 'answer_name', 'measure_orders', 'write_costs']
 
-# %% ../../nbs/84_bench.costs.ipynb #e4235738
+# %% ../../nbs/84_bench.costs.ipynb #f62c829b
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from .evidence import BY_SCENE, TABLES, held_out_models, open_with_truth, prediction_file
-from .fused import compare_answers
+from .fused import compare_answers, recommended_maps
 from .predictors import ENSEMBLE
 from .protocol import load_predictions
 from ..core import MissingFeatures
@@ -38,7 +38,7 @@ def fuse_in_order(
     accuracy[0] = (grid.pred[at[0]][labelled] == truth).mean()
     return accuracy
 
-# %% ../../nbs/84_bench.costs.ipynb #c9bac6c7
+# %% ../../nbs/84_bench.costs.ipynb #724e8d42
 def answer_name(
     order: str, # one of ORDERS
     methods: int, # that have run
@@ -59,7 +59,7 @@ def measure_orders(
         raise MissingFeatures('cannot choose from the image', 'found no image vectors', 'publish the table with some')
     seconds = pd.read_csv(costs).groupby('method').cpu_ms.first() / 1000
     predictions = load_predictions(prediction_file('main', folder))
-    recommended = _best_maps(predictions[predictions.seed == seed])
+    recommended = recommended_maps(predictions[predictions.seed == seed], ENSEMBLE)
     def make(seed): return dict(neighbours=NeighbourBaseline(evidence.store, evidence.semantic, seed=seed))
     rows, spent = [], []
     for fold in held_out_models(evidence, make, seed):
@@ -72,10 +72,6 @@ def measure_orders(
             rows.append(about | answers)
             spent.append(time)
     return pd.DataFrame(rows), pd.DataFrame(spent).mean().to_dict()
-
-
-def _best_maps(predictions): # image_id -> method with the highest prediction
-    return predictions.loc[predictions.groupby('image_id')[ENSEMBLE].idxmax()].set_index('image_id').method
 
 
 def _orders_of_images(fold, seconds): # image_id -> {order: methods}

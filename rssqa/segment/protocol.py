@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'MIN_SIDE', 'BATCH_PIXELS', 'ATTRIBUTES', 'METHOD_NAMES', 'methods', 'SegOutput',
            'Segmenter', 'FeatureHooks', 'TorchSegmenter', 'check_batch', 'normalise', 'pad_to', 'crop_like',
-           'segment_views', 'predict_large', 'check_segmenter', 'MethodSpec']
+           'segment_views', 'window_starts', 'predict_large', 'check_segmenter', 'MethodSpec']
 
 # %% ../../nbs/20_segment.protocol.ipynb #225f14bb
 from dataclasses import dataclass, field
@@ -235,8 +235,13 @@ def segment_views(
     features = tuple(f[:len(x)] for f in out.features)
     return SegOutput(out.logits[:len(x)], features), out.logits[len(x):].flip(-1)
 
-# %% ../../nbs/20_segment.protocol.ipynb #d918c92f
-def _window_starts(length, window, step): # first pixels of the windows along one axis
+# %% ../../nbs/20_segment.protocol.ipynb #95172de5
+def window_starts(
+    length: int, # pixels along one axis
+    window: int, # pixels
+    step: int, # pixels between windows
+) -> list[int]: # first pixels
+    "Place windows so that they cover a length; the last one ends where it ends."
     last = max(length - window, 0)
     return sorted({*range(0, last + 1, step), last})
 
@@ -261,8 +266,8 @@ def predict_large(
     height, width = x.shape[-2:]
     total = torch.zeros(len(segmenter.classes), height, width)
     weight = torch.zeros(height, width)
-    for top in _window_starts(height, window, window - overlap):
-        for left in _window_starts(width, window, window - overlap):
+    for top in window_starts(height, window, window - overlap):
+        for left in window_starts(width, window, window - overlap):
             part = segmenter(x[..., top:top+window, left:left+window]).logits[0].cpu()   # (K,h,w)
             h, w = part.shape[-2:]
             window_weight = torch.as_tensor(np.outer(_triangle(h), _triangle(w)))
