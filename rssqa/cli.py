@@ -355,7 +355,7 @@ def _named_paths(options): # ['a=x.png'] -> {'a': Path('x.png')}; without a name
         named[name] = Path(path)
     return named
 
-# %% ../nbs/91_cli.ipynb #6dd4be8a
+# %% ../nbs/91_cli.ipynb #a6f0d745
 pack_app = typer.Typer(no_args_is_help=True, help='Choose the networks and the assessor that answer.')
 app.add_typer(pack_app, name='pack')
 
@@ -385,11 +385,16 @@ def build_command(
     tables: _TablesOption = Path('data/tables'),
     encoder: Annotated[str, typer.Option(help='Semantic encoder; empty for none.')] = 'clip-rs-mini',
     seed: Annotated[int, typer.Option(help='Of the drawn points and the weights.')] = 0,
+    networks: Annotated[bool, typer.Option('--networks', help='Train the networks of the pack first.')] = False,
+    weights: Annotated[Optional[Path], typer.Option(
+        help='Folder with mobilenetv2_100.safetensors, for --networks; default: random weights.')] = None,
+    workers: Annotated[Optional[int], typer.Option(min=1, help='Processes; default one per core.')] = None,
 ):
-    "Fit the assessor of a pack: about half an hour on two cores."
-    from rssqa.quality.build_pack import build_assessor
+    "Fit the assessor of a pack, and train its networks before if asked: half an hour each on two cores."
+    from rssqa.quality.build_pack import build_assessor, build_networks
     from rssqa.quality.pack import bundled_pack
     folder = pack or bundled_pack()
+    if networks: build_networks(folder, data, weights and str(weights), workers=workers)
     assessor = build_assessor(folder, data, str(tables), encoder=encoder, seed=seed)
     print(f'{folder/"assessor"}: {", ".join(assessor.sources)}, {len(assessor.methods)} methods')
 

@@ -4,14 +4,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from rssqa.core import Incompatible, read_json
-from rssqa.data.synthetic import scene
+from rssqa.core import Incompatible, read_json, write_json
+from rssqa.data.synthetic import scene, write_scenes
 from rssqa.quality.bounds import KNOWN_METHODS, KNOWN_SOURCE, measure_calibration
-from rssqa.quality.build_pack import LEARN_FROM, best_on_average
+from rssqa.quality.build_pack import LEARN_FROM, best_on_average, build_networks
 from rssqa.quality.pack import Pack, bundled_pack
 from rssqa.quality.recommend import assess
 from rssqa.quality.switching import fit_switch_rules
+from rssqa.segment.methods.training import Recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,3 +99,22 @@ def test_the_card_and_the_rules_of_change_are_those_that_were_measured(pack):
     rules = fit_switch_rules(calibration[calibration.kind.str.endswith(KNOWN_SOURCE)])
     shipped, again = pd.json_normalize(pack.assessor.switch_rules), pd.json_normalize(rules)
     assert set(shipped) == set(again) and np.allclose(shipped[again.columns], again)
+
+
+def test_networks_are_trained_put_into_a_pack_and_answer(tmp_path):
+    names = ('town', 'flood')
+    for name in names: write_scenes(tmp_path/'data'/name, name, 3, 32)
+    (tmp_path/'pack').mkdir()
+    write_json(tmp_path/'pack'/'pack.json', dict(name='of these', networks={}, default='synth_town'))
+    write_json(tmp_path/'pack'/'card.json', dict(licence='free'))
+    options = dict(methods=('unet', 'pspnet'), recipe=Recipe('nano', steps=2, batch=2, crop=32), sources=names)
+    build_networks(tmp_path/'pack', tmp_path/'data', home=tmp_path/'home', workers=1, **options)
+    built = Pack(tmp_path/'pack', 'cpu')
+    assert built.datasets == ['synth_flood', 'synth_town']
+    assert built.config['name'] == 'of these' and built.config['default'] == 'synth_town'    # what was there stays
+    card = read_json(tmp_path/'pack'/'card.json')
+    assert card['licence'] == 'free' and len(card['networks']) == 4
+    images = torch.as_tensor(scene('town', seed=5, size=32).image[None])
+    for dataset in built.datasets:
+        maps = {name: network(images).mask[0] for name, network in built.networks(dataset).items()}
+        assert set(maps) == {'unet', 'pspnet'} and all(m.shape == (32, 32) for m in maps.values())

@@ -122,13 +122,13 @@ def test_opening_loads_no_encoder_and_looks_for_no_imagery(monkeypatch):
     monkeypatch.setattr('rssqa.clip.encoders.load_encoder', fail)
     monkeypatch.setattr(committed, 'open_tiles', fail)
     window = explore('open')
-    assert len(window.state) == 12256 and not window.state.pending
+    assert len(window.state) == 14144 and not window.state.pending
 
 
 def test_wrong_names_and_missing_tables_are_explained(tmp_path, monkeypatch):
     with pytest.raises(UnknownName, match='open'): open_committed('opn')
     with pytest.raises(UnknownName, match='(?i)predictor'): predicted_oa(FOLDER, 'open', 'RS-SQ')
-    with pytest.raises(DataNotFound, match='(?i)one of open, unseen, coast'): explore('nothing-here')
+    with pytest.raises(DataNotFound, match='(?i)one of open, unseen'): explore('nothing-here')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(committed, 'PACKAGE_FILE', str(tmp_path/'rssqa/__init__.py'))
     with pytest.raises(DataNotFound, match='(?i)clone the repository'): tables_folder()

@@ -56,7 +56,7 @@ def test_predictions_cover_the_table_and_keep_scenes_apart():
 
 def test_the_ensemble_follows_from_its_members():
     predictions = load_predictions(prediction_file('main', TABLES))
-    assert {ENSEMBLE, CONSENSUS, RS_SQA, *MEMBERS} <= set(predictions)
+    assert {*MODELS, *MEMBERS} <= set(predictions)
     again = add_pooled_ensemble(predictions.drop(columns=ENSEMBLE))
     assert np.abs(again[ENSEMBLE] - predictions[ENSEMBLE]).max() < 2e-4
 

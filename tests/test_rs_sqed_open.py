@@ -13,8 +13,8 @@ from rssqa.data.splits import folds
 from rssqa.data.synthetic import write_scenes
 from rssqa.tables.grid import limit_grid, prediction_grids
 from rssqa.tables.rs_sqed_open import (
-    DAMAGE, FEATURE_STEP, add_semantics, damage_tiles, method_table, open_tiles, publish, publish_grids,
-    published_path, shrink, unpack, unpack_grids
+    DAMAGE, FEATURE_STEP, FOLDS, add_semantics, damage_tiles, edition, method_table, open_tiles, publish,
+    publish_grids, published_path, shrink, unpack, unpack_grids
 )
 from rssqa.tables.sqed import stored_features
 from rssqa.tables.store import Store, get_vectors, put_vectors
@@ -175,3 +175,22 @@ def test_method_table_counts_pixels_not_tiles():
     part = table[table.method == row.method]
     expected = (part.oa * part.n_valid).sum() / part.n_valid.sum()
     assert row.oa == pytest.approx(expected, abs=1e-5) and row.tiles == len(part)
+
+
+@pytest.mark.parametrize('scenes', [1, 2, FOLDS, FOLDS + 3])
+def test_a_source_of_few_scenes_has_fewer_folds(scenes, tmp_path):
+    write_scenes(tmp_path/'town', 'town', scenes, 32)
+    tiles, _ = open_tiles(tmp_path, tmp_path, ('town',))
+    assert tiles.fold.nunique() == min(scenes, FOLDS)
+    assert (tiles.groupby('scene').fold.nunique() == 1).all()
+
+
+def test_another_edition_has_another_name(tmp_path):
+    (tmp_path/'open.parquet').write_bytes(b'first')
+    first = edition(tmp_path)
+    (tmp_path/'predictions_main.parquet').write_bytes(b'made from the tables')
+    assert edition(tmp_path) == first
+    (tmp_path/'unseen.parquet').write_bytes(b'more')
+    second = edition(tmp_path)
+    (tmp_path/'open.parquet').write_bytes(b'second')
+    assert len({first, second, edition(tmp_path)}) == 3

@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET', 'LATER', 'CHOICES', 'bench_semantics', 'agreement_of', 'bench_later', 'bench_pack', 'held_out_rows',
            'measure_pack']
 
-# %% ../../nbs/88_bench.assessor.ipynb #86a4471b
+# %% ../../nbs/88_bench.assessor.ipynb #cd8c8c38
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..quality.pack import Pack, bundled_pack
 from ..quality.posterior import mean_agreement
 from ..segment.metrics import srocc
 from ..tables.grid import PredictionGrid
-from ..tables.rs_sqed_open import open_tiles
+from ..tables.rs_sqed_open import edition, open_tiles
 
 # %% ../../nbs/88_bench.assessor.ipynb #e77e37e1
 IMAGENET = 'ImageNet' # variant without language
@@ -87,8 +87,8 @@ def _measure_sources(assessor, prepared): # as from measure_calibration
     assessor.methods = tuple(sorted({name for image in prepared for name in image.grid.methods}))
     return measure_calibration(assessor.assess_sources(prepared, assessor.draw(learned)), assessor.confidence)
 
-# %% ../../nbs/88_bench.assessor.ipynb #ffc51cf1
-LATER = dict(coast=('coast_usgs',)) # published table -> sources that had no part in the shipped assessor
+# %% ../../nbs/88_bench.assessor.ipynb #8aa01fec
+LATER = dict(open=('coast_usgs',)) # published table -> sources that had no part in the shipped assessor
 
 
 def agreement_of(
@@ -133,7 +133,7 @@ def _agreement_row(found, images): # of the maps of the most frequent kind of in
         bias=error.mean(),
     )
 
-# %% ../../nbs/88_bench.assessor.ipynb #71c53977
+# %% ../../nbs/88_bench.assessor.ipynb #0d1867cf
 def bench_pack(
     data, # folder of dataset folders, with images and masks
     tables: str = 'data/tables', # folder of the committed tables
@@ -142,7 +142,7 @@ def bench_pack(
 ) -> pd.DataFrame: # a row a map: dataset, scene, image_id, method, oa, predicted, lower, upper, recommended, ...
     "Assess tiles that neither the networks of a pack nor its assessor learned from."
     pack = Pack(pack or bundled_pack(), 'cpu')
-    home = Path(home or cache_dir('build_pack'))
+    home = Path(home or cache_dir('build_pack', edition(tables)))
     tiles, specs = open_tiles(data, home, tuple(pack.datasets))
     tiles = tiles[held_out_rows(tiles, pack)]
     scenes = set(zip(tiles.dataset, tiles.scene.astype(str)))

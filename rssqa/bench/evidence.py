@@ -7,7 +7,7 @@ __all__ = ['TABLES', 'ROW_KEY', 'ENCODER', 'BY_SCENE', 'SCENE_FOLDS', 'Evidence'
            'open_further_table', 'prediction_file', 'add_dense_features', 'add_dense_controls', 'encoder_of',
            'dense_table_of', 'HeldOut', 'open_with_truth', 'held_out_models']
 
-# %% ../../nbs/81_bench.evidence.ipynb #16b0a9e2
+# %% ../../nbs/81_bench.evidence.ipynb #2376abe7
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator
@@ -22,10 +22,11 @@ from ..data.splits import holdout_folds, scene_folds
 from ..quality.baselines import map_keys
 from ..quality.dense_semantics import dense_tables, extract_dense
 from ..tables.grid import PredictionGrid, limit_grid, prediction_grids
-from ..tables.rs_sqed_open import NEW_SOURCES, open_tiles, unpack, unpack_grids
+from ..tables.open_parts import KINDS
+from ..tables.rs_sqed_open import NEW_SOURCES, open_tiles, published_path, unpack, unpack_grids
 from ..tables.store import Store
 
-# %% ../../nbs/81_bench.evidence.ipynb #1c5e7485
+# %% ../../nbs/81_bench.evidence.ipynb #845d6936
 TABLES = 'data/tables'
 ROW_KEY = ['image_id', 'method'] # names one row of an SQED table
 
@@ -46,7 +47,7 @@ def open_evidence(
     prediction_grids: bool = True, # needed by ATC, MetaSeg and the consensus model; unpacking takes a minute
 ) -> Evidence:
     "Read the table of RS-SQED-open and put its features into a store."
-    files = sorted(Path(folder).glob('open*.parquet'))
+    files = sorted(path for path in (published_path(folder, 'open', kind) for kind in KINDS) if path.exists())
     if not files:
         problem = f'no tables open*.parquet in {folder}'
         repair = 'run this in a checkout, or pass the folder'

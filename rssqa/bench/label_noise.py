@@ -79,7 +79,7 @@ def find_planted(
         srocc=srocc(found, planted),
     )
 
-# %% ../../nbs/84_bench.label_noise.ipynb #d6fea15b
+# %% ../../nbs/84_bench.label_noise.ipynb #34a7867d
 DOUBTFUL_FIFTH = 0.2 # share of images that is left out
 COMPARED = ('srocc_image', 'srocc_dataset', 'mae', 'gap_closed', 'top1')
 
@@ -153,5 +153,5 @@ def write_label_noise(
     paths = []
     for name, rows in measure_label_noise(folder, data, seed).items():
         path = Path(out)/f'{name}.csv'
-        paths.append(save_results(rows, path, PROTOCOL, 'RS-SQED-open, dronedeploy, coast_usgs', seed, COMMAND))
+        paths.append(save_results(rows, path, PROTOCOL, 'RS-SQED-open, dronedeploy', seed, COMMAND))
     return paths

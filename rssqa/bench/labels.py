@@ -7,7 +7,7 @@ __all__ = ['PRIORS', 'POINTS', 'EPOCHS', 'COUNTS', 'RANDOM_COUNTS', 'SELECTORS',
            'ALL', 'LINES', 'SourcePoints', 'source_points', 'Problem', 'draw_problem', 'run_selector', 'run_random',
            'bench_labels', 'measure_runs', 'plot_labels']
 
-# %% ../../nbs/87_bench.labels.ipynb #c8312092
+# %% ../../nbs/87_bench.labels.ipynb #bc803240
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,12 @@ from rssqa.quality.active_selection import (
 )
 from ..quality.consensus import posterior, sample_points, train_ensemble
 from ..tables.grid import limit_grid, prediction_grids
-from ..tables.rs_sqed_open import SOURCES, UNSEEN, open_tiles, unpack_grids
+from ..tables.rs_sqed_open import SOURCES, UNSEEN, edition, open_tiles, unpack_grids
 from ..tables.sqed import load_sqed
 from ..tables.store import Store
 from ..viz.figures import Display
 
-# %% ../../nbs/87_bench.labels.ipynb #080712b6
+# %% ../../nbs/87_bench.labels.ipynb #2e90857a
 PRIORS = ('mean of maps', 'consensus of other sources')
 POINTS = 30 # of each image of the other sources, to train the consensus model
 EPOCHS = 8
@@ -51,7 +51,7 @@ def source_points(
 ) -> SourcePoints: # computed once, then read from home
     "Read votes, truth and priors of a source."
     if source not in (*SOURCES, UNSEEN): raise unknown('source', source, (*SOURCES, UNSEEN))
-    home = Path(home or cache_dir('labels'))
+    home = Path(home or cache_dir('labels', edition(tables)))
     path = home/f'{source}.npz'
     if not path.exists(): _write_points(source, path, _read_grids(data, tables, home))
     with np.load(path) as kept:
@@ -192,7 +192,7 @@ def _count_all(right): # (n,M) at random points of all -> Standing
     cov = (deviation.T @ deviation + 0.5 * np.eye(right.shape[1])) / n**2
     return normal_standing(right.sum(0) / n, cov)
 
-# %% ../../nbs/87_bench.labels.ipynb #962f1b78
+# %% ../../nbs/87_bench.labels.ipynb #25b0cac7
 KEYS = ['source', 'prior', 'selector', 'estimate']
 RUN = ['source', 'seed']
 ALL = 'all sources'
@@ -207,7 +207,7 @@ def bench_labels(
     images: int = 40, # of each draw
 ) -> tuple: # measures, one row a source, prior, selector and estimate; and all runs
     "Count labels until the best method is known."
-    home = Path(home or cache_dir('labels'))
+    home = Path(home or cache_dir('labels', edition(tables)))
     runs = []
     for source in sources:
         points = source_points(source, data, tables, home)

@@ -19,8 +19,8 @@ from ..quality.monitor import Reference, describe_image, watch
 from ..quality.pack import open_pack
 from ..tables.rs_sqed_open import SOURCES, UNSEEN, open_tiles
 
-# %% ../../nbs/83_bench.monitor.ipynb #25124c0d
-ALL_SOURCES = tuple(dict.fromkeys([*SOURCES, 'coast_usgs', UNSEEN]))
+# %% ../../nbs/83_bench.monitor.ipynb #49871849
+ALL_SOURCES = (*SOURCES, UNSEEN)
 
 
 def describe_sources(

@@ -116,9 +116,9 @@ def _measure_source(source, tiles, spec, segmenters):
     about = dict(source=source, classes=k, tiles=len(tiles))
     return [about | dict(variant=name) | {m: accuracy(c)[m] for m in ('oa', 'miou')} for name, c in counts.items()]
 
-# %% ../../nbs/85_bench.open_vocabulary.ipynb #ab9cb1a8
+# %% ../../nbs/85_bench.open_vocabulary.ipynb #3a0d7442
 FOREIGN = 'open-vocabulary'
-NEW_TO_THE_PACK = {'open': ('czech_ortho',), 'unseen': ('dronedeploy',), 'coast': ('coast_usgs',)}
+NEW_TO_THE_PACK = {'open': ('czech_ortho', 'coast_usgs'), 'unseen': ('dronedeploy',)}
 
 
 def add_foreign_map(

@@ -5,26 +5,22 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'IMAGES', 'TEST_IMAGES', 'DRAWS', 'bench_own_domain', 'bench_points', 'bench_fit']
 
-# %% ../../nbs/87_bench.own_domain.ipynb #eb7f318e
+# %% ../../nbs/87_bench.own_domain.ipynb #7b644597
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core import bundled, cache_dir, progress, read_json
+from ..core import bundled, progress, read_json
 from ..data.datasets import IGNORE
 from ..data.splits import scene_folds
 from ..quality.assessor import Assessor
 from ..quality.bounds import KNOWN_METHODS, KNOWN_SOURCE, Bounds, LevelShift, fit_shift
-from ..quality.build_pack import LEARN_FROM, TABLE_SOURCES, training_images
+from ..quality.build_pack import LEARN_FROM, training_images
 from ..quality.fit_pack import fit_pack
 from ..segment.metrics import srocc
 from ..segment.methods.training import Recipe
-from ..tables.grid import prediction_grids
-from ..tables.rs_sqed_open import published_path
-from ..tables.sqed import load_sqed
-from ..tables.store import Store
 
 # %% ../../nbs/87_bench.own_domain.ipynb #448a357c
 NETWORKS = ('own', 'start', 'tuned') # see Assessor.fit_source
@@ -137,7 +133,7 @@ def _measure(table, source, n): # -> a row a way and kind of input
         ))
     return rows
 
-# %% ../../nbs/87_bench.own_domain.ipynb #c0e26cee
+# %% ../../nbs/87_bench.own_domain.ipynb #9451989d
 DRAWS = {'20 points in 20 images': (20, 1), '20 points in 4 images': (4, 5), '100 points in 20 images': (20, 5)}
 
 
@@ -161,14 +157,13 @@ def bench_points(
 
 
 def _right_points(calibration, data, tables, home): # image_id -> (M,n) bool, methods in the order of their names
-    home = Path(home or cache_dir('build_pack'))
-    for _ in training_images(data, tables, home): break                      # fills the stores where they are empty
+    wanted = set(calibration.image_id)
     right = {}
-    for name in TABLE_SOURCES:
-        table = load_sqed(published_path(tables, name))
-        for grid in prediction_grids(Store(home/name), table[table.image_id.isin(calibration.image_id)]):
-            at = grid.truth != IGNORE
-            right[grid.image_id] = grid.pred[np.argsort(grid.methods)][:, at] == grid.truth[at]
+    for image in training_images(data, tables, home):
+        grid = image.grid
+        if grid.image_id not in wanted: continue
+        at = grid.truth != IGNORE
+        right[grid.image_id] = grid.pred[np.argsort(grid.methods)][:, at] == grid.truth[at]
     return right
 
 

@@ -137,7 +137,7 @@ def _with_predicted(rows, name): # the columns that intervals are made from
     sd = rows[columns].std(axis=1, ddof=0)
     return rows.assign(predicted=rows[name].astype(float), **{MODEL_SD: sd})
 
-# %% ../../nbs/83_bench.paper.ipynb #abb57e20
+# %% ../../nbs/83_bench.paper.ipynb #9510a1a3
 @dataclass(frozen=True)
 class Experiment:
     "What is left out of training, who takes part, and what is measured."
@@ -169,9 +169,6 @@ EXPERIMENTS = dict(
     unseen=Experiment(
         'learned from RS-SQED-open, measured on dronedeploy', basic_predictors, data='dronedeploy'
     ),
-    coast=Experiment(
-        'learned from RS-SQED-open, measured on coast_usgs', basic_predictors, data='coast_usgs'
-    ),
 )
 
 
@@ -180,7 +177,7 @@ def find_experiment(name: str) -> Experiment:
     if name not in EXPERIMENTS: raise unknown('experiment', name, EXPERIMENTS)
     return EXPERIMENTS[name]
 
-# %% ../../nbs/83_bench.paper.ipynb #68c632e9
+# %% ../../nbs/83_bench.paper.ipynb #d2855876
 DAMAGED_EACH = 4 # copies of each dataset for each damage in the committed table
 
 
@@ -216,10 +213,7 @@ def _add_damaged(evidence, folder, data): # the table and its degraded copies in
     damaged = open_further_table(evidence, 'damaged', folder)
     if data:
         home = Path(evidence.store).parent
-        copies = damage_tiles(tiles_of(evidence, data)[0], home,
-
-
-DAMAGED_EACH)
+        copies = damage_tiles(tiles_of(evidence, data)[0], home, DAMAGED_EACH)
         add_dense_features(evidence, copies[copies.image_id.isin(damaged.image_id)])
     return replace(evidence, table=pd.concat([table, damaged], ignore_index=True))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STARTS', 'METHODS', 'compare_starts']
 
-# %% ../../nbs/85_bench.starts.ipynb #c7e3f640
+# %% ../../nbs/85_bench.starts.ipynb #3990b7a9
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +15,9 @@ import pandas as pd
 from ..core import progress
 from ..data.datasets import IGNORE, read_image, read_mask
 from ..segment.methods.training import load_segmenter, train_joint
-from ..tables.open_parts import EDITION, FOLDS
-from ..tables.rs_sqed_open import RECIPE, open_tiles
+from ..tables.rs_sqed_open import FOLDS, RECIPE, SOURCES, open_tiles
 
-# %% ../../nbs/85_bench.starts.ipynb #8f396829
+# %% ../../nbs/85_bench.starts.ipynb #b3c7c038
 STARTS = dict(random='random', distilled=None) # name -> encoder_weights of the recipe
 METHODS = ('segformer', 'upernet-swin', 'ft-unetformer')
 
@@ -28,7 +27,7 @@ def compare_starts(
     home, # folder of networks; finished ones are reused
     methods: tuple = METHODS, # registry names
     recipe=RECIPE, # of the networks; its encoder_weights is replaced
-    sources: tuple = EDITION, # dataset folders
+    sources: tuple = SOURCES, # dataset folders
     fold: int = 1, # left out in training
     tiles_each: int = 28, # tiles of each source that are measured, at most
     starts: dict = STARTS, # name -> encoder_weights

@@ -327,7 +327,7 @@ def class_key(
                        f'<span style="{box};background:{colour}"></span>{html.escape(str(name))}</span>')
     return f'<div style="line-height:1.7">{"".join(entries)}</div>'
 
-# %% ../../nbs/66_viz.degradation.ipynb #c907675d
+# %% ../../nbs/66_viz.degradation.ipynb #d1c6190e
 PAUSE = 0.3 # seconds without a change before the curves are computed
 
 
@@ -423,7 +423,8 @@ def _add_controls(view, explorer): # scene_type, seed, sliders, reset
     import ipywidgets as w
     common = dict(layout=w.Layout(width='330px'), style=dict(description_width='135px'))
     options = [(text, name) for name, text in SCENE_TYPES.items()]
-    view.scene_type = w.Dropdown(options=options, value=explorer.scene_type, description='scene', **common)
+    long_names = common | dict(style=dict(description_width='50px'))
+    view.scene_type = w.Dropdown(options=options, value=explorer.scene_type, description='scene', **long_names)
     view.seed = w.IntSlider(explorer.scene_seed, 0, 199, description='scene number', **common)
     view.sliders = {}
     for name, text in DEGRADATIONS.items():

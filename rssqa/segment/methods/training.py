@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REFERENCE_TILES', 'CHECKPOINT_SECONDS', 'MANIFEST_COLUMNS', 'Recipe', 'encoder_file', 'model_folder', 'train',
-           'train_joint', 'small_copies', 'load_segmenter', 'ignore_interrupt', 'cross_fit', 'manifest']
+           'train_joint', 'small_copies', 'load_segmenter', 'ignore_interrupt', 'cross_fit', 'train_all', 'manifest']
 
 # %% ../../../nbs/25_segment.methods.training.ipynb #a99a18e6
 import math, os, time
@@ -547,7 +547,7 @@ def _tick(n):
 
 def _work(job, out, device): return job.run(out, device, _tick)
 
-# %% ../../../nbs/25_segment.methods.training.ipynb #b95cbc45
+# %% ../../../nbs/25_segment.methods.training.ipynb #d897ab8a
 def cross_fit(
     tiles: pd.DataFrame, # with masks and a column fold, see rssqa.data.splits.folds
     specs: dict[str, DatasetSpec], # class table of each dataset
@@ -561,7 +561,24 @@ def cross_fit(
 ) -> pd.DataFrame: # one row a network, see manifest
     "Train every method on every dataset (or on all at once), once for each fold left out."
     _check_folds(tiles, specs)
-    jobs = _jobs(tiles, specs, chosen or methods.list(), recipe, joint, left_out)
+    return _run_jobs(_jobs(tiles, specs, chosen or methods.list(), recipe, joint, left_out), out, workers, device)
+
+
+def train_all(
+    tiles: pd.DataFrame, # with masks
+    specs: dict[str, DatasetSpec], # class table of each dataset
+    out, # folder of models; finished ones are reused
+    chosen: list[str] = None, # methods; default all eight
+    recipe: Recipe = Recipe(),
+    workers: int = None, # processes; default one per core
+    device: str = 'auto',
+) -> pd.DataFrame: # one row a network and dataset, see manifest
+    "Train every method once on the tiles of all datasets, but for those held out to set its temperature."
+    jobs = [_Job(method, tiles, specs, recipe, -1) for method in chosen or methods.list()]
+    return _run_jobs(jobs, out, workers, device)
+
+
+def _run_jobs(jobs, out, workers, device):
     workers = min(len(jobs), workers or os.cpu_count() or 1) if pick_device(device) == 'cpu' else 1
     folders = _run_alone(jobs, out, device) if workers == 1 else _run_pool(jobs, out, device, workers)
     return manifest(sum(folders, []))
