@@ -87,3 +87,19 @@ def test_rows_and_names(table, predictions, measured):
     assert len(measured) == 2 * len(COUNTED) * len(MEASURES) and (measured.scenes == 10).all()
     assert (measured.low <= measured.high).all()
     with pytest.raises(UnknownName, match='conf'): measure_scenes(table, predictions, ['confi'])
+
+
+def test_differences_are_taken_on_the_same_draws(table, predictions):
+    shifted = predictions.assign(same=predictions.noisy, better=(predictions.noisy + table.oa) / 2)
+    rows = measure_scenes(table, shifted, draws=60, reference='better')
+    rows = rows.set_index(['predictor', 'counted', 'measure'])
+    mae = rows.xs('mae', level='measure')
+    assert (mae.loc['better', ['delta', 'delta_low', 'delta_high']] == 0).all(axis=None)
+    for counted in COUNTED:                                    # half the error in every scene: surely better
+        assert mae.delta['noisy', counted] == pytest.approx(-mae.value['noisy', counted] / 2)
+        assert mae.delta_low['noisy', counted] <= mae.delta['noisy', counted] <= mae.delta_high['noisy', counted] < 0
+        spread = mae.delta_high['noisy', counted] - mae.delta_low['noisy', counted]
+        assert spread < mae.high['noisy', counted] - mae.low['noisy', counted]
+    pd.testing.assert_series_equal(rows.delta['same'], rows.delta['noisy'])
+    assert 'delta' not in measure_scenes(table, shifted, draws=5)
+    with pytest.raises(UnknownName, match='bettr'): measure_scenes(table, shifted, draws=5, reference='bettr')

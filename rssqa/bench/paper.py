@@ -225,7 +225,7 @@ def _predict_new_source(name, evidence, folder, data, only, seed, workers):
     _, predictions = transfer(estimators, evidence.table, new, workers)
     return add_pooled_ensemble(predictions.assign(seed=seed), new_dataset=True)
 
-# %% ../../nbs/83_bench.paper.ipynb #161179f3
+# %% ../../nbs/83_bench.paper.ipynb #5bddaeb0
 def load_table(experiment: str, folder: str = TABLES) -> pd.DataFrame:
     "Read the table that an experiment is measured on."
     folder = Path(folder)
@@ -267,7 +267,7 @@ def _measure_differences(table, predictions, draws):
 
 def _measure_scene_weights(table, predictions, draws):
     names = [name for name in (*MODELS, *SCENE_RIVALS) if name in predictions]
-    measured = measure_scenes(table, predictions, names, draws=draws // 4)
+    measured = measure_scenes(table, predictions, names, draws=draws // 4, reference=names[0])
     return dict(scene_weights=measured.set_index('predictor'))
 
 

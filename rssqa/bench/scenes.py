@@ -16,7 +16,7 @@ from rssqa.bench.protocol import (
 )
 from ..core import unknown
 
-# %% ../../nbs/81_bench.scenes.ipynb #3077a2ce
+# %% ../../nbs/81_bench.scenes.ipynb #1249bdde
 MEASURES = ('srocc_image', 'srocc_dataset', 'mae', 'top1', 'near_best', 'regret', 'gap_closed')
 NEAR = 0.01 # OA; a choice that loses no more is as good as the best
 COUNTED = ('tiles', 'scenes')
@@ -29,15 +29,17 @@ def measure_scenes(
     train: pd.DataFrame = None, # rows the single best method is chosen on; default: the other folds
     draws: int = 1000, # of scenes, for the intervals
     seed: int = 0, # of the draws
+    reference: str = None, # predictor that the others are subtracted from, on the same draws
 ) -> pd.DataFrame: # a row a predictor, measure and way of counting; columns below
     """Measure predictors with tiles and with scenes counted equally, and without each scene.
 
     Columns: value, low, high (95 %, scenes drawn within datasets), jackknife (standard error), scene (the one whose
-    absence changes most), share (of it in the mean), without (the value without it), scenes (their number)."""
+    absence changes most), share (of it in the mean), without (the value without it), scenes (their number); with a
+    reference also delta (reference minus predictor), delta_low, delta_high."""
     table, seeds = align_predictions(sort_by_unit(table, 'scene'), predictions)
     known = list(seeds[0][1])
     names = list(names or known)
-    for name in names:
+    for name in (*names, *([reference] if reference else [])):
         if name not in known: raise unknown('predictor', name, known)
     layout = BootstrapTable(table, draws, seed, FAILURE)
     once_and_drawn = layout.weights
@@ -47,8 +49,19 @@ def measure_scenes(
     for counted, weight in zip(COUNTED, (np.ones(len(size)), 1 / size)):
         layout.weights = np.concatenate([once_and_drawn, _leave_one_out(len(size))]) * weight
         values = _measure_all(layout, pairs, len(seeds), len(names))       # (names, measures, 1+draws+U)
-        parts += _rows(values, names, counted, layout, draws, table, weight * size)
-    return pd.DataFrame(parts)
+        rows = pd.DataFrame(_rows(values, names, counted, layout, draws, table, weight * size))
+        if reference: rows = rows.assign(**_differences(values, names, reference, draws))
+        parts.append(rows)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _differences(values, names, reference, draws): # values: (names, measures, draws) -> columns, in the order of rows
+    delta = values[names.index(reference)] - values
+    drawn = delta[..., 1:1 + draws]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning)                    # a measure that has no value
+        low, high = np.nanpercentile(drawn, (2.5, 97.5), axis=-1)
+    return dict(delta=delta[..., 0].ravel(), delta_low=low.ravel(), delta_high=high.ravel())
 
 
 def _leave_one_out(n): return 1.0 - np.eye(n) # (n,n)
