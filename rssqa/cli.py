@@ -9,12 +9,12 @@ __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PAR
            'score_command', 'recommend_command', 'ls_command', 'get_command', 'check_command', 'paper_command',
            'speed_command', 'methods_command', 'encoders_command', 'projection_command', 'assessor_command',
            'semantics_command', 'bench_later_command', 'bench_pack_command', 'fused_command',
-           'bench_composites_command', 'bench_open_vocabulary_command', 'bench_monitor_command', 'bench_costs_command',
-           'bench_errors_command', 'bench_scene_command', 'bench_totals_command', 'starts_command',
-           'label_noise_command', 'tables_command', 'own_domain_command', 'points_command', 'labels_command',
-           'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command', 'conformance_command',
-           'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command', 'train_command',
-           'export_command', 'eval_command', 'doctor_command']
+           'bench_composites_command', 'bench_open_vocabulary_command', 'bench_soft_guided_command',
+           'bench_semi_command', 'bench_monitor_command', 'bench_costs_command', 'bench_errors_command',
+           'bench_scene_command', 'bench_totals_command', 'starts_command', 'label_noise_command', 'tables_command',
+           'own_domain_command', 'points_command', 'labels_command', 'bench_fit_command', 'explorer_command',
+           'clip_command', 'probe_command', 'conformance_command', 'degradation_command', 'apps', 'app_command',
+           'shards_command', 'purify_command', 'train_command', 'export_command', 'eval_command', 'doctor_command']
 
 # %% ../nbs/91_cli.ipynb #a05f4187
 import os, sys
@@ -737,7 +737,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #261e2a15
+# %% ../nbs/91_cli.ipynb #3cf80d0d
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -839,6 +839,30 @@ def bench_open_vocabulary_command(
     "Measure maps made by words alone, and what the assessor says of them."
     from rssqa.bench.open_vocabulary import write_open_vocabulary
     for path in write_open_vocabulary(data, str(tables), out): print(path)
+
+
+@bench_app.command('soft-guided')
+def bench_soft_guided_command(
+    data: _DataOption,
+    seeds: Annotated[str, typer.Option(help='Of classes, scenes and weights, separated by commas.')] = '0,1,2',
+    out: Annotated[Path, typer.Option(help='CSV file.')] = Path('data/results/soft_guided.csv'),
+):
+    "Measure segmenters by words on classes that they were tuned on, and on others: a quarter of an hour."
+    from rssqa.bench.soft_guided import write_soft_guided
+    print(write_soft_guided(data, out, _integers(seeds)))
+
+
+@bench_app.command('semi')
+def bench_semi_command(
+    data: _DataOption,
+    tables: _TablesOption = Path('data/tables'),
+    seeds: Annotated[str, typer.Option(help='Of scenes, weights and batches, separated by commas.')] = '0,1,2',
+    out: Annotated[Path, typer.Option(help='Folder of the CSV files.')] = Path('data/results'),
+    workers: Annotated[int, typer.Option(min=1, help='Processes, one a seed.')] = 2,
+):
+    "Measure which pseudo-labels a predicted quality keeps, and networks that learn from them: half an hour."
+    from rssqa.bench.semi import write_semi
+    for path in write_semi(data, str(tables), _integers(seeds), out, workers): print(path)
 
 
 @bench_app.command('monitor')

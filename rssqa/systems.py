@@ -8,7 +8,7 @@ __all__ = ['STATES', 'SYSTEMS', 'System']
 # %% ../nbs/03_systems.ipynb #31650a77
 from dataclasses import dataclass
 
-# %% ../nbs/03_systems.ipynb #b6ad3c08
+# %% ../nbs/03_systems.ipynb #159d9de7
 STATES = ('works', 'partly', 'not yet')
 
 
@@ -61,8 +61,16 @@ SYSTEMS = (
         'segmentation by words without training, on any encoder; bilinear enlargement in place of its upsampler',
         'rssqa bench open-vocabulary', '47_open_vocabulary.segmenter.ipynb'),
     System('RSRefSeg 2', 'arXiv 2507.06231', 'not yet', 'referring segmentation'),
-    System('SemiEarth', 'arXiv 2602.00202', 'not yet', 'purification of pseudo-labels'),
-    System('soft-guided OVSS', 'doi 10.1109/TGRS.2025.3628336', 'not yet', 'trained open-vocabulary segmentation'),
+    System(
+        'SemiEarth', 'arXiv 2602.00202', 'works',
+        'purification of pseudo-labels, as released and by evidence, with a gate by predicted quality; one round of '
+        'self-training in place of its moving-average teacher, words in place of its vision-language model',
+        'rssqa bench semi', '48_semi.purify.ipynb'),
+    System(
+        'soft-guided OVSS', 'doi 10.1109/TGRS.2025.3628336', 'partly',
+        'our reading of the abstract: gate between a frozen and a tuned embedding, bias of the scene, decoder of the '
+        'cost map; what is tuned is an adapter, not the encoder',
+        'rssqa bench soft-guided', '48_open_vocabulary.soft_guided.ipynb'),
     System(
         'object-based augmentation', 'arXiv 2105.05516', 'works',
         'objects cut, changed and pasted with exact labels; as generator of difficulty, not yet in training',
