@@ -8,7 +8,7 @@ __all__ = ['STATES', 'SYSTEMS', 'System']
 # %% ../nbs/03_systems.ipynb #31650a77
 from dataclasses import dataclass
 
-# %% ../nbs/03_systems.ipynb #159d9de7
+# %% ../nbs/03_systems.ipynb #c524e18f
 STATES = ('works', 'partly', 'not yet')
 
 
@@ -70,7 +70,7 @@ SYSTEMS = (
         'soft-guided OVSS', 'doi 10.1109/TGRS.2025.3628336', 'partly',
         'our reading of the abstract: gate between a frozen and a tuned embedding, bias of the scene, decoder of the '
         'cost map; what is tuned is an adapter, not the encoder',
-        'rssqa bench soft-guided', '48_open_vocabulary.soft_guided.ipynb'),
+        'rssqa bench soft-guided', '47_open_vocabulary.soft_guided.ipynb'),
     System(
         'object-based augmentation', 'arXiv 2105.05516', 'works',
         'objects cut, changed and pasted with exact labels; as generator of difficulty, not yet in training',

@@ -87,6 +87,6 @@ def gain(table):
 
 assert check('which_method/regret', regret)
 assert check('which_method/gain', gain)
-assert check('which_method/close', float((margin < 0.01).mean()), table)
+assert check('which_method/close', float((margin < 0.01).mean()), enough)
 ''',
 )

@@ -135,7 +135,8 @@ def test_datasets_and_encoders_are_listed(capsys):
     assert 'vaihingen' in call(capsys, 'ls', 'datasets')[1]
     assert 'clip-rs' in call(capsys, 'ls', 'encoders')[1]
     listed = call(capsys, 'ls', 'systems', '*ov*')[1]
-    assert 'SegEarth-OV' in listed and 'soft-guided OVSS' in listed and 'not yet' in listed
+    assert 'SegEarth-OV' in listed and 'soft-guided OVSS' in listed and 'partly' in listed
+    assert 'not yet' in call(capsys, 'ls', 'systems', 'CrossEarth')[1]
 
 
 def test_doctor_reports_device_folders_and_pack(capsys):

@@ -203,4 +203,4 @@ def test_committed_tables_are_drawn():
     shares = plots.class_quality(sqed[sqed.dataset == 'czech_ortho'])
     assert np.isclose(sum(shares.attrs['share'].values()), 1)
     assert plots.method_regrets(sqed).regret.min() > 0
-    assert plots.plot_confidence(sqed).data_.n.sum() == 12_256
+    assert plots.plot_confidence(sqed).data_.n.sum() == 14_144

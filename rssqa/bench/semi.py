@@ -99,7 +99,7 @@ def bench_gates(
     published = [load_sqed(published_path(tables, name)) for name in ('open', *NEW_SOURCES)]
     return measure_gates(predicted, pd.concat(published, ignore_index=True))
 
-# %% ../../nbs/86_bench.semi.ipynb #b3021812
+# %% ../../nbs/86_bench.semi.ipynb #feee3684
 SOURCE = 'coast_usgs'
 LABELLED, TESTED = 0.1, 0.3 # shares of the scenes
 TEACHER = 'unet'
@@ -129,7 +129,10 @@ class TeacherMap:
     regions: list # evidence of words
 
 
-def class_probabilities(segmenter, image: np.ndarray) -> np.ndarray: # (3,H,W) -> (C,H,W)
+def class_probabilities(
+    segmenter, # TorchSegmenter
+    image: np.ndarray, # (3,H,W) RGB 0..1
+) -> np.ndarray: # (C,H,W)
     "Average the class probabilities of an image and its mirror image."
     x = torch.as_tensor(image)[None]
     views = [segmenter(x).probs(segmenter.temperature), segmenter(x.flip(-1)).probs(segmenter.temperature).flip(-1)]
@@ -139,7 +142,7 @@ def class_probabilities(segmenter, image: np.ndarray) -> np.ndarray: # (3,H,W) -
 def precision_of_words(
     segmenter, # OpenVocabulary
     tiles: pd.DataFrame, # labelled
-    spec,
+    spec, # their class table
 ) -> np.ndarray: # (C,) share of right pixels among those of each class; 1/C where there are none
     "Measure how often the words are right."
     k = len(spec.classes)
