@@ -431,7 +431,7 @@ def write_experiment(
         paths.append(save_results(rows, path, facts.protocol, facts.data, seeds_used, COMMAND))
     return paths
 
-# %% ../../nbs/83_bench.paper.ipynb #25c2fdc9
+# %% ../../nbs/83_bench.paper.ipynb #426ca7bf
 MEASURE_TOLERANCE = 5e-4 # largest difference of a number that is computed again
 REFIT_TOLERANCE = 5e-3 # mean difference of a prediction that is fitted again
 REFITTED = (
@@ -496,16 +496,14 @@ def _as_words(rows): return rows.fillna('').astype(str).to_numpy()
 
 def refit(
     folder: str = TABLES,
-    data=None, # folder of dataset folders with masks: the consensus model is fitted too
     only: tuple = REFITTED, # predictors
     workers: int = 1, # processes
 ) -> pd.DataFrame: # one row a predictor: mean and largest difference of predicted OA, difference of MAE
     "Fit a few predictors again (first seed) and compare with the committed predictions."
-    if data: only = (*only, CONSENSUS)
     committed = load_predictions(prediction_file('main', folder))
     seed = int(committed.seed.min())
     with TemporaryDirectory() as fits:
-        fitted = predict_experiment('main', folder, data, (seed,), workers, fits, only)
+        fitted = predict_experiment('main', folder, None, (seed,), workers, fits, only)
     return _compare_predictions(fitted, committed[committed.seed == seed], only, load_table('main', folder))
 
 
@@ -517,10 +515,12 @@ def refit_fold(
 ) -> pd.DataFrame: # one row a predictor: mean and largest difference of predicted OA, difference of MAE
     "Fit the slow predictors again on one fold of the first seed and compare with the committed predictions."
     from joblib import Parallel, delayed
-    if data: only = (*only, CONSENSUS)
     committed = load_predictions(prediction_file('main', folder))
     seed = int(committed.seed.min())
     evidence = open_evidence(folder, data, bool(data))
+    if data:
+        only = (*only, CONSENSUS, DENSE)
+        add_dense_features(evidence, tiles_of(evidence, data)[0])
     fold = scene_folds(evidence.table, find_experiment('main').folds, seed)
     masks = fold_masks(fold, fold_keys(fold)[0])
     estimators = all_predictors(evidence, seed, only)
@@ -588,4 +588,4 @@ def verify_all(
     return '\n\n'.join([files.to_string(), fitted.round(6).to_string(), summary]), bool(is_wrong)
 
 
-def _refit_both(folder, data): return pd.concat([refit(folder, data), refit_fold(folder, data)])
+def _refit_both(folder, data): return pd.concat([refit(folder), refit_fold(folder, data)])
