@@ -737,7 +737,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #3cf80d0d
+# %% ../nbs/91_cli.ipynb #e3fd8de5
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -784,7 +784,7 @@ def bench_later_command(
     tables: _TablesOption = Path('data/tables'),
     out: _CsvOption = None,
 ):
-    "Measure the shipped assessor on a source that came after it was fitted."
+    "Measure the shipped assessor on a source that is kept from it."
     from rssqa.bench.assessor import bench_later
     from rssqa.provenance import save_results
     board = bench_later(data, str(tables))
