@@ -8,7 +8,7 @@ __all__ = ['STATES', 'SYSTEMS', 'System']
 # %% ../nbs/03_systems.ipynb #31650a77
 from dataclasses import dataclass
 
-# %% ../nbs/03_systems.ipynb #c524e18f
+# %% ../nbs/03_systems.ipynb #7b8bba80
 STATES = ('works', 'partly', 'not yet')
 
 
@@ -62,9 +62,9 @@ SYSTEMS = (
         'rssqa bench open-vocabulary', '47_open_vocabulary.segmenter.ipynb'),
     System('RSRefSeg 2', 'arXiv 2507.06231', 'not yet', 'referring segmentation'),
     System(
-        'SemiEarth', 'arXiv 2602.00202', 'works',
+        'SemiEarth', 'arXiv 2602.00202', 'partly',
         'purification of pseudo-labels, as released and by evidence, with a gate by predicted quality; one round of '
-        'self-training in place of its moving-average teacher, words in place of its vision-language model',
+        'self-training (one seed so far) in place of its moving-average teacher, words in place of its language model',
         'rssqa bench semi', '48_semi.purify.ipynb'),
     System(
         'soft-guided OVSS', 'doi 10.1109/TGRS.2025.3628336', 'partly',
