@@ -103,3 +103,5 @@ def test_differences_are_taken_on_the_same_draws(table, predictions):
     pd.testing.assert_series_equal(rows.delta['same'], rows.delta['noisy'])
     assert 'delta' not in measure_scenes(table, shifted, draws=5)
     with pytest.raises(UnknownName, match='bettr'): measure_scenes(table, shifted, draws=5, reference='bettr')
+    with pytest.raises(UnknownName, match='reference'):           # it must be among the measured ones
+        measure_scenes(table, shifted, ['same', 'noisy'], draws=5, reference='better')

@@ -106,7 +106,7 @@ def test_networks_are_trained_put_into_a_pack_and_answer(tmp_path):
     for name in names: write_scenes(tmp_path/'data'/name, name, 3, 32)
     (tmp_path/'pack').mkdir()
     write_json(tmp_path/'pack'/'pack.json', dict(name='of these', networks={}, default='synth_town'))
-    write_json(tmp_path/'pack'/'card.json', dict(licence='free'))
+    write_json(tmp_path/'pack'/'card.json', dict(licence='free', metrics=dict(mae=0.1)))
     options = dict(methods=('unet', 'pspnet'), recipe=Recipe('nano', steps=2, batch=2, crop=32), sources=names)
     build_networks(tmp_path/'pack', tmp_path/'data', home=tmp_path/'home', workers=1, **options)
     built = Pack(tmp_path/'pack', 'cpu')
@@ -114,6 +114,7 @@ def test_networks_are_trained_put_into_a_pack_and_answer(tmp_path):
     assert built.config['name'] == 'of these' and built.config['default'] == 'synth_town'    # what was there stays
     card = read_json(tmp_path/'pack'/'card.json')
     assert card['licence'] == 'free' and len(card['networks']) == 4
+    assert 'metrics' not in card                               # they were those of other networks
     images = torch.as_tensor(scene('town', seed=5, size=32).image[None])
     for dataset in built.datasets:
         maps = {name: network(images).mask[0] for name, network in built.networks(dataset).items()}

@@ -16,7 +16,7 @@ from rssqa.bench.protocol import (
 )
 from ..core import unknown
 
-# %% ../../nbs/81_bench.scenes.ipynb #1249bdde
+# %% ../../nbs/81_bench.scenes.ipynb #25422509
 MEASURES = ('srocc_image', 'srocc_dataset', 'mae', 'top1', 'near_best', 'regret', 'gap_closed')
 NEAR = 0.01 # OA; a choice that loses no more is as good as the best
 COUNTED = ('tiles', 'scenes')
@@ -29,7 +29,7 @@ def measure_scenes(
     train: pd.DataFrame = None, # rows the single best method is chosen on; default: the other folds
     draws: int = 1000, # of scenes, for the intervals
     seed: int = 0, # of the draws
-    reference: str = None, # predictor that the others are subtracted from, on the same draws
+    reference: str = None, # one of the names, which the others are subtracted from on the same draws
 ) -> pd.DataFrame: # a row a predictor, measure and way of counting; columns below
     """Measure predictors with tiles and with scenes counted equally, and without each scene.
 
@@ -39,8 +39,9 @@ def measure_scenes(
     table, seeds = align_predictions(sort_by_unit(table, 'scene'), predictions)
     known = list(seeds[0][1])
     names = list(names or known)
-    for name in (*names, *([reference] if reference else [])):
+    for name in names:
         if name not in known: raise unknown('predictor', name, known)
+    if reference and reference not in names: raise unknown('reference', reference, names)
     layout = BootstrapTable(table, draws, seed, FAILURE)
     once_and_drawn = layout.weights
     size = np.bincount(layout.unit)                                        # (U,) rows of each scene

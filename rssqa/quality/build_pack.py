@@ -57,7 +57,7 @@ def _images_of(table, tiles, store, specs):
         about = dict(scene=str(tile.scene), oa=accuracy[grid.image_id], classes=specs[grid.dataset].classes)
         yield TrainingImage(read_image(tile), grid, **about)
 
-# %% ../../nbs/59_quality.build_pack.ipynb #8b59b1d4
+# %% ../../nbs/59_quality.build_pack.ipynb #03d8058f
 SHIPPED = tuple(name for name in METHOD_NAMES if name != 'upernet-swin')
 
 
@@ -94,6 +94,7 @@ def _write_networks_card(pack, trained):
             encoder_start=row.encoder_start)
         for row in trained.sort_values(['dataset', 'method']).itertuples()
     }
+    card.pop('metrics', None)                                              # those of the former networks
     write_json(path, card | dict(networks=facts))
 
 # %% ../../nbs/59_quality.build_pack.ipynb #8aa21dbb
