@@ -70,6 +70,34 @@ def test_average_weights_are_the_mean(folders):
         assert torch.allclose(mean[name], (first[name] + second[name]) / 2, atol=1e-3, rtol=1e-3)
 
 
+def test_with_all_layers_free_every_layer_moves(folders, monkeypatch):
+    from rssqa.clip.encoders import load_encoder
+    pairs, weights, home = folders
+    train_variant(MINI_VARIANT, *folders)
+    start = home/f'{MINI_VARIANT} 0'
+    settings = module.CLIP_VARIANTS['all layers free'] | dict(start=str(start), table='noise')
+    monkeypatch.setitem(module.CLIP_VARIANTS, 'all layers free', settings)
+    monkeypatch.setattr(module, 'FREE_SIZES', dict(large_size=48, small_size=32))
+    train_variant('all layers free', *folders)
+    before, after = (load_encoder(str(run)).net.state_dict() for run in (start, home/'all layers free 0'))
+    stem = [name for name in before if name.startswith('visual.trunk') and 'conv' in name and name.endswith('weight')]
+    assert stem and all(not before[name].equal(after[name]) for name in stem)
+    statistics = [name for name in before if 'running' in name]
+    assert statistics and all(before[name].equal(after[name]) for name in statistics)    # batch norms stay frozen
+
+
+def test_a_recipe_may_have_views_of_another_size(folders):
+    from rssqa.clip.train import PairViews
+    from rssqa.bench.clip_rs_mini import read_corpus
+    pairs, weights, home = folders
+    encoder = first_net(weights, home/'net')
+    table = read_corpus(pairs)
+    recipe = variant_recipe('all layers free', 0, len(table))
+    item = PairViews(table, recipe, encoder)[0, 0]
+    assert item['large'].shape[-1] == 160 and item['small'].shape[-1] == 80
+    assert PairViews(table, variant_recipe(MINI_VARIANT, 0, len(table)), encoder)[0, 0]['large'].shape[-1] == 32
+
+
 def test_unknown_variants_and_missing_weights_are_refused(tmp_path):
     with pytest.raises(UnknownName, match='(?i)did you mean ITC only'): variant_recipe('ITC onli', 0, 100)
     with pytest.raises(DataNotFound, match='mobilenetv2'): first_net(tmp_path, tmp_path/'net')

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NET', 'IMAGENET', 'STAGES', 'PROMPT_WORDS', 'MASK_SOURCES', 'RECIPE', 'ITC', 'POSITIVE', 'LOCAL', 'DISTIL',
-           'CLIP_VARIANTS', 'MINI_VARIANT', 'WEIGHTS_FILE', 'RESULT_COLUMNS', 'START', 'first_net', 'read_corpus',
-           'mask_captions', 'keep_fine', 'find_variant', 'variant_recipe', 'training_table', 'average_weights',
-           'train_variant', 'measure_encoder', 'bench_clip', 'pivot_variants', 'probe_tiles']
+           'CLIP_VARIANTS', 'FREE_SIZES', 'MINI_VARIANT', 'WEIGHTS_FILE', 'RESULT_COLUMNS', 'START', 'first_net',
+           'read_corpus', 'mask_captions', 'keep_fine', 'find_variant', 'variant_recipe', 'training_table',
+           'average_weights', 'train_variant', 'measure_encoder', 'bench_clip', 'pivot_variants', 'probe_tiles']
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #8e2b58df
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #2ed03c36
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..provenance import stamp
 from ..clip.evaluate import dense_probe, evaluate_clip
-from ..clip.train import ClipRecipe, start_clip, new_clip, save_clip, train_clip
+from ..clip.train import ClipRecipe, PairViews, start_clip, new_clip, save_clip, train_clip
 from ..core import DataNotFound, atomic, load_tensors, say, unknown
 from ..data.datasets import folder_spec, read_image, read_mask, scan
 from ..clip.encoders import load_encoder
@@ -103,7 +103,7 @@ def keep_fine(
     kept = set(fine_images.sample(frac=share, random_state=0))
     return table.assign(tier=table.key.isin(kept).map({True: 'fine', False: 'coarse'}))
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #f210f93f
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #d1557b38
 RECIPE = ClipRecipe(
     batch=128,
     lr=5e-4,
@@ -129,7 +129,10 @@ CLIP_VARIANTS = {
     'ITC and self-distill': dict(_BASE, objectives=(ITC, DISTIL)),
     'noise, purified': dict(_NOISE, table='noise purified'),
     'noise, as it is': dict(_NOISE, table='noise'),
+    'all layers free': dict(table='purified again', start='clip-rs-mini', free=True, epochs=6,
+                            objectives=(POSITIVE, LOCAL)),
 }
+FREE_SIZES = dict(large_size=160, small_size=80) # pixels, where no feature maps are kept
 MINI_VARIANT = 'ITC and local-global' # whose mean over seeds is CLIP-RS-mini
 
 
@@ -155,20 +158,29 @@ def variant_recipe(
         small=2 if len(settings['objectives']) > 1 else 0,
         lr=settings.get('lr', RECIPE.lr),
         seed=seed,
+        **(FREE_SIZES if settings.get('free') else {}),
     )
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #834d6a09
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #8c5e766b
 WEIGHTS_FILE = 'open_clip_model.safetensors'
 
 
 def _train(encoder, table, pool, recipe, home, maps): # pool: pairs whose images have feature maps
     stem, rest = cut_stem(encoder, STAGES)
     views = StemViews(table, recipe, encoder, stem, maps, large=3, small=3, pool=pool)
-    curve = train_clip(rest, views, recipe, home)
+    train_clip(rest, views, recipe, home)
+    _save_with_known_words(encoder, table, home)
+
+
+def _train_all_layers(encoder, table, recipe, home):
+    train_clip(encoder.net, PairViews(table, recipe, encoder), recipe, home)
+    _save_with_known_words(encoder, table, home)
+
+
+def _save_with_known_words(encoder, table, home):
     tokens = set()
     for caption in {*table.caption, PROMPT_WORDS}: tokens.update(map(int, encoder.tokenizer([caption])[0]))
     save_clip(encoder, home, tokens)
-    return curve
 
 
 def _scoring_encoder(table, pool, weights, home): # CLIP_Sem: learned from the fine tier, image tower frozen
@@ -181,7 +193,7 @@ def _scoring_encoder(table, pool, weights, home): # CLIP_Sem: learned from the f
 
 
 def training_table(
-    kind: str, # 'purified', 'noise' or 'noise purified'
+    kind: str, # 'purified', 'purified again' by CLIP-RS-mini, 'noise' or 'noise purified'
     train: pd.DataFrame, # pairs of the training split
     weights, # folder, see first_net
     home: Path, # folder for everything
@@ -193,8 +205,11 @@ def training_table(
     tiered = keep_fine(train) if noisy else train
     table = inject_noise(tiered, 0.3) if noisy else train
     if kind == 'noise': return table
-    folder = home/('judge of a third' if noisy else 'judge')
-    encoder = _scoring_encoder(tiered, train, weights, folder)
+    if kind == 'purified again':
+        encoder = load_encoder('clip-rs-mini')
+    else:
+        folder = home/('judge of a third' if noisy else 'judge')
+        encoder = _scoring_encoder(tiered, train, weights, folder)
     decisions = purify(table, encoder, cut=0.3 if noisy else 0.1, store=home/f'decisions {kind}')
     table = apply_decisions(table, decisions)
     with atomic(path) as tmp: table.to_parquet(tmp, index=False)
@@ -238,9 +253,12 @@ def train_variant(
         table = training_table(settings['table'], train, weights, home)
         table = pd.concat([table, *captions], ignore_index=True)
         pool = pd.concat([train, *captions], ignore_index=True)
-        encoder = first_net(weights, folder, seed, settings['start'])
         recipe = variant_recipe(variant, seed, pool.key.nunique())
-        _train(encoder, table, pool, recipe, folder, home/'maps')
+        if settings.get('free'):
+            _train_all_layers(start_clip(settings['start'], folder), table, recipe, folder)
+        else:
+            encoder = first_net(weights, folder, seed, settings['start'])
+            _train(encoder, table, pool, recipe, folder, home/'maps')
     return measure_encoder(folder, pairs)
 
 

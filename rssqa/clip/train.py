@@ -32,7 +32,7 @@ from .objectives import Centre, EmaTeacher, PrototypeHead, caption_ids, clamped_
 from ..data.pairs import open_image
 from .towers import read_text
 
-# %% ../../nbs/37_clip.train.ipynb #c7cf873c
+# %% ../../nbs/37_clip.train.ipynb #c1680b88
 @dataclass(frozen=True)
 class ClipRecipe:
     "How a CLIP is trained."
@@ -49,6 +49,7 @@ class ClipRecipe:
     small: int = 0 # small views of an image
     large_area: tuple = (0.5, 1.0) # share of the image
     small_area: tuple = (0.05, 0.3) # share of the image
+    large_size: int = 0 # pixels of large views; 0: the encoder's size
     small_size: int = 0 # pixels; 0: the size of large views, the only one that a vision transformer takes
     turns: bool = True # flips and quarter turns: from above there is no up
     plain: bool = False # the first view is the whole image, unturned; small views are unturned boxes of it
@@ -230,7 +231,7 @@ def cut_view(
     if turn >= 4: view = view.flip(-1)
     return torch.rot90(view, turn % 4, (-2, -1))
 
-# %% ../../nbs/37_clip.train.ipynb #0b0342dc
+# %% ../../nbs/37_clip.train.ipynb #6e0165bb
 _NO_REGION = (0.0, 0.0, 1.0, 1.0, '', -1, '') # left, top, right, bottom, category, number of the category, caption
 
 
@@ -264,7 +265,7 @@ class PairViews(torch.utils.data.Dataset):
         first_rows = np.flatnonzero(~self.table.key.duplicated())
         self.starts = np.append(first_rows, len(self.table)) # image i has rows starts[i] to starts[i + 1]
         self.recipe = recipe
-        self.size = encoder.image_size
+        self.size = recipe.large_size or encoder.image_size
         self.dim = encoder.dim
         self.spec = encoder.spec
         self.tokenizer = encoder.tokenizer
