@@ -94,7 +94,7 @@ def test_a_recipe_may_have_views_of_another_size(folders):
     table = read_corpus(pairs)
     recipe = variant_recipe('all layers free', 0, len(table))
     item = PairViews(table, recipe, encoder)[0, 0]
-    assert item['large'].shape[-1] == 160 and item['small'].shape[-1] == 80
+    assert item['large'].shape[-1] == 144 and item['small'].shape[-1] == 72
     assert PairViews(table, variant_recipe(MINI_VARIANT, 0, len(table)), encoder)[0, 0]['large'].shape[-1] == 32
 
 

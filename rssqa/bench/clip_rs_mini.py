@@ -103,7 +103,7 @@ def keep_fine(
     kept = set(fine_images.sample(frac=share, random_state=0))
     return table.assign(tier=table.key.isin(kept).map({True: 'fine', False: 'coarse'}))
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #d1557b38
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #0d12528f
 RECIPE = ClipRecipe(
     batch=128,
     lr=5e-4,
@@ -129,10 +129,10 @@ CLIP_VARIANTS = {
     'ITC and self-distill': dict(_BASE, objectives=(ITC, DISTIL)),
     'noise, purified': dict(_NOISE, table='noise purified'),
     'noise, as it is': dict(_NOISE, table='noise'),
-    'all layers free': dict(table='purified again', start='clip-rs-mini', free=True, epochs=6,
+    'all layers free': dict(table='purified again', start='clip-rs-mini', free=True, epochs=4,
                             objectives=(POSITIVE, LOCAL)),
 }
-FREE_SIZES = dict(large_size=160, small_size=80) # pixels, where no feature maps are kept
+FREE_SIZES = dict(large_size=144, small_size=72) # pixels, where no feature maps are kept
 MINI_VARIANT = 'ITC and local-global' # whose mean over seeds is CLIP-RS-mini
 
 
