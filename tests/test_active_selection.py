@@ -51,6 +51,19 @@ def test_a_sample_of_candidates_keeps_labelled_points():
     assert len(found.differ[1]) == len(all_points)
 
 
+def test_drawn_points_come_in_proportion_to_their_scores():
+    class Proportional(chosen.Selector):
+        drawn = True
+        def scores(self, asked, truth): return np.array([0.5] + [0.5 / 9] * 9)
+
+    votes = np.zeros((10, 2), int)
+    selector = Proportional(type('Ten', (), dict(votes=votes)))
+    none = np.array([], int)
+    first = np.array([selector.next(none, none, 1, seed)[0] for seed in range(4000)])
+    shares = np.bincount(first, minlength=10) / len(first)
+    np.testing.assert_allclose(shares, [0.5] + [0.5 / 9] * 9, atol=0.025)
+
+
 @every_selector
 def test_points_are_new_and_different(problem, kind):
     candidates, truth = problem

@@ -84,3 +84,12 @@ def test_other_recipes_and_empty_folders_are_refused(material, tmp_path, monkeyp
         distil('swin48', material[1], material[0], tmp_path, **other)
     with pytest.raises(DataNotFound, match='(?i)no image'): distil('mit32', material[1], [], tmp_path, **SMALL)
     with pytest.raises(UnknownName, match='swin48'): student('swin')
+
+
+def test_the_learning_rate_rises_falls_and_ends_near_nothing(material):
+    run = _Distillation('mit32', 'mobilenetv2_035', material[1], DistilRecipe(steps=100, batch=2, crop=32), 'nano')
+    share = np.array([run._factor(n) for n in range(101)])
+    np.testing.assert_allclose(share[:4], [0.2, 0.4, 0.6, 0.8])
+    assert share.argmax() in (4, 5) and share.max() > 0.99
+    assert (np.diff(share[5:]) < 0).all()
+    assert share[50] == pytest.approx(0.501) and share[100] == pytest.approx(0.001)

@@ -408,6 +408,17 @@ def test_explain_names_the_blocks(model, plain, new):
     assert list(explain(plain, new)) == ['predicted', 'single_map', 'cross_method', 'prior']
 
 
+def test_a_part_is_what_is_missing_without_its_block(plain, new):
+    from dataclasses import replace
+    from rssqa.quality import model as module
+    parts = explain(plain, new)
+    blocks = plain.features_.transform(new)
+    for name in 'single_map', 'cross_method', 'prior':
+        without = replace(blocks, **{name: np.zeros_like(getattr(blocks, name))})
+        expected = np.mean([module._predict(net, without) for net in plain.nets_], 0)
+        np.testing.assert_allclose(parts.predicted - parts[name], expected, atol=1e-6)
+
+
 def test_vectors_may_be_given_instead_of_a_store(model, new, store, tmp_path):
     from rssqa.tables.sqed import stored_features
     from rssqa.tables.store import get_vectors
