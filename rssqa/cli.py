@@ -10,11 +10,12 @@ __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PAR
            'speed_command', 'methods_command', 'encoders_command', 'projection_command', 'assessor_command',
            'semantics_command', 'bench_later_command', 'bench_pack_command', 'fused_command',
            'bench_composites_command', 'bench_open_vocabulary_command', 'bench_soft_guided_command',
-           'bench_semi_command', 'bench_monitor_command', 'bench_costs_command', 'bench_errors_command',
-           'bench_scene_command', 'bench_totals_command', 'starts_command', 'label_noise_command', 'tables_command',
-           'own_domain_command', 'points_command', 'labels_command', 'bench_fit_command', 'explorer_command',
-           'clip_command', 'probe_command', 'conformance_command', 'degradation_command', 'apps', 'app_command',
-           'shards_command', 'purify_command', 'train_command', 'export_command', 'eval_command', 'doctor_command']
+           'bench_semi_command', 'bench_metadata_command', 'bench_monitor_command', 'bench_costs_command',
+           'bench_errors_command', 'bench_scene_command', 'bench_totals_command', 'starts_command',
+           'label_noise_command', 'tables_command', 'own_domain_command', 'points_command', 'labels_command',
+           'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command', 'conformance_command',
+           'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command', 'train_command',
+           'export_command', 'eval_command', 'doctor_command']
 
 # %% ../nbs/91_cli.ipynb #a05f4187
 import os, sys
@@ -737,7 +738,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #e3fd8de5
+# %% ../nbs/91_cli.ipynb #9d34b9f8
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -863,6 +864,18 @@ def bench_semi_command(
     "Measure which pseudo-labels a predicted quality keeps, and networks that learn from them: half an hour."
     from rssqa.bench.semi import write_semi
     for path in write_semi(data, str(tables), _integers(seeds), out, workers): print(path)
+
+
+@bench_app.command('metadata')
+def bench_metadata_command(
+    data: _DataOption,
+    tables: _TablesOption = Path('data/tables'),
+    seeds: Annotated[str, typer.Option(help='Of scenes, weights and batches, separated by commas.')] = '0,1,2',
+    out: Annotated[Path, typer.Option(help='Folder of the CSV files.')] = Path('data/results'),
+):
+    "Measure what sentences from metadata bring to a segmenter and to RS-SQA: half an hour."
+    from rssqa.bench.metadata import write_metadata
+    for path in write_metadata(data, str(tables), out, _integers(seeds)): print(path)
 
 
 @bench_app.command('monitor')
