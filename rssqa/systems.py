@@ -8,7 +8,7 @@ __all__ = ['STATES', 'SYSTEMS', 'System']
 # %% ../nbs/03_systems.ipynb #31650a77
 from dataclasses import dataclass
 
-# %% ../nbs/03_systems.ipynb #7b8bba80
+# %% ../nbs/03_systems.ipynb #98db1f86
 STATES = ('works', 'partly', 'not yet')
 
 
@@ -38,7 +38,7 @@ SYSTEMS = (
         'rssqa bench clip', '86_bench.clip_rs_mini.ipynb'),
     System(
         'RS5M', 'arXiv 2306.11300', 'partly',
-        'both halves of the corpus are read and audited; its filters are not run',
+        'both halves of the corpus are read and audited, and are groups of an evaluation; its filters are not run',
         'tests/test_pairs.py', '15_data.corpora.ipynb'),
     System(
         'GeoRSCLIP', 'arXiv 2306.11300', 'partly',
@@ -54,8 +54,8 @@ SYSTEMS = (
         'tests/test_objectives.py', '36_clip.objectives.ipynb'),
     System(
         'GAIA', 'arXiv 2502.09598', 'partly',
-        'the corpus is read; its strata are not yet groups of an evaluation',
-        'tests/test_pairs.py', '15_data.corpora.ipynb'),
+        'the corpus is read; sensor, resolution and latitude are groups of an evaluation; measured on no images of it, because none '
+        'are at hand', 'tests/test_strata.py', '16_data.strata.ipynb'),
     System(
         'SegEarth-OV', 'arXiv 2410.01768', 'works',
         'segmentation by words without training, on any encoder; bilinear enlargement in place of its upsampler',
