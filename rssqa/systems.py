@@ -8,7 +8,7 @@ __all__ = ['STATES', 'SYSTEMS', 'System']
 # %% ../nbs/03_systems.ipynb #31650a77
 from dataclasses import dataclass
 
-# %% ../nbs/03_systems.ipynb #98db1f86
+# %% ../nbs/03_systems.ipynb #667e9a82
 STATES = ('works', 'partly', 'not yet')
 
 
@@ -54,8 +54,8 @@ SYSTEMS = (
         'tests/test_objectives.py', '36_clip.objectives.ipynb'),
     System(
         'GAIA', 'arXiv 2502.09598', 'partly',
-        'the corpus is read; sensor, resolution and latitude are groups of an evaluation; measured on no images of it, because none '
-        'are at hand', 'tests/test_strata.py', '16_data.strata.ipynb'),
+        'the corpus is read; sensor, resolution and latitude are groups of an evaluation; measured on none of '
+        'its images, which are not at hand', 'tests/test_strata.py', '16_data.strata.ipynb'),
     System(
         'SegEarth-OV', 'arXiv 2410.01768', 'works',
         'segmentation by words without training, on any encoder; bilinear enlargement in place of its upsampler',

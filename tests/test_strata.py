@@ -23,7 +23,8 @@ def test_latitudes_off_the_earth_are_refused():
 
 @pytest.mark.parametrize('value, name', [
     ('Sentinel-2', 'sentinel-2'), ([' Landsat  8 ', 'LANDSAT 8'], 'landsat 8'), (['OLI', 'TIRS'], SEVERAL),
-    ([], UNKNOWN), ('', UNKNOWN), (['none', 'MODIS'], 'modis'), ('N/A', UNKNOWN), (None, UNKNOWN), (['Unknown'], UNKNOWN), ((), UNKNOWN),
+    ([], UNKNOWN), ('', UNKNOWN), (['none', 'MODIS'], 'modis'), ('N/A', UNKNOWN),
+    (None, UNKNOWN), (['Unknown'], UNKNOWN), ((), UNKNOWN),
 ])
 def test_one_name_a_field(value, name): assert one_name(value) == name
 
