@@ -738,7 +738,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #9d34b9f8
+# %% ../nbs/91_cli.ipynb #de47c04b
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -1028,7 +1028,7 @@ def points_command(
 def labels_command(
     data: _DataOption,
     tables: _TablesOption = Path('data/tables'),
-    repeats: Annotated[int, typer.Option(min=1, help='Draws of images of each source.')] = 12,
+    repeats: Annotated[int, typer.Option(min=1, help='Draws of images of each source.')] = 30,
     images: Annotated[int, typer.Option(min=1, help='Images of each draw.')] = 40,
     home: Annotated[Optional[Path], typer.Option(
         help='Folder for finished runs; default in the cache.')] = None,

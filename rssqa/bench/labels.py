@@ -192,7 +192,7 @@ def _count_all(right): # (n,M) at random points of all -> Standing
     cov = (deviation.T @ deviation + 0.5 * np.eye(right.shape[1])) / n**2
     return normal_standing(right.sum(0) / n, cov)
 
-# %% ../../nbs/87_bench.labels.ipynb #25b0cac7
+# %% ../../nbs/87_bench.labels.ipynb #34e7b06a
 KEYS = ['source', 'prior', 'selector', 'estimate']
 RUN = ['source', 'seed']
 ALL = 'all sources'
@@ -203,7 +203,7 @@ def bench_labels(
     tables: str = 'data/tables', # folder of the committed tables
     home: str = None, # folder for points and finished runs; default: in the cache
     sources: tuple = (*SOURCES, UNSEEN),
-    repeats: int = 12, # draws of images of each source
+    repeats: int = 30, # draws of images of each source
     images: int = 40, # of each draw
 ) -> tuple: # measures, one row a source, prior, selector and estimate; and all runs
     "Count labels until the best method is known."
