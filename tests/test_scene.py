@@ -296,6 +296,29 @@ def test_a_scene_leaves_all_files_and_no_others(files, tmp_path):
     assert str(answer).startswith('Use good')
 
 
+OWN_CRS = rasterio.crs.CRS.from_proj4('+proj=laea +lat_0=50 +lon_0=15 +ellps=bessel').to_wkt()
+
+
+@pytest.mark.parametrize('crs, name, start', [(UTM, 'proj:code', 'EPSG:32633'), (OWN_CRS, 'proj:wkt2', 'PROJCRS['),
+                                              ('', None, '')])
+def test_an_item_follows_the_schema_of_stac(tmp_path, crs, name, start):
+    pystac = pytest.importorskip('pystac')
+    from pystac.validation import JsonSchemaSTACValidator
+    from rssqa.scene.outputs import write_item
+    for file in ('quality.tif', 'card.html', 'notes.txt'): (tmp_path/file).write_bytes(b'')
+    maps = pd.DataFrame(dict(name=['a'], predicted=[0.9], lower=[0.8], upper=[1.0], recommended=[True]))
+    crs_wkt = rasterio.crs.CRS.from_user_input(crs).to_wkt() if crs else ''
+    grid = Grid(SIDE, SIDE, (0.5, 0, ORIGIN[0], 0, -0.5, ORIGIN[1]), crs_wkt)
+    item = json.loads(write_item(grid, maps, tmp_path, 'scene').read_text())
+    validator, item_type = JsonSchemaSTACValidator(), pystac.STACObjectType.ITEM
+    validator.validate_core(item, item_type, item['stac_version'])                  # its own copy of the schema
+    properties = {key: value for key, value in item['properties'].items() if key in ('proj:code', 'proj:wkt2')}
+    assert list(properties) == [name] * bool(name) and all(text.startswith(start) for text in properties.values())
+    assert set(item['assets']) == {'quality', 'card'}
+    with pytest.raises(pystac.STACValidationError):
+        validator.validate_core(item | dict(properties={}), item_type, item['stac_version'])
+
+
 def test_a_failed_raster_leaves_nothing(files, task, cells, tmp_path, monkeypatch):
     from rssqa.scene import outputs
     def fail(*a): raise BadImage('cannot read a block', '', '')

@@ -456,7 +456,7 @@ def _spread_colours(n): # n colours around the circle
     from colorsys import hsv_to_rgb
     return [tuple(round(255 * v) for v in hsv_to_rgb(i / n, 0.55, 0.85)) for i in range(n)]
 
-# %% ../../nbs/72_scene.outputs.ipynb #4b4050a2
+# %% ../../nbs/72_scene.outputs.ipynb #34cdfae3
 MEDIA = {'.tif': 'image/tiff; application=geotiff; profile=cloud-optimized', '.gpkg': 'application/geopackage+sqlite3',
          '.html': 'text/html', '.csv': 'text/csv'}
 
@@ -478,10 +478,10 @@ def write_item(
     when = (when or datetime.now(timezone.utc)).isoformat(timespec='seconds').replace('+00:00', 'Z')
     properties = {'datetime': when, 'rssqa:maps': json.loads(maps.to_json(orient='records', double_precision=4))}
     properties |= {'proj:shape': [grid.height, grid.width], 'proj:transform': list(grid.transform)}
-    if grid.crs: properties |= {'proj:wkt2': grid.crs}
+    if grid.crs: properties |= _coordinate_system(grid.crs)
     item = dict(
-        type='Feature', stac_version='1.0.0', id=name, properties=properties, assets=assets, links=[],
-        stac_extensions=['https://stac-extensions.github.io/projection/v1.1.0/schema.json'],
+        type='Feature', stac_version='1.1.0', id=name, properties=properties, assets=assets, links=[],
+        stac_extensions=['https://stac-extensions.github.io/projection/v2.0.0/schema.json'],
     )
     outline = _outline(grid)
     item |= dict(geometry=outline and dict(type='Polygon', coordinates=[outline]))
@@ -489,6 +489,13 @@ def write_item(
         xs, ys = zip(*outline)
         item |= dict(bbox=[min(xs), min(ys), max(xs), max(ys)])
     return write_json(out/'item.json', item)
+
+
+def _coordinate_system(crs): # WKT -> property of the projection extension
+    from rasterio.crs import CRS
+    known = CRS.from_wkt(crs)
+    code = known.to_authority()
+    return {'proj:code': ':'.join(code)} if code else {'proj:wkt2': known.to_wkt(version='WKT2_2019')}
 
 
 def _outline(grid): # [[longitude, latitude]], closed; None without a coordinate system
