@@ -10,12 +10,12 @@ __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PAR
            'speed_command', 'methods_command', 'encoders_command', 'projection_command', 'assessor_command',
            'semantics_command', 'bench_later_command', 'bench_pack_command', 'fused_command',
            'bench_composites_command', 'bench_open_vocabulary_command', 'bench_soft_guided_command',
-           'bench_semi_command', 'bench_metadata_command', 'bench_monitor_command', 'bench_costs_command',
-           'bench_errors_command', 'bench_scene_command', 'bench_totals_command', 'starts_command',
-           'label_noise_command', 'tables_command', 'own_domain_command', 'points_command', 'labels_command',
-           'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command', 'conformance_command',
-           'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command', 'train_command',
-           'export_command', 'eval_command', 'doctor_command']
+           'bench_semi_command', 'bench_domains_command', 'bench_metadata_command', 'bench_monitor_command',
+           'bench_costs_command', 'bench_errors_command', 'bench_scene_command', 'bench_totals_command',
+           'starts_command', 'label_noise_command', 'tables_command', 'own_domain_command', 'points_command',
+           'labels_command', 'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command',
+           'conformance_command', 'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command',
+           'train_command', 'export_command', 'eval_command', 'doctor_command']
 
 # %% ../nbs/91_cli.ipynb #a05f4187
 import os, sys
@@ -738,7 +738,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #de47c04b
+# %% ../nbs/91_cli.ipynb #064fb9a9
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -864,6 +864,18 @@ def bench_semi_command(
     "Measure which pseudo-labels a predicted quality keeps, and networks that learn from them: half an hour."
     from rssqa.bench.semi import write_semi
     for path in write_semi(data, str(tables), _integers(seeds), out, workers): print(path)
+
+
+@bench_app.command('domains')
+def bench_domains_command(
+    data: _DataOption,
+    tables: _TablesOption = Path('data/tables'),
+    seeds: Annotated[str, typer.Option(help='Of weights and batches, separated by commas.')] = '0,1,2',
+    out: Annotated[Path, typer.Option(help='Folder of the results.')] = Path('data/results'),
+):
+    "Measure networks and the assessor on sources they never learned from: half an hour; a stopped run goes on."
+    from rssqa.bench.domains import write_domains
+    for path in write_domains(data, _integers(seeds), out, str(tables)): print(path)
 
 
 @bench_app.command('metadata')

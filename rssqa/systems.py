@@ -8,7 +8,7 @@ __all__ = ['STATES', 'SYSTEMS', 'System']
 # %% ../nbs/03_systems.ipynb #31650a77
 from dataclasses import dataclass
 
-# %% ../nbs/03_systems.ipynb #667e9a82
+# %% ../nbs/03_systems.ipynb #7a38ae0d
 STATES = ('works', 'partly', 'not yet')
 
 
@@ -75,6 +75,10 @@ SYSTEMS = (
         'object-based augmentation', 'arXiv 2105.05516', 'works',
         'objects cut, changed and pasted with exact labels; as generator of difficulty, not yet in training',
         'rssqa bench composites', '13_data.composites.ipynb'),
-    System('CrossEarth', 'arXiv 2410.22629', 'not yet', 'domain generalisation'),
+    System(
+        'CrossEarth', 'arXiv 2410.22629', 'partly',
+        'pairs of domains, LoRAReins on a frozen SegFormer or any transformer, style injection by channel statistics; '
+        'not here: Mask2Former decoder, masked image modelling, the learned style network, DINOv2-L weights',
+        'rssqa bench domains', '86_bench.domains.ipynb'),
     System('MetaSegNet', 'arXiv 2312.12735', 'not yet', 'metadata as prompts'),
 )
