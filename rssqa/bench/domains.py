@@ -411,7 +411,7 @@ def knn_purity(
     chance = (same & allowed).sum(1) / allowed.sum(1)
     return float(np.take_along_axis(same, nearest, 1).mean()), float(chance.mean())
 
-# %% ../../nbs/86_bench.domains.ipynb #7db843a1
+# %% ../../nbs/86_bench.domains.ipynb #1e21d24e
 ENCODERS = ('frozen', 'adapted')
 
 
@@ -451,6 +451,7 @@ def bench_features(
     plan: Plan,
     recipe: Recipe = DOMAIN_RECIPE,
     names: tuple = FEATURE_DOMAINS,
+    projection: str = 'umap', # a method of rssqa.viz.projection
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # purities; a point a cell: x, y, class, domain, encoder
     "Compare cells of the frozen encoder with those of the adapted one, as numbers and as a projection."
     net = build_variant('LoRAReins', len(COMMON[plan.common]), recipe).eval()
@@ -463,7 +464,7 @@ def bench_features(
         features, facts = encode_domains(domains, net, plan.common, names)
         purities += [dict(encoder=encoder, cells=len(facts)) | row for row in measure_purity(features, facts)]
         x = (features - features.mean(0)) / np.maximum(features.std(0), 1e-9)
-        place = project(x, seed=0)
+        place = project(x, projection, seed=0)
         points.append(facts.assign(x=place.u.round(2), y=place.v.round(2), encoder=encoder))
     return pd.DataFrame(purities), pd.concat(points, ignore_index=True)
 
