@@ -10,10 +10,10 @@ __all__ = ['app', 'data_app', 'pack_app', 'KINDS', 'bench_app', 'clip_app', 'PAR
            'speed_command', 'methods_command', 'encoders_command', 'projection_command', 'assessor_command',
            'semantics_command', 'bench_later_command', 'bench_pack_command', 'fused_command',
            'bench_composites_command', 'bench_open_vocabulary_command', 'bench_soft_guided_command',
-           'bench_semi_command', 'bench_domains_command', 'bench_metadata_command', 'bench_monitor_command',
-           'bench_costs_command', 'bench_errors_command', 'bench_scene_command', 'bench_totals_command',
-           'starts_command', 'label_noise_command', 'tables_command', 'own_domain_command', 'points_command',
-           'labels_command', 'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command',
+           'bench_semi_command', 'bench_domains_command', 'bench_referring_command', 'bench_metadata_command',
+           'bench_monitor_command', 'bench_costs_command', 'bench_errors_command', 'bench_scene_command',
+           'bench_totals_command', 'starts_command', 'label_noise_command', 'tables_command', 'own_domain_command',
+           'points_command', 'labels_command', 'bench_fit_command', 'explorer_command', 'clip_command', 'probe_command',
            'conformance_command', 'degradation_command', 'apps', 'app_command', 'shards_command', 'purify_command',
            'train_command', 'export_command', 'eval_command', 'doctor_command']
 
@@ -738,7 +738,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #064fb9a9
+# %% ../nbs/91_cli.ipynb #e8774b9c
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -876,6 +876,18 @@ def bench_domains_command(
     "Measure networks and the assessor on sources they never learned from: half an hour; a stopped run goes on."
     from rssqa.bench.domains import write_domains
     for path in write_domains(data, _integers(seeds), out, str(tables)): print(path)
+
+
+@bench_app.command('referring')
+def bench_referring_command(
+    data: _DataOption,
+    seeds: Annotated[str, typer.Option(help='Of weights and batches, separated by commas.')] = '0,1,2',
+    out: Annotated[Path, typer.Option(help='Folder of the CSV files.')] = Path('data/results'),
+    steps: Annotated[int, typer.Option(min=1, help='Of training.')] = 400,
+):
+    "Train referring segmenters on expressions made from masks, and check what moves the mask: half an hour."
+    from rssqa.bench.referring import write_referring
+    for path in write_referring(data, _integers(seeds), out, steps): print(path)
 
 
 @bench_app.command('metadata')

@@ -8,7 +8,7 @@ __all__ = ['STATES', 'SYSTEMS', 'System']
 # %% ../nbs/03_systems.ipynb #31650a77
 from dataclasses import dataclass
 
-# %% ../nbs/03_systems.ipynb #7a38ae0d
+# %% ../nbs/03_systems.ipynb #8da1db0d
 STATES = ('works', 'partly', 'not yet')
 
 
@@ -60,7 +60,11 @@ SYSTEMS = (
         'SegEarth-OV', 'arXiv 2410.01768', 'works',
         'segmentation by words without training, on any encoder; bilinear enlargement in place of its upsampler',
         'rssqa bench open-vocabulary', '47_open_vocabulary.segmenter.ipynb'),
-    System('RSRefSeg 2', 'arXiv 2507.06231', 'not yet', 'referring segmentation'),
+    System(
+        'RSRefSeg 2', 'arXiv 2507.06231', 'partly',
+        'prompter, losses and readers of three datasets, with a small decoder of our own on a frozen CLIP-RS-mini; '
+        'without the weights of SigLIP2 and SAM 2.1, and without LoRA',
+        'rssqa bench referring', '49_referring.segmenter.ipynb'),
     System(
         'SemiEarth', 'arXiv 2602.00202', 'partly',
         'purification of pseudo-labels, as released and by evidence, with a gate by predicted quality; one round of '
@@ -80,5 +84,9 @@ SYSTEMS = (
         'pairs of domains, LoRAReins on a frozen SegFormer or any transformer, style injection by channel statistics; '
         'not here: Mask2Former decoder, masked image modelling, the learned style network, DINOv2-L weights',
         'rssqa bench domains', '86_bench.domains.ipynb'),
-    System('MetaSegNet', 'arXiv 2312.12735', 'not yet', 'metadata as prompts'),
+    System(
+        'MetaSegNet', 'arXiv 2312.12735', 'partly',
+        'sentences from a table of climate zones, gated attention from the image to them; the image encoder is frozen '
+        'and the decoder small, no published weights exist',
+        'rssqa bench metadata', '47_open_vocabulary.metasegnet.ipynb'),
 )

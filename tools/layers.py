@@ -15,11 +15,12 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 GROUND = ('core', 'provenance', 'exercises', 'systems')
 LAYERS = (
-    'data', 'testing', 'segment', 'domains', 'clip', 'tables', 'open_vocabulary', 'semi', 'quality', 'viz', 'scene',
-    'bench')
+    'data', 'testing', 'segment', 'domains', 'clip', 'tables', 'open_vocabulary', 'semi', 'referring', 'quality',
+    'viz', 'scene', 'bench')
 TOP = ('all', 'build_demo', 'demo', 'cli')
 ORDER = GROUND + LAYERS + TOP           # lowest first; each may import only what stands before it
-COLOURS = '#8C6D31 #6B4C9A #C78500 #3F6B8C #009E73 #0072B2 #7A5230 #D04A00 #CC5A9B #5B8A00 #9A4F6B #444444'.split()
+COLOURS = ('#8C6D31 #6B4C9A #C78500 #3F6B8C #009E73 #0072B2 #7A5230 #D04A00 #2E8B8B #CC5A9B #5B8A00 #9A4F6B '
+           '#444444').split()
 COLOUR_OF = dict(zip(LAYERS, COLOURS))  # of a package and of its arrows
 GREY = '#808080'
 UNIT = 0.82                             # inches, the width of a package with its gap
