@@ -133,7 +133,7 @@ def foreign_styles(
     rows = [row for name in plan.styles for row in draw(domains.tiles(name), STYLE_IMAGES).itertuples()]
     return StyleInjection([read_image(row) for row in rows])
 
-# %% ../../nbs/86_bench.domains.ipynb #5187026a
+# %% ../../nbs/86_bench.domains.ipynb #cde46ac9
 def build_variant(
     variant: str, # key of VARIANTS
     classes: int,
@@ -157,7 +157,7 @@ def restyle(
 
 
 def fit(
-    net,
+    net, # from build_variant; left in evaluation mode
     pixels: list, # (image, mask) of the training tiles
     recipe: Recipe,
     injection: StyleInjection = None, # None: no styles
@@ -178,7 +178,7 @@ def fit(
 
 
 def predict_maps(
-    net,
+    net, # from build_variant
     images: list, # (3,H,W) uint8
     batch: int = 8, # images at once, if they have one size
 ) -> list: # (H,W) uint8 class ids
@@ -277,7 +277,7 @@ def bench_generalisation(
             rows += run_variant(plan, variant, domains, replace(recipe, seed=seed), each)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/86_bench.domains.ipynb #e393ca75
+# %% ../../nbs/86_bench.domains.ipynb #419ef3d6
 ASSESSORS = (ENSEMBLE, CONSENSUS, RS_SQA, 'max-softmax, temperature-scaled')
 MEASURED = dict(srocc=srocc, plcc=plcc, rmse=rmse, mae=mae) # name -> (truth, prediction) -> number
 CONFIDENCE = 0.9 # of the intervals
@@ -326,9 +326,14 @@ def measure_drop(
         facts = dict(dataset=dataset, predictor=predictor, maps=len(part), scenes=len(places))
         for measure in (*MEASURED, 'coverage'):
             known, new = values['known', measure], values['new', measure]
-            low, high = np.nanpercentile([sample[measure] for sample in samples], (2.5, 97.5)) if draws else (np.nan,) * 2
-            measured.append(facts | dict(measure=measure, known=known, new=new, drop=new - known, low=low, high=high))
+            low, high = _interval([sample[measure] for sample in samples])
+            value = dict(measure=measure, known=known, new=new, drop=new - known, low=low, high=high)
+            measured.append(facts | value)
     return pd.DataFrame(measured)
+
+
+def _interval(values): # 2.5 and 97.5 percent; NaN without draws
+    return np.nanpercentile(values, (2.5, 97.5)) if values else (np.nan, np.nan)
 
 
 def _measures(part): # (kind, measure) -> number
