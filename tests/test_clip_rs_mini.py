@@ -2,6 +2,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -84,6 +85,10 @@ def test_with_all_layers_free_every_layer_moves(folders, monkeypatch):
     assert stem and all(not before[name].equal(after[name]) for name in stem)
     statistics = [name for name in before if 'running' in name]
     assert statistics and all(before[name].equal(after[name]) for name in statistics)    # batch norms stay frozen
+    table = bench_clip(*folders, ['all layers free'], [0])
+    assert set(table.variant) == {'all layers free', module.FREE_MEAN}
+    mean = load_encoder(str(home/module.FREE_MEAN)).net.state_dict()
+    for name in stem: np.testing.assert_allclose(mean[name], (before[name] + after[name]) / 2, atol=1e-3)
 
 
 def test_a_recipe_may_have_views_of_another_size(folders):
