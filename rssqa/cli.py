@@ -738,7 +738,7 @@ def projection_command(
     written = board.assign(identical=board.identical.map({True: 'yes', False: 'no'})).set_index('variant')
     save_results(written, out, PROJECTION_PROTOCOL, '', seed, command)
 
-# %% ../nbs/91_cli.ipynb #e8774b9c
+# %% ../nbs/91_cli.ipynb #fe76b890
 @bench_app.command('assessor')
 def assessor_command(
     pack: _PackOption = None,
@@ -883,7 +883,7 @@ def bench_referring_command(
     data: _DataOption,
     seeds: Annotated[str, typer.Option(help='Of weights and batches, separated by commas.')] = '0,1,2',
     out: Annotated[Path, typer.Option(help='Folder of the CSV files.')] = Path('data/results'),
-    steps: Annotated[int, typer.Option(min=1, help='Of training.')] = 400,
+    steps: Annotated[int, typer.Option(min=1, help='Of training.')] = 1600,
 ):
     "Train referring segmenters on expressions made from masks, and check what moves the mask: half an hour."
     from rssqa.bench.referring import write_referring

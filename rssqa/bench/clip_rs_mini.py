@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NET', 'IMAGENET', 'STAGES', 'PROMPT_WORDS', 'MASK_SOURCES', 'RECIPE', 'ITC', 'POSITIVE', 'LOCAL', 'DISTIL',
-           'CLIP_VARIANTS', 'FREE_SIZES', 'MINI_VARIANT', 'WEIGHTS_FILE', 'RESULT_COLUMNS', 'START', 'first_net',
-           'read_corpus', 'mask_captions', 'keep_fine', 'find_variant', 'variant_recipe', 'training_table',
-           'average_weights', 'train_variant', 'measure_encoder', 'bench_clip', 'pivot_variants', 'probe_tiles']
+           'CLIP_VARIANTS', 'FREE_SIZES', 'MINI_VARIANT', 'FREE_VARIANT', 'FREE_MEAN', 'WEIGHTS_FILE', 'RESULT_COLUMNS',
+           'START', 'first_net', 'read_corpus', 'mask_captions', 'keep_fine', 'find_variant', 'variant_recipe',
+           'training_table', 'average_weights', 'train_variant', 'measure_encoder', 'bench_clip', 'pivot_variants',
+           'probe_tiles']
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #2ed03c36
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #4bc7af86
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import pandas as pd
 from ..provenance import stamp
 from ..clip.evaluate import dense_probe, evaluate_clip
 from ..clip.train import ClipRecipe, PairViews, start_clip, new_clip, save_clip, train_clip
-from ..core import DataNotFound, atomic, load_tensors, say, unknown
+from ..core import DataNotFound, atomic, bundled, load_tensors, say, unknown
 from ..data.datasets import folder_spec, read_image, read_mask, scan
 from ..clip.encoders import load_encoder
 from ..clip.cached_stem import StemViews, cut_stem
@@ -103,7 +104,7 @@ def keep_fine(
     kept = set(fine_images.sample(frac=share, random_state=0))
     return table.assign(tier=table.key.isin(kept).map({True: 'fine', False: 'coarse'}))
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #0d12528f
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #cea51eaf
 RECIPE = ClipRecipe(
     batch=128,
     lr=5e-4,
@@ -134,6 +135,8 @@ CLIP_VARIANTS = {
 }
 FREE_SIZES = dict(large_size=144, small_size=72) # pixels, where no feature maps are kept
 MINI_VARIANT = 'ITC and local-global' # whose mean over seeds is CLIP-RS-mini
+FREE_VARIANT = 'all layers free'
+FREE_MEAN = 'mean of CLIP-RS-mini and all layers free' # of their weights
 
 
 def find_variant(
@@ -280,7 +283,7 @@ def measure_encoder(
         with atomic(path) as tmp: measures.to_csv(tmp, index=False)
     return pd.read_csv(path)
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #d40f79c3
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #015819f5
 RESULT_COLUMNS = ['variant', 'seed', 'task', 'source', 'protocol', 'measure', 'value', 'n']
 START = 'the start: its image tower frozen' # the encoder that training began from
 
@@ -296,18 +299,27 @@ def bench_clip(
 ) -> pd.DataFrame: # variant, seed, task, source, protocol, measure, value, n, data, commit, command
     "Train and measure variants of CLIP-RS-mini."
     home = Path(home)
-    start = Path(weights)/'clip_rs_mini'
+    before = Path(weights)/'clip_rs_mini'
     parts = _train_variants(data, weights, home, variants, seeds, tiles)
     pairs = read_corpus(data)
     if MINI_VARIANT in variants:
         average_weights([home/f'{MINI_VARIANT} {seed}' for seed in seeds], home/'CLIP-RS-mini')
         mean = measure_encoder(home/'CLIP-RS-mini', pairs)
         parts.insert(0, mean.assign(variant='CLIP-RS-mini', seed=' '.join(map(str, seeds))))
-    if start.is_dir():
-        measures = evaluate_clip(str(start), pairs[pairs.split == 'test'])
+    if FREE_VARIANT in variants:
+        start = _folder_of(find_variant(FREE_VARIANT)['start'])
+        average_weights([start, *(home/f'{FREE_VARIANT} {seed}' for seed in seeds)], home/FREE_MEAN)
+        mean = measure_encoder(home/FREE_MEAN, pairs)
+        parts.append(mean.assign(variant=FREE_MEAN, seed=' '.join(map(str, seeds))))
+    if before.is_dir():
+        measures = evaluate_clip(str(before), pairs[pairs.split == 'test'])
         parts.append(measures.assign(variant=START, seed=''))
     table = pd.concat(parts)[RESULT_COLUMNS]
     return stamp(table.assign(value=table.value.round(5)), command, data='pairs, test split')
+
+
+def _folder_of(encoder): # of a bundled encoder, or a folder
+    return bundled('clip_rs_mini') if encoder == 'clip-rs-mini' else Path(encoder)
 
 
 def _train_variants(data, weights, home, variants, seeds, tiles):

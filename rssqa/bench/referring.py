@@ -165,9 +165,9 @@ def _shrunk(rle, side): # -> (1,side,side) uint8
     mask = torch.as_tensor(decode_rle(rle)).float()[None, None]
     return (255 * F.interpolate(mask, (side, side), mode='area')[:, 0]).round().to(torch.uint8)
 
-# %% ../../nbs/87_bench.referring.ipynb #1c5c09fe
+# %% ../../nbs/87_bench.referring.ipynb #19875e04
 SIZES = dict(width=64, prompt=64, heads=4, joint=32)
-STEPS = 400
+STEPS = 1600
 BATCH = 8
 
 
