@@ -136,7 +136,7 @@ def test_datasets_and_encoders_are_listed(capsys):
     assert 'clip-rs' in call(capsys, 'ls', 'encoders')[1]
     listed = call(capsys, 'ls', 'systems', '*ov*')[1]
     assert 'SegEarth-OV' in listed and 'soft-guided OVSS' in listed and 'partly' in listed
-    assert 'not yet' in call(capsys, 'ls', 'systems', 'CrossEarth')[1]
+    assert 'partly' in call(capsys, 'ls', 'systems', 'CrossEarth')[1]
 
 
 def test_doctor_reports_device_folders_and_pack(capsys):
