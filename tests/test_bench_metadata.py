@@ -9,11 +9,10 @@ import torch
 from rssqa.bench import metadata as module
 from rssqa.bench.metadata import (
     CLASSES, METADATA, MODELS, MOST, SOURCES, count_tiles, differences, divide_scenes, sentence_vectors, summarise,
-    train_segmenter, with_common_classes,
+    train_segmenter,
 )
 from rssqa.bench.soft_guided import SourceFeatures
 from rssqa.clip.encoders import load_encoder
-from rssqa.core import SchemaError
 from rssqa.domains.pairs import COMMON
 
 RESULTS = Path(__file__).resolve().parents[1]/'data/results'
@@ -29,18 +28,22 @@ def draw_source(classes, seed=0, scenes=6):
     return SourceFeatures(features, frozen, whole, labels, masks, np.repeat(np.arange(scenes), 2).astype(str))
 
 
-def test_masks_and_labels_get_the_same_common_classes():
+def test_tiles_are_read_in_common_classes(tmp_path, monkeypatch):
+    from rssqa.data.datasets import ById, DatasetSpec, default_palette
     classes = ('building', 'land', 'road', 'vegetation', 'water')
-    source = draw_source(5)
-    source.labels[0, 0, 0] = 255
-    source.masks[0][0, 0] = 255
-    common = with_common_classes(source, 'dubai_mbrsc', classes)
-    names = COMMON[CLASSES]
-    assert names[common.labels[source.labels == 2][0]] == 'paved'
-    assert names[common.labels[source.labels == 1][0]] == 'bare land'
-    assert common.labels[0, 0, 0] == 255 and common.masks[0][0, 0] == 255
-    for mask, labels in zip(common.masks[1:], common.labels[1:]): assert (mask[::2, ::2] == labels.numpy()).all()
-    with pytest.raises(SchemaError, match='expected'): with_common_classes(source, 'dubai_mbrsc', classes[:4])
+    decode = ById((*((i, i) for i in range(5)), (255, 255)))
+    spec = DatasetSpec('dubai_mbrsc', classes, default_palette(5), None, decode)
+    given = {}
+    def note(tiles, spec, encoder): given[spec.name] = spec
+    monkeypatch.setattr(module, 'SOURCES', ('dubai_mbrsc',))
+    monkeypatch.setattr(module, 'open_tiles', lambda *_: (pd.DataFrame(dict(dataset=['d'], scene=['s'])), dict(d=spec)))
+    monkeypatch.setattr(module, 'read_source', note)
+    module.read_sources(tmp_path, None, tmp_path)
+    [common] = given.values()
+    assert common.classes == COMMON[CLASSES]
+    names = [common.classes[i] for i in common.decode(np.arange(5))]
+    assert names == ['building', 'bare land', 'paved', 'vegetation', 'water']
+    assert common.decode(np.array([255])).tolist() == [255]
 
 
 @pytest.mark.parametrize('seed', [0, 1, 2])

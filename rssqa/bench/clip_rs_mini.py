@@ -9,7 +9,7 @@ __all__ = ['NET', 'IMAGENET', 'STAGES', 'PROMPT_WORDS', 'MASK_SOURCES', 'RECIPE'
            'training_table', 'average_weights', 'train_variant', 'measure_encoder', 'bench_clip', 'pivot_variants',
            'probe_tiles']
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #4bc7af86
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #2ed03c36
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ import pandas as pd
 from ..provenance import stamp
 from ..clip.evaluate import dense_probe, evaluate_clip
 from ..clip.train import ClipRecipe, PairViews, start_clip, new_clip, save_clip, train_clip
-from ..core import DataNotFound, atomic, bundled, load_tensors, say, unknown
+from ..core import DataNotFound, atomic, load_tensors, say, unknown
 from ..data.datasets import folder_spec, read_image, read_mask, scan
 from ..clip.encoders import load_encoder
 from ..clip.cached_stem import StemViews, cut_stem
@@ -164,7 +164,7 @@ def variant_recipe(
         **(FREE_SIZES if settings.get('free') else {}),
     )
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #8c5e766b
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #2cb3e03a
 WEIGHTS_FILE = 'open_clip_model.safetensors'
 
 
@@ -220,7 +220,7 @@ def training_table(
 
 
 def average_weights(
-    folders: list, # encoders that began with the same weights
+    folders: list, # encoders that began with the same weights: folders or names
     out, # folder
 ): # encoder
     "Average the weights of encoders (Wortsman et al. 2022)."
@@ -283,7 +283,7 @@ def measure_encoder(
         with atomic(path) as tmp: measures.to_csv(tmp, index=False)
     return pd.read_csv(path)
 
-# %% ../../nbs/86_bench.clip_rs_mini.ipynb #015819f5
+# %% ../../nbs/86_bench.clip_rs_mini.ipynb #dcb7198a
 RESULT_COLUMNS = ['variant', 'seed', 'task', 'source', 'protocol', 'measure', 'value', 'n']
 START = 'the start: its image tower frozen' # the encoder that training began from
 
@@ -307,7 +307,7 @@ def bench_clip(
         mean = measure_encoder(home/'CLIP-RS-mini', pairs)
         parts.insert(0, mean.assign(variant='CLIP-RS-mini', seed=' '.join(map(str, seeds))))
     if FREE_VARIANT in variants:
-        start = _folder_of(find_variant(FREE_VARIANT)['start'])
+        start = find_variant(FREE_VARIANT)['start']
         average_weights([start, *(home/f'{FREE_VARIANT} {seed}' for seed in seeds)], home/FREE_MEAN)
         mean = measure_encoder(home/FREE_MEAN, pairs)
         parts.append(mean.assign(variant=FREE_MEAN, seed=' '.join(map(str, seeds))))
@@ -316,10 +316,6 @@ def bench_clip(
         parts.append(measures.assign(variant=START, seed=''))
     table = pd.concat(parts)[RESULT_COLUMNS]
     return stamp(table.assign(value=table.value.round(5)), command, data='pairs, test split')
-
-
-def _folder_of(encoder): # of a bundled encoder, or a folder
-    return bundled('clip_rs_mini') if encoder == 'clip-rs-mini' else Path(encoder)
 
 
 def _train_variants(data, weights, home, variants, seeds, tiles):

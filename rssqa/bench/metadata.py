@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'METADATA', 'MOST', 'CLASSES', 'TEST_SHARE', 'STEPS', 'GIVEN', 'MODELS', 'PROTOCOL', 'QUALITY_PROTOCOL',
-           'COMMAND', 'sentence_vectors', 'with_common_classes', 'Division', 'divide_scenes', 'train_segmenter',
-           'count_tiles', 'run_seed', 'summarise', 'differences', 'add_metadata_vectors', 'measure_quality',
-           'read_sources', 'write_metadata']
+           'COMMAND', 'sentence_vectors', 'Division', 'divide_scenes', 'train_segmenter', 'count_tiles', 'run_seed',
+           'summarise', 'differences', 'add_metadata_vectors', 'measure_quality', 'read_sources', 'write_metadata']
 
-# %% ../../nbs/87_bench.metadata.ipynb #bae7ee43
+# %% ../../nbs/87_bench.metadata.ipynb #fb087830
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,8 @@ from .protocol import RS_SQA, cross_predict, measure
 from .soft_guided import SourceFeatures, read_source
 from ..clip.encoders import load_encoder
 from ..core import cache_dir, few_threads, progress, seed_all
-from ..data.datasets import IGNORE
 from ..data.splits import scene_folds
-from ..domains.pairs import COMMON, common_ids
+from ..domains.pairs import COMMON, common_spec
 from ..open_vocabulary.metadata import prompts_from_metadata
 from ..open_vocabulary.metasegnet import MetaSegmenter, train_with_metadata
 from ..provenance import save_results
@@ -59,24 +57,11 @@ def sentence_vectors(
     sentences = (sentences + MOST * sentences[-1:])[:MOST]
     return F.normalize(encoder.encode_text(sentences).float().cpu(), dim=-1)
 
-# %% ../../nbs/87_bench.metadata.ipynb #70ef3612
+# %% ../../nbs/87_bench.metadata.ipynb #a3a994dc
 CLASSES = 'land_cover'
 TEST_SHARE = 0.3 # of the scenes of a known source
 STEPS = 400
 GIVEN = ('true', 'shuffled', 'none')
-
-
-def with_common_classes(
-    source: SourceFeatures,
-    name: str, # one of SOURCES
-    classes: tuple, # its class names
-) -> SourceFeatures:
-    "Number the classes that the sources have in common."
-    ids = np.full(IGNORE + 1, IGNORE, np.uint8)
-    ids[:len(classes)] = common_ids(name, classes, CLASSES)
-    labels = torch.as_tensor(ids)[source.labels.long()]
-    masks = [ids[mask] for mask in source.masks]
-    return SourceFeatures(source.features, source.frozen, source.whole, labels, masks, source.scene)
 
 
 @dataclass
@@ -245,7 +230,7 @@ def measure_quality(
             rows.append(dict(model=RS_SQA, semantic=name, seed=seed) | chosen)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/87_bench.metadata.ipynb #b3ff07f4
+# %% ../../nbs/87_bench.metadata.ipynb #7f61b1e8
 PROTOCOL = 'scenes of known sources divided, or a source left out; CLIP-RS-mini, features frozen'
 QUALITY_PROTOCOL = '5-fold cross-validation by scene, one network'
 COMMAND = 'rssqa bench metadata --data FOLDER'
@@ -262,8 +247,8 @@ def read_sources(
     sources = {}
     for name in SOURCES:
         tiles, specs = open_tiles(data, home, (name,))
-        spec = specs[tiles.dataset.iloc[0]]
-        sources[name] = with_common_classes(read_source(draw_tiles(tiles, each), spec, encoder), name, spec.classes)
+        spec = common_spec(specs[tiles.dataset.iloc[0]], CLASSES, name)
+        sources[name] = read_source(draw_tiles(tiles, each), spec, encoder)
     return sources
 
 
