@@ -41,9 +41,9 @@ def test_tiles_are_read_in_common_classes(tmp_path, monkeypatch):
     module.read_sources(tmp_path, None, tmp_path)
     [common] = given.values()
     assert common.classes == COMMON[CLASSES]
-    names = [common.classes[i] for i in common.decode(np.arange(5))]
+    names = [common.classes[i] for i in common.decode(np.arange(5)[None])[0]]
     assert names == ['building', 'bare land', 'paved', 'vegetation', 'water']
-    assert common.decode(np.array([255])).tolist() == [255]
+    assert common.decode(np.array([[255]])).tolist() == [[255]]
 
 
 @pytest.mark.parametrize('seed', [0, 1, 2])
