@@ -70,7 +70,7 @@ def test_second_run_computes_nothing_again(demo, monkeypatch):
     import rssqa.segment.methods.training as training
     import rssqa.tables.sqed as sqed
     plan, board, home = demo
-    monkeypatch.setattr(training, '_fit', lambda *a: pytest.fail('a network was trained again'))
+    monkeypatch.setattr(training, 'fit_network', lambda *a: pytest.fail('a network was trained again'))
     monkeypatch.setattr(sqed, '_segment_job', lambda *a: pytest.fail('a tile was segmented again'))
     again = run_full_demo(plan, home/'out2', workers=1)
     pd.testing.assert_frame_equal(again, board)

@@ -18,8 +18,8 @@ from rssqa.segment.methods import training
 from rssqa.data.splits import calibration_rows
 from rssqa.segment.methods.blocks import full_weights, small_weights
 from rssqa.segment.methods.training import (
-    Recipe, _batch, _build, _loss, _Pixels, cross_fit, encoder_file, load_segmenter, model_folder, small_copies,
-    train, train_joint,
+    Recipe, _batch, _build, _loss, _Pixels, cross_fit, encoder_file, fit_network, load_segmenter, model_folder,
+    small_copies, train, train_joint,
 )
 from rssqa.data.synthetic import write_scenes
 from trained import METHODS, RECIPE, trained_setup
@@ -59,6 +59,30 @@ def test_killed_and_resumed_gives_the_same_weights(kills, whole, tiles, tmp_path
     assert folder.name == whole.name and equal(weights(folder), weights(whole))
     assert read_json(folder / 'config.json') == read_json(whole / 'config.json')
     assert not (folder / 'checkpoint.pt').exists()
+
+
+def test_crops_may_be_changed_and_no_checkpoint_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, 'CHECKPOINT_SECONDS', -1)
+    rng = np.random.default_rng(0)
+    pixels = [(rng.integers(0, 255, (3, 80, 80), np.uint8), rng.integers(0, 3, (80, 80)).astype(np.uint8))]
+    given, nets = [], []
+    def darker(x, step):
+        given.append((step, tuple(x.shape)))
+        return x / 2
+    for change in (None, lambda x, step: x, darker):
+        net = _build('pspnet', 3, SHORT)
+        fit_network(net, [pixels], [slice(0, 3)], SHORT, change=change)
+        nets.append(net.state_dict())
+    assert equal(nets[0], nets[1]) and not equal(nets[0], nets[2])
+    assert given == [(step, (2, 3, 64, 64)) for step in range(SHORT.steps)]
+    assert not list(tmp_path.iterdir())
+
+
+def test_divergence_without_a_folder_is_named():
+    pixels = [(np.zeros((3, 80, 80), np.uint8), np.zeros((80, 80), np.uint8))]
+    with pytest.raises(Incompatible, match='(?i)^training diverged.*loss nan at step 0.*lower lr'):
+        fit_network(_build('pspnet', 3, SHORT), [pixels], [slice(0, 3)], SHORT, change=lambda x, step: x * np.nan)
 
 
 @pytest.mark.parametrize('content', [b'', b'<html>', pickle.dumps(print), pickle.dumps(dict(step=1))])

@@ -10,7 +10,7 @@ __all__ = ['PLANS', 'VARIANTS', 'CONSTANT', 'DOMAIN_RECIPE', 'EACH', 'STYLE_IMAG
            'bench_generalisation', 'known_and_new', 'measure_drop', 'pure_cells', 'cell_features', 'balanced',
            'knn_purity', 'encode_domains', 'measure_purity', 'bench_features', 'write_domains']
 
-# %% ../../nbs/86_bench.domains.ipynb #e2df7f61
+# %% ../../nbs/86_bench.domains.ipynb #dd6a5af9
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from ..domains.style import StyleInjection
 from ..provenance import save_results, stamp
 from ..quality.intervals import cross_intervals
 from ..segment.methods.segformer import spec as segformer_spec
-from ..segment.methods.training import Recipe, _batch, _loss, _optimiser, encoder_file
+from ..segment.methods.training import Recipe, encoder_file, fit_network
 from ..segment.metrics import accuracy, confusion, mae, plcc, rmse, srocc
 from ..segment.protocol import IMAGENET_MEAN, IMAGENET_STD, TorchSegmenter, normalise
 from ..tables.rs_sqed_open import open_tiles
@@ -133,7 +133,7 @@ def foreign_styles(
     rows = [row for name in plan.styles for row in draw(domains.tiles(name), STYLE_IMAGES).itertuples()]
     return StyleInjection([read_image(row) for row in rows])
 
-# %% ../../nbs/86_bench.domains.ipynb #cde46ac9
+# %% ../../nbs/86_bench.domains.ipynb #5afa298e
 def build_variant(
     variant: str, # key of VARIANTS
     classes: int,
@@ -163,17 +163,10 @@ def fit(
     injection: StyleInjection = None, # None: no styles
 ) -> None:
     "Train what is not frozen."
-    optimiser, schedule = _optimiser(net, recipe)
-    net.train()
-    for step in range(recipe.steps):
-        x, y, _ = _batch([pixels], step, recipe)
-        if injection: x = restyle(x, injection, int(digest(recipe.seed, step), 16) % 2**32)
-        x = normalise(x, IMAGENET_MEAN, IMAGENET_STD).contiguous(memory_format=torch.channels_last)
-        loss = _loss(net(x), y)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
+    def change(x, step): return restyle(x, injection, int(digest(recipe.seed, step), 16) % 2**32)
+
+    logits = slice(0, net.classifier.out_channels)
+    fit_network(net, [pixels], [logits], recipe, change=change if injection else None)
     net.eval()
 
 
